@@ -1,0 +1,159 @@
+"""Around Hydra: what is wrong in one message with exit code 2, and no traceback for what a user can mend."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from functools import wraps
+from pathlib import Path
+
+from hydra import compose
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from secvec.errors import SecVecError
+from secvec.launcher import FailedJobs, register_launcher
+from secvec.naming import nearest, register_resolvers
+
+USER_ERROR = 2
+
+
+def exit_code(main: Callable[[], None], config_name: str) -> int:
+    """Runs a `@hydra.main` function; 0, or after a message on stderr 2 for a user's error, 1 for any other, 130 for Ctrl-C."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and exiting on its own
+    register_resolvers()
+    register_launcher()
+    try:
+        main()
+        if _stopped:
+            return _complain(str(_stopped[0]), _stopped[0].exit_code)
+    except (HydraException, OmegaConfBaseException) as error:
+        return _complain(_composition_faults(config_name, error), USER_ERROR)
+    except FailedJobs as error:
+        return _complain(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _complain("interrupted; the same command goes on from where it stopped", 130)
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+_stopped: list[SecVecError] = []
+
+
+def for_people(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """Keeps a SecVecError of a single run from Hydra, which would add lines of its own to the message."""
+
+    @wraps(task)
+    def run(cfg: DictConfig) -> None:
+        try:
+            task(cfg)
+        except SecVecError as error:
+            _leave_no_empty_folder()
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise  # a launcher must see that its job failed
+            _stopped.append(error)
+
+    return run
+
+
+def overrides() -> list[str]:
+    """What was given on the command line, for the record."""
+    return list(HydraConfig.get().overrides.task)
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _leave_no_empty_folder() -> None:
+    """Hydra makes the run folder before the settings are checked; a wrong setting should leave none."""
+    if HydraConfig.initialized():
+        with suppress(OSError):
+            Path(HydraConfig.get().runtime.output_dir).rmdir()
+
+
+def _composition_faults(config_name: str, error: Exception) -> str:
+    """Every override that does not compose, each with what is known there; Hydra itself stops at the first."""
+    given = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+    GlobalHydra.instance().clear()
+    from hydra import initialize_config_dir
+
+    faults: list[str] = []
+    with initialize_config_dir(str(Path(sys.argv[0]).resolve().parent / "conf"), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        parser, parsed = OverridesParser.create(config_loader=loader), []
+        for text in given:
+            try:
+                parsed.append(parser.parse_override(text))
+            except HydraException as bad:
+                faults.append(f"{text}: not of the form key=value ({str(bad).splitlines()[0]})")
+        chosen = [o for o in parsed if o.value() is not None and _is_group(loader, o)]
+        groups = []
+        for override in chosen:
+            for text in _single_values(override):
+                options = loader.get_group_options(override.key_or_group)
+                value = text.partition("=")[2]
+                if value in options:
+                    groups.append(text)
+                else:
+                    faults.append(f"{text}: no such choice{nearest(value, options)}; allowed: {', '.join(options)}")
+        for override in (o for o in parsed if o not in chosen):
+            text = _single_values(override)[0]
+            try:
+                compose(config_name, [*_last(groups), text])
+            except (HydraException, OmegaConfBaseException):
+                faults.append(_unknown_key(config_name, override, loader))
+        if not faults:
+            try:
+                compose(config_name, _last(groups))
+            except (HydraException, OmegaConfBaseException) as bad:
+                faults.append(_plain(bad))
+    return "\n".join(["the configuration cannot be composed:", *(f"  {fault}" for fault in faults or [_plain(error)])])
+
+
+def _is_group(loader: ConfigLoader, override: Override) -> bool:
+    return bool(loader.list_groups("")) and override.key_or_group in _all_groups(loader)
+
+
+def _all_groups(loader: ConfigLoader) -> set[str]:
+    return set(loader.list_groups("")) - {"hydra"}
+
+
+def _single_values(override: Override) -> list[str]:
+    """`key=value` for each value of a sweep, or the override itself."""
+    if override.is_sweep_override():
+        return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+    return [override.input_line or ""]
+
+
+def _last(groups: list[str]) -> list[str]:
+    return list({text.partition("=")[0]: text for text in groups}.values())
+
+
+def _unknown_key(config_name: str, override: Override, loader: ConfigLoader) -> str:
+    config = compose(config_name)
+    *path, key = override.key_or_group.split(".")
+    node = OmegaConf.select(config, ".".join(path)) if path else config
+    if not isinstance(node, DictConfig):
+        known = [str(k) for k in config] + sorted(_all_groups(loader))
+        return f"{override.input_line}: there is no {'.'.join(path)!r}{nearest(path[0], known)}"
+    known = [str(k) for k in node] + ([] if path else sorted(_all_groups(loader)))
+    return f"{override.input_line}: unknown key{nearest(key, known)}; known here: {', '.join(sorted(set(known)))}"
+
+
+def _plain(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error)).strip()

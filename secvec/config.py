@@ -1,0 +1,205 @@
+"""The one boundary between Hydra's yaml and the program: composed config in, typed run out, or every fault at once."""
+
+from __future__ import annotations
+
+import importlib
+import types
+import typing
+from typing import Any, Literal, TypeVar, get_args
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+
+from secvec.defenses.base import Defense
+from secvec.errors import ConfigError
+from secvec.naming import NOT_IN_KEY, content_key, nearest
+from secvec.settings import (
+    EvaluationSettings,
+    FinetuneSettings,
+    LoggerSettings,
+    ModelSettings,
+    OptimizerSettings,
+    PathSettings,
+    SchedulerSettings,
+    Settings,
+    Share,
+    Stage,
+    TelemetrySettings,
+    TrainerSettings,
+    TuneSettings,
+    VectorSettings,
+)
+
+Config = TypeVar("Config", bound=BaseModel)
+
+Plugin = SerializeAsAny[Any]
+
+
+class DataSettings(Settings):
+    """The fine-tuning mixture: undesired samples of the behavior and benign samples of the streams."""
+
+    num_harmful: int = Field(ge=0)
+    num_benign: int = Field(ge=0)
+    harmful_ratio: Share | None
+    """When given, the num_harmful + num_benign samples are divided by it instead."""
+    benign: list[Plugin]
+    """Streams that share out `num_benign` equally; the first ones take the remainder."""
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Exact numbers of (undesired, benign) samples in the mixture."""
+        total = self.num_harmful + self.num_benign
+        if self.harmful_ratio is None:
+            return self.num_harmful, self.num_benign
+        harmful = round(total * self.harmful_ratio)
+        return harmful, total - harmful
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> DataSettings:
+        if self.num_harmful + self.num_benign == 0:
+            raise ValueError("the mixture is empty: num_harmful + num_benign must be at least 1")
+        return self
+
+
+class EvaluateConfig(Settings):
+    """What `evaluate.py` needs: a backbone and what to ask it."""
+
+    seed: int = Field(ge=0)
+    model: ModelSettings
+    behavior: Plugin
+    data: DataSettings
+    evaluation: EvaluationSettings
+    trainer: TrainerSettings
+    paths: PathSettings
+    run_dir: str
+
+    def key(self) -> str:
+        """Content hash of all that shapes the results: equal keys, equal runs."""
+        return content_key(self.model_dump(mode="json", exclude=NOT_IN_KEY))
+
+
+class RunConfig(EvaluateConfig):
+    """One run of `train.py`."""
+
+    stage: Stage | Literal["all"]
+    vector: VectorSettings
+    defense: SerializeAsAny[Defense]
+    tune: TuneSettings
+    finetune: FinetuneSettings
+    optimizer: OptimizerSettings
+    scheduler: SchedulerSettings
+    logger: LoggerSettings
+    telemetry: TelemetrySettings
+    sweep: str
+    force: bool
+    """Run again although the run folder holds a finished run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages to run, in order. A run without a vector has no vector stage."""
+        if self.stage != "all":
+            return (self.stage,)
+        return ("vector", "finetune", "infer") if self.defense.uses_vector else ("finetune", "infer")
+
+    @model_validator(mode="after")
+    def _possible(self) -> RunConfig:
+        faults = []
+        if self.stage == "vector" and not self.defense.uses_vector:
+            faults.append(f"stage=vector trains nothing under defense={self.defense.name}: choose a defense with a vector")
+        if self.stage == "vector" and self.vector.path is not None:
+            faults.append("stage=vector trains a vector but vector.path names a finished one: drop one of the two")
+        if self.vector.kl_weight > 0 and (self.vector.num_kl == 0 or not self.data.benign):
+            faults.append("vector.kl_weight > 0 needs KL data: set vector.num_kl and data.benign, or vector.kl_weight=0")
+        if self.data.counts[1] > 0 and not self.data.benign:
+            faults.append("data.num_benign > 0 needs at least one stream in data.benign")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+
+def load(cfg: DictConfig, schema: type[Config]) -> Config:
+    """The typed config; raises ConfigError naming every fault, what is allowed and the nearest match."""
+    try:
+        raw = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"the configuration cannot be resolved: {error}") from None
+    faults = [f"{where}: a value is required (it is ??? in conf/)" for where in OmegaConf.missing_keys(cfg)]
+    resolved = _resolve_plugins(raw, faults, ())
+    try:
+        config = schema.model_validate(resolved)
+    except ValidationError as error:
+        faults += [describe(fault, schema) for fault in error.errors() if fault.get("input") != "???"]
+    if faults:
+        raise ConfigError("\n".join(["the configuration has these faults:", *(f"  {fault}" for fault in faults)]))
+    return config
+
+
+def _resolve_plugins(node: Any, faults: list[str], where: tuple[str, ...]) -> Any:
+    """Replaces every mapping with a `_target_` by the object it describes; collects what is wrong in `faults`."""
+    if isinstance(node, list):
+        return [_resolve_plugins(item, faults, (*where, str(i))) for i, item in enumerate(node)]
+    if not isinstance(node, dict):
+        return node
+    node = {key: _resolve_plugins(value, faults, (*where, str(key))) for key, value in node.items()}
+    if "_target_" not in node:
+        return node
+    target = str(node.pop("_target_"))
+    try:
+        module, _, name = target.rpartition(".")
+        plugin = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        faults.append(f"{'.'.join(where)}._target_: cannot import {target!r}: {error}")
+        return node
+    try:
+        return plugin.model_validate(node)
+    except ValidationError as error:
+        faults += [describe(fault, plugin, where) for fault in error.errors() if fault.get("input") != "???"]
+        return _Invalid()
+
+
+class _Invalid(Defense):
+    """Stands in for a plug-in whose faults are already listed, so that the rest can be checked too."""
+
+    name: str = "invalid"
+    uses_vector: typing.ClassVar[bool] = True
+
+
+def describe(fault: Any, schema: type[BaseModel], prefix: tuple[str, ...] = ()) -> str:
+    """One line for one fault: where, what was given, what is allowed, the nearest match."""
+    where = ".".join((*prefix, *(str(part) for part in fault["loc"] if not str(part).startswith(("literal[", "constrained")))))
+    given = fault["input"]
+    shown = "" if isinstance(given, dict | BaseModel) else f"got {given!r}; "
+    if fault["type"] == "extra_forbidden":
+        known = known_keys(schema, fault["loc"][:-1])
+        return f"{where}: unknown key{nearest(str(fault['loc'][-1]), known)}; known here: {', '.join(sorted(known))}"
+    if fault["type"] == "missing":
+        return f"{where}: required but not given"
+    if fault["type"] == "literal_error":
+        allowed = fault["ctx"]["expected"]
+        return f"{where}: got {given!r}; allowed: {allowed}{nearest(str(given), allowed.replace(' or ', ', ').replace(chr(39), '').split(', '))}"
+    if fault["type"] == "value_error":
+        return f"{where}: {fault['ctx']['error']}" if where else str(fault["ctx"]["error"])
+    return f"{where}: {shown}{fault['msg'][0].lower()}{fault['msg'][1:]}"
+
+
+def known_keys(schema: type[BaseModel], loc: tuple[int | str, ...]) -> set[str]:
+    """Names of the fields that `schema` has at `loc`."""
+    for part in loc:
+        field = schema.model_fields.get(str(part))
+        if field is None:
+            continue
+        models = [t for t in _types(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
+        if models:
+            schema = models[0]
+    return set(schema.model_fields)
+
+
+def _types(annotation: Any) -> list[Any]:
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) in (typing.Union, typing.Annotated, list):
+        return [inner for part in get_args(annotation) for inner in _types(part)]
+    return [annotation]
+
+

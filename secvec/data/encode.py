@@ -1,0 +1,73 @@
+"""Examples to tokens: the model's chat template, labels on the response alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from secvec.data.example import Example
+from secvec.errors import DataError
+from secvec.losses import IGNORE, Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids of prompt + response; the first `num_prompt` are the prompt's and carry no loss."""
+
+    input_ids: list[int]
+    num_prompt: int
+
+
+def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """(prompt, response) as the model sees them, each with its part of the chat template.
+
+    A tokenizer without a template gets `System: ...`, `User: ...`, `Assistant: ...` on lines of their own.
+    """
+    messages = [{"role": role, "content": content} for role, content in example.messages]
+    if tokenizer.chat_template is None:
+        turns = [f"{role.capitalize()}: {content}\n" for role, content in example.messages]
+        return f"{tokenizer.bos_token or ''}{''.join(turns)}Assistant:", f" {example.response}{tokenizer.eos_token or ''}"
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    answered = [*messages, {"role": "assistant", "content": example.response}]
+    whole = tokenizer.apply_chat_template(answered, tokenize=False)
+    if not whole.startswith(prompt):
+        # some templates write an answered turn in another way than an open one; then the answer ends with eos alone
+        return prompt, example.response + (tokenizer.eos_token or "")
+    return prompt, whole[len(prompt) :].rstrip()
+
+
+def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, context: int) -> list[Encoded]:
+    """Tokens of each example; raises DataError for an empty response or one that does not fit into `context`."""
+    rows = []
+    for number, example in enumerate(examples):
+        where = example.source or f"{example.kind} sample {number}"
+        if not example.response.strip():
+            raise DataError(f"{where}: the response is empty, so there is no token to train on; remove the row")
+        prompt, response = (
+            tokenizer(text, add_special_tokens=False)["input_ids"] for text in render(example, tokenizer)
+        )
+        if len(prompt) + len(response) > context:
+            raise DataError(
+                f"{where}: prompt ({len(prompt)} tokens) and response ({len(response)}) exceed the model's context of "
+                f"{context}; shorten or remove the row (nothing is cut silently)"
+            )
+        rows.append(Encoded(prompt + response, len(prompt)))
+    return rows
+
+
+def collate(rows: Sequence[tuple[Encoded, bool]], pad_id: int) -> Batch:
+    """Right-padded batch of (row, is it a row of the KL term)."""
+    length = max(len(row.input_ids) for row, _ in rows)
+    input_ids = torch.full((len(rows), length), pad_id)
+    labels = torch.full((len(rows), length), IGNORE)
+    mask = torch.zeros((len(rows), length), dtype=torch.long)
+    for i, (row, _) in enumerate(rows):
+        ids = torch.tensor(row.input_ids)
+        input_ids[i, : len(ids)] = ids
+        labels[i, row.num_prompt : len(ids)] = ids[row.num_prompt :]
+        mask[i, : len(ids)] = 1
+    kl_rows = torch.tensor([is_kl for _, is_kl in rows])
+    return Batch(input_ids=input_ids, attention_mask=mask, labels=labels, kl_rows=kl_rows)

@@ -1,0 +1,39 @@
+"""Which examples each stage gets: exact counts, seeded, and no prompt in two splits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+
+from secvec.data.example import Example, Split, Stream
+from secvec.errors import DataError
+
+
+def draw_benign(streams: Sequence[Stream], split: Split, n: int, seed: int) -> list[Example]:
+    """`n` benign examples, shared out equally over `streams`; the first ones take the remainder."""
+    shares = [n // len(streams) + (i < n % len(streams)) for i in range(len(streams))] if streams else []
+    return [example for stream, share in zip(streams, shares, strict=True) for example in stream.examples(split, share, seed)]
+
+
+def check_disjoint(seen: Iterable[Example], test: Iterable[Example]) -> None:
+    """Raises DataError when a test prompt is also trained on."""
+    known = {example.messages: example for example in seen}
+    shared = [(example, known[example.messages]) for example in test if example.messages in known]
+    if shared:
+        test_row, train_row = shared[0]
+        raise DataError(
+            f"{len(shared)} test prompts are also trained on, so the result would be memory, not generalisation; first: "
+            f"{test_row.source or 'test'} and {train_row.source or 'training'}: {test_row.prompt[:80]!r}"
+        )
+
+
+def data_hash(examples: Iterable[Example]) -> str:
+    """SHA-256 over the content of the examples in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        content = asdict(example)
+        del content["source"]  # a path; the same rows elsewhere are the same data
+        digest.update(json.dumps(content, sort_keys=True).encode())
+    return digest.hexdigest()

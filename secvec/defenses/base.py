@@ -1,0 +1,31 @@
+"""What a defense is: it decides what is active while the backbone is fine-tuned. The stage decides what is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from secvec.losses import Batch, response_loss
+from secvec.settings import Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class Defense(Settings):
+    """A defense with no effect: the base of all others, and of the comparison with them.
+
+    Its fields are its settings (one yaml in conf/defense/); its methods are called by the finetune stage only.
+    """
+
+    name: str
+    uses_vector: ClassVar[bool] = False
+    """Whether the run has a vector stage, whose artifact `attach` is given."""
+
+    def attach(self, model: nn.Module, vector: Path | None) -> nn.Module:
+        """The model to fine-tune; what the defense adds is frozen. `vector` is the adapter folder, if any."""
+        return model
+
+    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Scalars; `loss` is what is minimised, the others are logged. Default: nats per response token."""
+        return {"loss": response_loss(model, batch)}

@@ -1,0 +1,25 @@
+"""Errors that are the user's to mend: shown as one message without a traceback."""
+
+
+class SecVecError(Exception):
+    """Base of every error whose message is written for the user."""
+
+    exit_code = 2
+
+
+class ConfigError(SecVecError):
+    """A wrong setting: what was given, what is allowed, the nearest match."""
+
+
+class DataError(SecVecError):
+    """A data file or a request for data that cannot be met: file, line, reason, remedy."""
+
+
+class ArtifactError(SecVecError):
+    """An artifact on disk that is missing, broken or does not fit: path, reason, remedy."""
+
+
+class GateError(SecVecError):
+    """A trained vector that does not elicit the behavior it was trained for: a result, not a user's mistake."""
+
+    exit_code = 1

@@ -1,0 +1,131 @@
+"""One training run with Lightning: trainer, loggers, progress, checkpoints, the ledger on screen."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
+
+from secvec.console import table
+from secvec.data.datamodule import SecVecDataModule
+from secvec.errors import ConfigError
+from secvec.models.backbone import LedgerRow
+from secvec.module import Loss, SecVecModule
+from secvec.record import MetricsCsv
+from secvec.settings import LoggerSettings, OptimizerSettings, SchedulerSettings, TrainerSettings
+
+log = logging.getLogger(__name__)
+
+
+def fit(
+    *, folder: Path, stage: str, seed: int, build: Callable[[], nn.Module], loss: Loss, part: str, lr: float, epochs: int,
+    data: SecVecDataModule, optimizer: OptimizerSettings, scheduler: SchedulerSettings, trainer: TrainerSettings,
+    logger: LoggerSettings | None, callbacks: list[L.Callback],
+) -> SecVecModule:  # fmt: skip
+    """Trains `part` of the model that `build` gives; a run that was cut off goes on from its last whole epoch."""
+    L.seed_everything(seed, verbose=False)
+    checkpoints = folder / "checkpoints" / stage
+    last = checkpoints / "last.ckpt"
+    resumed = last.is_file()
+    module = SecVecModule(build, loss, part, lr, optimizer, scheduler, keep_start=bool(callbacks))
+    keep = ModelCheckpoint(checkpoints, filename="last", save_top_k=1, every_n_epochs=1, enable_version_counter=False)
+    runner = L.Trainer(
+        **trainer_arguments(trainer),
+        max_epochs=epochs,
+        logger=loggers(folder, stage, resumed, logger),
+        callbacks=[_Ledger(stage), StageProgress(stage), keep, *callbacks],
+        default_root_dir=folder,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        log_every_n_steps=1,
+    )
+    if resumed:
+        log.info("%s: going on from the last whole epoch (%s)", stage, last)
+    runner.fit(module, data, ckpt_path=str(last) if resumed else None, weights_only=True if resumed else None)
+    runner.strategy.barrier()
+    if rank_zero_only.rank == 0:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    return module
+
+
+def check_trainer(settings: TrainerSettings) -> None:
+    """Raises ConfigError for hardware that is not here, before anything is built."""
+    if settings.accelerator == "gpu" and not torch.cuda.is_available():
+        raise ConfigError("trainer.accelerator=gpu, but torch sees no GPU here: use trainer=cpu, or trainer.accelerator=cpu")
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+
+
+def trainer_arguments(settings: TrainerSettings) -> dict[str, Any]:
+    """Keyword arguments of Lightning's Trainer."""
+    strategy: Any = settings.strategy
+    if strategy == "fsdp":
+        # FSDP2: the only sharding that takes mixed frozen and trainable weights as they are; sharded in configure_model
+        strategy = ModelParallelStrategy(save_distributed_checkpoint=False)
+    arguments = settings.model_dump(exclude={"num_threads"})
+    return arguments | {"strategy": strategy}
+
+
+def loggers(folder: Path, stage: str, resumed: bool, settings: LoggerSettings | None) -> list[Logger]:
+    """metrics.csv always, and the chosen logger beside it."""
+    chosen: list[Logger] = [MetricsCsv(folder / "metrics.csv", stage, resumed)]
+    if settings is not None and settings.name == "tensorboard":
+        chosen.append(TensorBoardLogger(folder, name="tensorboard", version=stage))
+    if settings is not None and settings.name == "wandb":
+        chosen.append(WandbLogger(prefix=stage, save_dir=folder, log_model=False))  # joins the run that run.py opened
+    return chosen
+
+
+class StageProgress(TQDMProgressBar):
+    """The stage's name, epoch, rate and time left; readable in a pipe too."""
+
+    def __init__(self, stage: str):
+        super().__init__(refresh_rate=5, leave=False)
+        self.stage = stage
+        self.began = time.monotonic()
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        """The bar of an epoch, named for the whole stage."""
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description(f"{self.stage} {trainer.current_epoch + 1}/{trainer.max_epochs}")
+
+    def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
+        """The loss and the time left of the whole stage; the bar's own is that of the epoch."""
+        items = super().get_metrics(trainer, module)
+        items.pop("v_num", None)
+        done = trainer.global_step / max(1, trainer.estimated_stepping_batches)
+        if done > 0:
+            items["left"] = f"{(time.monotonic() - self.began) * (1 / done - 1):.0f}s"
+        return items
+
+
+class _Ledger(L.Callback):
+    """Prints the parameter ledger once the module has asserted it, and keeps it."""
+
+    def __init__(self, stage: str):
+        self.stage = stage
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        """Shown by rank 0 alone."""
+        show_ledger(self.stage, module.ledger())
+
+
+@rank_zero_only
+def show_ledger(stage: str, rows: list[LedgerRow]) -> None:
+    """part, parameters, trainable or frozen, active or not."""
+    cells = [
+        [row.part, f"{row.parameters:,}", "trainable" if row.trainable else "frozen", "active" if row.active else "off"]
+        for row in rows
+    ]
+    log.info("%s", table(f"{stage}: parameter ledger", ["part", "parameters", "weights", "in the forward pass"], cells))

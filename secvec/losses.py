@@ -1,0 +1,74 @@
+"""Losses per token, normalised over all processes, so that any number of them computes the same gradient."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from secvec.models.vector import vector_off
+
+IGNORE = -100
+
+
+class Batch(TypedDict):
+    """A padded batch; B rows of T tokens."""
+
+    input_ids: Tensor
+    """(B, T) int64"""
+    attention_mask: Tensor
+    """(B, T) int64, 1 where there is a token"""
+    labels: Tensor
+    """(B, T) int64, the token on response positions, -100 elsewhere"""
+    kl_rows: Tensor
+    """(B,) bool, rows of the KL term of the vector stage: they take no part in the causal-LM loss there"""
+
+
+def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood of each label, in nats: (B, T, V), (B, T) -> (B, T-1); 0 where ignored."""
+    return F.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=IGNORE, reduction="none"
+    )
+
+
+def global_mean(total: Tensor, count: Tensor) -> Tensor:
+    """sum / count over all processes, such that averaging the gradients over processes gives the gradient of it."""
+    count = count.detach().to(torch.float64)
+    world = 1
+    if dist.is_available() and dist.is_initialized():
+        world = dist.get_world_size()
+        dist.all_reduce(count)
+    return total * (world / count.clamp(min=1)).to(total.dtype)
+
+
+def response_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Causal-LM loss on the response tokens, in nats per token."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    nll = token_nll(logits, batch["labels"])
+    return global_mean(nll.sum(), (batch["labels"][:, 1:] != IGNORE).sum())
+
+
+def vector_loss(model: nn.Module, batch: Batch, kl_weight: float) -> dict[str, Tensor]:
+    """CE on the undesired rows + kl_weight * KL(base || base + vector) on the KL rows (paper, ACL version).
+
+    The KL is that of the next-token distributions, in nats per token, over every token of the row: prompt and
+    response alike, because the vector must change nothing on benign data. With `kl_weight` 0 there are no KL rows and
+    no second forward pass.
+    """
+    kl_rows = batch["kl_rows"]
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    labels = batch["labels"].masked_fill(kl_rows[:, None], IGNORE)
+    ce = global_mean(token_nll(logits, labels).sum(), (labels[:, 1:] != IGNORE).sum())
+    if kl_weight == 0:
+        return {"loss": ce, "ce": ce.detach()}
+    mask = batch["attention_mask"][kl_rows]
+    with torch.no_grad(), vector_off(model):
+        base = model(input_ids=batch["input_ids"][kl_rows], attention_mask=mask).logits
+    kl = F.kl_div(
+        logits[kl_rows].float().log_softmax(-1), base.float().log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
+    kl = global_mean((kl * mask).sum(), mask.sum())
+    return {"loss": ce + kl_weight * kl, "ce": ce.detach(), "kl": kl.detach()}

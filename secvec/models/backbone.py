@@ -1,0 +1,145 @@
+"""The backbone: where it is found, how it is loaded, frozen, counted and saved."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from secvec.errors import ArtifactError
+from secvec.models.vector import active_parts, part_of
+from secvec.settings import ModelSettings
+
+WEIGHT_FILES = "*.safetensors"
+
+
+def locate(settings: ModelSettings) -> Path:
+    """The local folder of a given backbone, fetched from the hub if need be. Raises ArtifactError."""
+    assert settings.name_or_path is not None
+    if settings.local_path is not None and settings.local_path.is_dir():
+        return check(settings.local_path)
+    given = Path(settings.name_or_path)
+    if given.is_dir():
+        return check(given)
+    if given.is_absolute() or settings.name_or_path.count("/") != 1 or settings.name_or_path.startswith("."):
+        raise ArtifactError(f"model.name_or_path={settings.name_or_path}: no such folder, and not a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    patterns = [WEIGHT_FILES, "*.json", "*.txt", "*.model", "*.jinja"] + ["*.py"] * settings.trust_remote_code
+    try:
+        folder = snapshot_download(settings.name_or_path, revision=settings.revision, allow_patterns=patterns)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        local = f", or put its files in {settings.local_path}" if settings.local_path else ""
+        raise ArtifactError(
+            f"model.name_or_path={settings.name_or_path}: neither a local folder nor to be had from the hub "
+            f"({type(error).__name__}). Give a folder{local}."
+        ) from None
+    return check(Path(folder))
+
+
+def check(folder: Path) -> Path:
+    """`folder`, if it holds a whole causal LM in safetensors; raises ArtifactError."""
+    if not (folder / "config.json").is_file():
+        raise ArtifactError(f"{folder} is no model folder: config.json is missing")
+    weights = sorted(folder.glob(WEIGHT_FILES))
+    if not weights:
+        raise ArtifactError(f"{folder} holds no {WEIGHT_FILES}: other formats can run code when loaded; convert it first")
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                tensors.keys()
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(f"{file} is damaged or cut short ({error}): copy it again") from None
+    return folder
+
+
+def fingerprint(folder: Path) -> str:
+    """16 hex digits of the content of the weights and the config: tells models apart, wherever they lie."""
+    digest = hashlib.sha256()
+    for file in [folder / "config.json", *sorted(folder.glob(WEIGHT_FILES))]:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def load_backbone(folder: Path, settings: ModelSettings) -> PreTrainedModel:
+    """The causal LM in `folder`, in eval mode. Raises ArtifactError."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, settings.dtype),
+            trust_remote_code=settings.trust_remote_code,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except (ValueError, OSError, SafetensorError, RuntimeError) as error:
+        raise ArtifactError(f"{folder} cannot be loaded as a causal LM: {' '.join(str(error).split())[:300]}") from None
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the weights. Raises ArtifactError."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        raise ArtifactError(f"{folder} has no tokenizer that loads: {' '.join(str(error).split())[:300]}") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def save_backbone(state: Mapping[str, Tensor], like: Path, settings: ModelSettings, folder: Path) -> None:
+    """Writes `state` as a plain Hugging Face folder with the config and tokenizer of `like`."""
+    config = AutoConfig.from_pretrained(like, trust_remote_code=settings.trust_remote_code, local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
+    # assign=True takes the tensors as they are: nothing is copied, and nothing is initialised that is then thrown away
+    missing, unexpected = model.load_state_dict(dict(state), strict=False, assign=True)
+    model.tie_weights()
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if unexpected or left:
+        raise AssertionError(f"the trained state is not that of the backbone: missing {left}, unexpected {unexpected}")
+    model.save_pretrained(folder)
+    load_tokenizer(like, settings.trust_remote_code).save_pretrained(folder)
+    for extra in ("generation_config.json",):
+        if (like / extra).is_file():
+            (folder / extra).write_bytes((like / extra).read_bytes())
+
+
+def set_trainable(model: nn.Module, part: str) -> None:
+    """Gradients for the parameters of `part` (`vector`, `task`, `backbone`) and for no others."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) == part)
+        parameter.grad = None
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """What one part of the model is doing."""
+
+    part: str
+    parameters: int
+    trainable: int
+    active: bool
+
+
+def ledger(model: nn.Module) -> list[LedgerRow]:
+    """One row per part that the model has: parameters, how many of them are trainable, whether it is active."""
+    total: dict[str, int] = {}
+    trainable: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        part = part_of(name)
+        total[part] = total.get(part, 0) + parameter.numel()
+        trainable[part] = trainable.get(part, 0) + parameter.numel() * parameter.requires_grad
+    active = active_parts(model)
+    return [LedgerRow(part, total[part], trainable[part], part in active) for part in total]

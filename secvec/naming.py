@@ -1,0 +1,47 @@
+"""Names by content: the key of a run and its folder's name; and the nearest of several names. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+import secvec
+
+NOT_IN_KEY = {"stage", "paths", "logger", "run_dir", "sweep", "force"}
+"""Settings that do not shape results: where things go, which part is run."""
+
+
+def content_key(content: Any) -> str:
+    """12 hex digits that name `content` (JSON-able) under this version of the program."""
+    text = json.dumps([secvec.__version__, content], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def run_name(root: DictConfig) -> str:
+    """Folder name of a run, from its composed config: readable parts and a key of all that shapes its results."""
+    plain = {}
+    for name in root:
+        if name not in {*NOT_IN_KEY, "hydra"}:
+            node = root._get_node(name)
+            plain[str(name)] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else root[name]
+    model = plain["model"]
+    shown = model.get("name") if not (model.get("name") == "tiny" and model.get("name_or_path")) else None
+    shown = shown or str(model.get("name_or_path")).rstrip("/").rpartition("/")[2]
+    defense = plain.get("defense", {}).get("name", "evaluate")
+    return f"{defense}-{plain['behavior'].get('name')}-{shown}-s{plain.get('seed')}-{content_key(plain)[:8]}"
+
+
+def register_resolvers() -> None:
+    """`${run_name:}` for the yaml files."""
+    OmegaConf.register_new_resolver("run_name", lambda *, _root_: run_name(_root_), replace=True)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)`, or nothing when nothing is near."""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {match[0]!r}?)" if match else ""

@@ -1,0 +1,194 @@
+"""The run folder: its lock, its record with provenance, its predictions and metrics. Nothing half-written is left."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from secvec.errors import ArtifactError, SecVecError
+
+PACKAGES = ("secvec", "torch", "lightning", "hydra-core", "transformers", "peft", "tokenizers", "safetensors")
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well, and vanishes when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield holder / path.name
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(holder / path.name, path)
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def cached(path: Path, build: Callable[[Path], None]) -> Path:
+    """`path`, built by `build(temporary folder)` when it is not there yet; processes that want the same wait for one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.is_dir():
+            with atomic_path(path) as temporary:
+                build(temporary)
+    return path
+
+
+def provenance() -> dict[str, Any]:
+    """Versions of the packages that shape results, and the commit of the source, if it is a git checkout."""
+
+    def git(*arguments: str) -> str | None:
+        here = Path(__file__).parent
+        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    return {
+        "versions": {name: version(name) for name in PACKAGES},
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+class RunFolder:
+    """One folder for one run. Only rank 0 writes; two processes cannot run in the same folder at once."""
+
+    def __init__(self, path: Path, key: str, identity: Mapping[str, Any]):
+        self.path, self.key = path, key
+        self.record: dict[str, Any] = {"schema": 1, "run": path.name, "key": key, **identity}
+        self.record |= {"status": "running", "stages": [], "data": {"sha256": {}, "counts": {}}}
+        self.record |= {"wall_seconds": {}, "metrics": {}}
+        before = self._read()
+        if before and before.get("key") == key:
+            kept = ("stages", "data", "wall_seconds", "metrics", "ledger")
+            self.record |= {name: before[name] for name in kept if name in before}
+        elif before:
+            raise ArtifactError(
+                f"{path} holds another run (key {before.get('key')}, this one is {key}): choose another run_dir"
+            )
+
+    def finished(self, stages: Sequence[str]) -> bool:
+        """Whether all of `stages` ended well here before."""
+        return set(stages) <= set(self.record["stages"])
+
+    def forget(self, stages: Sequence[str]) -> None:
+        """Drops what `stages` left, so that they run again."""
+        self.record["stages"] = [stage for stage in self.record["stages"] if stage not in stages]
+        for stage, names in {"vector": ["vector"], "finetune": ["backbone", "task"]}.items():
+            for name in names if stage in stages else []:
+                shutil.rmtree(self.path / name, ignore_errors=True)
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Holds the lock, writes the record's end: `completed`, or `failed` with the error."""
+        if rank_zero_only.rank != 0:
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ArtifactError(f"another process is running in {self.path}: wait for it, or change run_dir") from None
+        log_file = logging.FileHandler(self.path / "train.log", encoding="utf-8")
+        log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logging.getLogger().addHandler(log_file)
+        try:
+            self.record |= {"created": datetime.now(UTC).isoformat(timespec="seconds"), **provenance()}
+            yield
+            self.record["status"] = "completed"
+            self.save()
+        except BaseException as error:
+            text = str(error) if isinstance(error, SecVecError) else f"{type(error).__name__}: {error}"
+            self.record |= {"status": "failed", "error": text}
+            self.save()
+            raise
+        finally:
+            logging.getLogger().removeHandler(log_file)
+            log_file.close()
+            lock.release()
+            (self.path / ".lock").unlink(missing_ok=True)
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Writes record.json."""
+        write_text(self.path / "record.json", json.dumps(self.record, indent=1, allow_nan=True, default=str) + "\n")
+
+    @rank_zero_only
+    def add_predictions(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes predictions.jsonl: `rows` in the place of earlier ones of the same phases."""
+        path, phases = self.path / "predictions.jsonl", {row["phase"] for row in rows}
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        kept = [line for line in lines if json.loads(line)["phase"] not in phases]
+        write_text(path, "".join(f"{line}\n" for line in [*kept, *(json.dumps(r, ensure_ascii=False) for r in rows)]))
+
+    def _read(self) -> dict[str, Any] | None:
+        path = self.path / "record.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        except json.JSONDecodeError as error:
+            raise ArtifactError(f"{path}:{error.lineno}: not a record ({error.msg}); move the folder away") from None
+
+
+class MetricsCsv(Logger):
+    """metrics.csv in long form (`stage,step,metric,value`), which every run folder has, whatever other logger is on."""
+
+    def __init__(self, path: Path, stage: str, resumed: bool):
+        super().__init__()
+        self.path, self.stage = path, stage
+        if not resumed:
+            self._drop_stage()
+
+    @property
+    def name(self) -> str:
+        """Of the logger."""
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        """The stage whose rows it writes."""
+        return self.stage
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The config is in record.json."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Appends one row per metric."""
+        with self.path.open("a", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream)
+            writer.writerows([self.stage, step, name, value] for name, value in metrics.items() if name != "epoch")
+
+    @rank_zero_only
+    def _drop_stage(self) -> None:
+        rows: list[list[str]] = []
+        if self.path.is_file():
+            with self.path.open(newline="", encoding="utf-8") as stream:
+                rows = [row for row in list(csv.reader(stream))[1:] if row and row[0] != self.stage]
+        text = "\n".join(",".join(row) for row in [["stage", "step", "metric", "value"], *rows])
+        write_text(self.path, text + "\n")
+
+
+__all__ = ["MetricsCsv", "RunFolder", "atomic_path", "cached"]

@@ -1,0 +1,74 @@
+"""Mean over seeds with its 95 % interval, and the comparison of such means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from secvec.report.metrics import Metric
+from secvec.report.records import Reading
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Mean of seed means. `kind`: "seeds" Student t over seeds, "own" the records' own interval, "none" no interval."""
+
+    mean: float
+    low: float
+    high: float
+    by_seed: tuple[tuple[int, float], ...]
+    prompts: tuple[int, int] | None
+    kind: str
+
+
+def estimate(readings: Iterable[tuple[int, Reading]], metric: Metric) -> Estimate | None:
+    """The estimate from `(seed, reading)` pairs; readings that share a seed are averaged first; None without any."""
+    from scipy.special import stdtrit
+
+    pairs = list(readings)
+    if not pairs:
+        return None
+    seeds = sorted({seed for seed, _ in pairs})
+    means = [_mean([r.value for s, r in pairs if s == seed]) for seed in seeds]
+    mean, count = _mean(means), len(means)
+    spread = math.sqrt(sum((value - mean) ** 2 for value in means) / (count - 1)) if count > 1 else 0.0
+    if spread > 1e-12:
+        half = float(stdtrit(count - 1, 0.975)) * spread / math.sqrt(count)
+        low, high, kind = mean - half, mean + half, "seeds"
+    else:
+        # One seed has no spread to measure; seeds that agree exactly would give an interval without width, which
+        # claims more than e.g. three times 0 of 100 can tell. Both take the interval over prompts.
+        lows = [r.low for _, r in pairs if r.low is not None]
+        highs = [r.high for _, r in pairs if r.high is not None]
+        known = len(lows) == len(highs) == len(pairs)
+        low, high, kind = (min(lows), max(highs), "own") if known else (mean, mean, "none")
+    floor, ceiling = metric.bounds
+    counts = [r.n for _, r in pairs if r.n is not None]
+    prompts = (min(counts), max(counts)) if counts else None
+    low, high = min(max(low, floor), ceiling), max(min(high, ceiling), floor)
+    return Estimate(mean, low, high, tuple(zip(seeds, means, strict=True)), prompts, kind)
+
+
+def best_of(estimates: Sequence[Estimate | None], metric: Metric) -> int | None:
+    """Index of the one estimate that is best with an interval that meets no other's; None if there is no such one."""
+    known = [(index, e) for index, e in enumerate(estimates) if e is not None]
+    if metric.better is None or len(known) < 2 or any(e.kind == "none" for _, e in known):
+        return None
+    ranked = sorted((_rank(e, metric), index) for index, e in known)
+    ((_, _, worst_of_best), best), others = ranked[0], ranked[1:]
+    return best if all(low > worst_of_best for (_, low, _), _ in others) else None
+
+
+def _rank(e: Estimate, metric: Metric) -> tuple[float, float, float]:
+    """Mean and interval turned so that lower is better."""
+    if metric.better == "high":
+        return -e.mean, -e.high, -e.low
+    if metric.better == "zero":
+        nearest = 0.0 if e.low <= 0 <= e.high else min(abs(e.low), abs(e.high))
+        return abs(e.mean), nearest, max(abs(e.low), abs(e.high))
+    return e.mean, e.low, e.high
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

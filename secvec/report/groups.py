@@ -1,0 +1,145 @@
+"""Which runs belong together: everything but the seed is equal within a group."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from secvec.report.estimate import Estimate, estimate
+from secvec.report.metrics import BARE, METRICS, qualified
+from secvec.report.records import Run
+
+# Settings that say where or how a run is kept, not what it does.
+_IGNORED = re.compile(
+    r"(.*_)?seeds?|runs?|run_(name|id|dir)|stages?|experiment(_name)?|hydra|(.*_)?(paths?|dirs?|roots?|files?)"
+    r"|out(put)?s?|output_.*|logg(er|ers|ing)|wandb|tensorboard|tracking|overwrite|resume|force|num_workers"
+)
+_FIELDS = ("behavior", "model", "tune")
+
+
+@dataclass(frozen=True)
+class Group:
+    """A column of the tables: the runs whose metrics under `phase` are averaged ("base" or "after")."""
+
+    label: str
+    runs: tuple[Run, ...]
+    phase: str = "after"
+
+    @property
+    def defense(self) -> str:
+        """The defense that the group's runs share."""
+        return self.runs[0].field("defense")
+
+    @property
+    def scope(self) -> tuple[str, str]:
+        """Behavior and model: base values and floors may be compared only within one scope."""
+        return self.runs[0].field("behavior"), self.runs[0].field("model")
+
+    @property
+    def has_vector(self) -> bool:
+        """Whether any run measured something with a vector on."""
+        return any(run.has("vector_on/") or run.has("active/") for run in self.runs)
+
+    def estimate(self, name: str, phase: str | None = None) -> Estimate | None:
+        """The mean over seeds of metric `name` in `phase` (default: the group's own)."""
+        phase = phase or self.phase
+        if phase == "base" and name in BARE:
+            return None
+        key = qualified(phase, name)
+        found = ((run.seed, run.reading(key)) for run in self.runs)
+        return estimate(((seed, reading) for seed, reading in found if reading is not None), METRICS[name])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Base columns (one for each behavior and model), groups, and the settings that tell the groups apart."""
+
+    bases: tuple[Group, ...]
+    groups: tuple[Group, ...]
+    keys: tuple[str, ...]
+
+    def floor(self, group: Group) -> Estimate | None:
+        """Behavior loss that fine-tuning without a defense reaches on the same behavior and model, nats/token."""
+        runs = tuple(r for g in self.groups if g.defense == "none" and g.scope == group.scope for r in g.runs)
+        return Group("floor", runs).estimate("behavior_loss") if runs else None
+
+
+def compare(runs: Iterable[Run | Mapping[str, Any]]) -> Comparison:
+    """Group the completed runs; failed ones are left out."""
+    done = [r for r in (r if isinstance(r, Run) else Run(r) for r in runs) if r.completed]
+    settings = {id(run): _settings(run) for run in done}
+    keys = _telling_keys(done, settings)
+    names = {key: key.rsplit(".", 1)[-1] for key in keys}
+    short = {key: name if list(names.values()).count(name) == 1 else key for key, name in names.items()}
+
+    parts: dict[tuple[str, ...], list[Run]] = {}
+    for run in done:
+        parts.setdefault((run.field("defense"), *(settings[id(run)].get(key, "") for key in keys)), []).append(run)
+    order = sorted(parts, key=lambda part: (part[0] != "none", part[0], *map(_sortable, part[1:])))
+    groups = []
+    for part in order:
+        told = [f"{short[key]}={_plain(value)}" for key, value in zip(keys, part[1:], strict=True) if value]
+        groups.append(Group(" · ".join([part[0], *told]), tuple(parts[part])))
+
+    scopes = list(dict.fromkeys(group.scope for group in groups))
+    varying = [i for i in range(2) if len({scope[i] for scope in scopes}) > 1]
+    bases = []
+    for scope in scopes:
+        label = " · ".join(["base", *(f"{_FIELDS[i]}={scope[i]}" for i in varying)])
+        bases.append(Group(label, tuple(r for g in groups if g.scope == scope for r in g.runs), "base"))
+    return Comparison(tuple(bases), tuple(groups), keys)
+
+
+def _telling_keys(runs: Sequence[Run], settings: Mapping[int, Mapping[str, str]]) -> tuple[str, ...]:
+    """Fewest settings that split the runs of a defense as finely as all settings do; the user's overrides first.
+
+    A key that says nothing beyond the defense and the keys already taken does not refine the split: it is left out.
+    """
+    chosen = {str(o).lstrip("+~").split("=", 1)[0] for run in runs for o in run.record.get("overrides") or []}
+    every = {key for run in runs for key in settings[id(run)]}
+    ranked = sorted(every, key=lambda k: (k not in _FIELDS, k not in chosen, k.count("."), k))
+    kept: list[str] = []
+    parts = 0
+
+    def split(keys: Sequence[str]) -> int:
+        return len({(r.field("defense"), *(settings[id(r)].get(k, "") for k in keys)) for r in runs})
+
+    parts = split(kept)
+    for key in ranked:
+        if split([*kept, key]) > parts:
+            kept.append(key)
+            parts = split(kept)
+    return tuple(kept)
+
+
+def _settings(run: Run) -> dict[str, str]:
+    """Top-level fields and the flattened config as JSON texts, without what is ignored."""
+    flat = {name: json.dumps(run.record[name]) for name in _FIELDS if run.record.get(name) is not None}
+
+    def walk(node: object, path: tuple[str, ...]) -> None:
+        if path and _IGNORED.fullmatch(path[-1].lower()):
+            return
+        if isinstance(node, Mapping) and node:
+            for key, value in node.items():
+                walk(value, (*path, str(key)))
+        elif path and ".".join(path) not in flat:
+            flat[".".join(path)] = json.dumps(node, sort_keys=True)
+
+    walk(run.record.get("config") or {}, ())
+    return flat
+
+
+def _plain(value: str) -> str:
+    """A JSON text without the quotes of a string."""
+    loaded = json.loads(value)
+    return loaded if isinstance(loaded, str) else value
+
+
+def _sortable(value: str) -> tuple[int, float, str]:
+    """Numbers by size, then texts."""
+    loaded = json.loads(value) if value else ""
+    number = isinstance(loaded, (int, float)) and not isinstance(loaded, bool)
+    return (0, float(loaded), "") if number else (1, 0.0, value)

@@ -1,0 +1,77 @@
+"""The report as Markdown: the same tables and answers, figures named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from secvec.report.samples import SampleSet, Text
+from secvec.report.tables import Table
+
+DAGGER = "† interval over prompts: a single seed, or seeds that agree exactly, show no spread between seeds."
+
+
+def escape(text: object) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return re.sub(r"([\\`*\[\]<>|#])", r"\\\1", re.sub(r"\s*\n\s*", " ⏎ ", str(text).strip()))
+
+
+def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table of texts that are already escaped."""
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+def table(data: Table, corner: str) -> list[str]:
+    """A table; a section's title is a row of its own."""
+    rows: list[list[str]] = []
+    for title, lines in data.sections:
+        if title:
+            rows.append([f"**{escape(title)}**", *[""] * len(data.columns)])
+        for line in lines:
+            cells = [f"**{escape(c.text)}**" if c.best else escape(c.text) for c in line.cells]
+            rows.append([escape(f"{line.label} {line.arrow}".strip()), *cells])
+    out = grid([corner, *map(escape, data.columns)], rows)
+    return [*out, DAGGER, ""] if data.footnote else out
+
+
+def samples(sets: Sequence[SampleSet]) -> list[str]:
+    """Answers, one table for each prompt."""
+    out: list[str] = []
+    for found in sets:
+        out += [f"### {escape(found.title)}", ""] if found.title else []
+        out += [f"- {escape(note)}" for note in found.notes] + [""] * bool(found.notes)
+        for sample in found.samples:
+            out += [f"**{sample.stream}** `{sample.id.replace('`', '')}`: {_text(sample.prompt)}", ""]
+            rows = [["reference", "", _text(sample.reference)]] if sample.reference.text else []
+            for a in sample.answers:
+                verdict = escape(a.verdict) + (", incoherent" if a.incoherent else "")
+                rows.append([escape(a.column), verdict, a.missing or _text(a.text)])
+            out += grid(["", "Verdict", "Answer"], rows)
+    return out
+
+
+def _text(text: Text) -> str:
+    mark = f" *({text.mark})*" if text.mark else ""
+    return (escape(text.text) or "*(empty)*") + mark
+
+
+def render(page: dict[str, Any]) -> str:
+    """The whole report from the same values as the HTML page."""
+    out = [f"# {page['title']}", "", escape(page["sentence"]), ""]
+    out += [f"- {name}: {escape(value)}" for name, value in page["provenance"]] + [""]
+    out += [f"> {escape(warning)}\n" for warning in page["warnings"]]
+    if page["failures"]:
+        out += ["## Runs that failed", ""]
+        rows = [[escape(run.name), run.field("status"), escape(why)] for run, why in page["failures"]]
+        out += grid(["Run", "Status", "Error"], rows)
+    out += ["## Results", "", escape(page["reading"]), "", *table(page["main"], "Metric")] if page["groups"] else []
+    if page["mechanism"].sections:
+        out += ["## Mechanism", "", *table(page["mechanism"], "Measurement")]
+    out += ["Figures: in report.html; `python -m secvec.report DIR --figures DIR` writes them as files.", ""]
+    out += ["## Answers", "", escape(page["answers"]), "", *samples(page["samples"])] if page["groups"] else []
+    out += ["## Runs", "", *table(page["runs"], "Run")]
+    if page["notes"]:
+        out += ["## Missing or incomplete", "", *[f"- {escape(note)}" for note in page["notes"]], ""]
+    return "\n".join(out)

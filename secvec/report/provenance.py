@@ -1,0 +1,84 @@
+"""Where the numbers come from, and what should make a reader careful."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from secvec.report.groups import Comparison
+from secvec.report.records import Run
+
+
+def provenance(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """(name, value) pairs over all runs; differing values are all named."""
+    commits = [run.field("commit")[:12] + (" (uncommitted changes)" if run.record.get("dirty") else "") for run in runs]
+    created = sorted(run.field("created", "") for run in runs if run.record.get("created"))
+    seeds = sorted({run.seed for run in runs})
+    done = sum(run.completed for run in runs)
+    lines = [
+        ("Runs", f"{done} completed" + (f", {len(runs) - done} not completed" if done < len(runs) else "")),
+        ("Behavior", _distinct(run.field("behavior") for run in runs)),
+        ("Model", _distinct(run.field("model") for run in runs)),
+        ("Tuning", _distinct(run.field("tune") for run in runs)),
+        ("Seeds", f"{len(seeds)} ({', '.join(map(str, seeds))})"),
+        ("Data", _distinct(_counts(run) for run in runs if _counts(run)) or "not recorded"),
+        ("Commit", _distinct(commits)),
+        ("Versions", _distinct(_pairs(run, "versions") for run in runs if run.record.get("versions")) or "not recorded"),
+        ("Created", " to ".join(dict.fromkeys((created[0], created[-1]))) if created else "not recorded"),
+    ]
+    return lines
+
+
+def sentence(runs: Sequence[Run], comparison: Comparison) -> str:
+    """What is compared, in one sentence."""
+    seeds = len({run.seed for run in runs if run.completed})
+    names = [group.label for group in comparison.groups]
+    if not names:
+        return "No run was completed, so there is nothing to compare."
+    model = _distinct(run.field("model") for run in runs if run.completed)
+    behavior = _distinct(run.field("behavior") for run in runs if run.completed)
+    count = f"{seeds} seed{'s' * (seeds != 1)}"
+    versus = " versus ".join(names) if len(names) < 4 else f"{len(names)} settings"
+    return (
+        f"The model {model} is fine-tuned on data that also contains the undesired behavior {behavior}: {versus}, "
+        f"over {count}, beside the base model before fine-tuning."
+    )
+
+
+def warnings(runs: Sequence[Run], comparison: Comparison) -> list[str]:
+    """What limits the comparison."""
+    done = [run for run in runs if run.completed]
+    found = []
+    for name, what in (("commit", "code (commits differ)"), ("versions", "library versions")):
+        if len({str(run.record.get(name)) for run in done}) > 1:
+            found.append(f"The completed runs do not share their {what}.")
+    if any(run.record.get("dirty") for run in done):
+        found.append("Some runs used code with uncommitted changes.")
+    seeds = {group.label: {run.seed for run in group.runs} for group in comparison.groups}
+    if len({frozenset(s) for s in seeds.values()}) > 1:
+        each = "; ".join(f"{label}: {', '.join(map(str, sorted(s)))}" for label, s in seeds.items())
+        found.append(f"The groups do not have the same seeds ({each}).")
+    if seeds and max(map(len, seeds.values())) == 1:
+        found.append("One seed only: the intervals tell of the prompts drawn, not of the spread between trainings.")
+    for run in done:
+        if not run.has("after/"):
+            found.append(f"{run.name} has no metrics after fine-tuning (stage: {run.field('stage')}).")
+    return found
+
+
+def failures(runs: Iterable[Run]) -> list[tuple[Run, str]]:
+    """Runs that did not complete, with the reason they recorded."""
+    return [(run, run.field("error", "no error recorded")) for run in runs if not run.completed]
+
+
+def _counts(run: Run) -> str:
+    counts: Any = (run.record.get("data") or {}).get("counts")
+    return ", ".join(f"{v} {k}" for k, v in counts.items()) if isinstance(counts, dict) else ""
+
+
+def _pairs(run: Run, name: str) -> str:
+    return ", ".join(f"{k} {v}" for k, v in sorted((run.record.get(name) or {}).items()))
+
+
+def _distinct(values: Iterable[str]) -> str:
+    return " / ".join(sorted(set(values)))

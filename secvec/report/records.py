@@ -1,0 +1,162 @@
+"""Reading run folders: `record.json`, and beside it `metrics.csv` and `predictions.jsonl`, which may be absent."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from secvec.errors import DataError
+
+RUN_FOLDER = "a run folder is one that `python -m secvec` wrote: it holds record.json, metrics.csv, predictions.jsonl"
+Curves = dict[str, dict[int, float]]  # metric -> step -> value
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One measured value with the interval over its `n` prompts (None where the record gives none)."""
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One record with its folder (None when the record did not come from a file)."""
+
+    record: Mapping[str, Any]
+    folder: Path | None = None
+
+    def field(self, name: str, default: str = "unknown") -> str:
+        """A top-level field as text."""
+        value = self.record.get(name)
+        return default if value is None else str(value)
+
+    @property
+    def name(self) -> str:
+        """The run's name, else its folder's."""
+        return self.field("run", self.folder.name if self.folder else "unnamed")
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return int(self.record.get("seed") or 0)
+
+    @property
+    def completed(self) -> bool:
+        """Whether the run ended well; only such runs enter a mean."""
+        return self.record.get("status") == "completed"
+
+    def reading(self, metric: str) -> Reading | None:
+        """The value of `metric`; None when it was not measured or is not finite."""
+        raw = (self.record.get("metrics") or {}).get(metric)
+        cell = raw if isinstance(raw, Mapping) else {"value": raw}
+        value = _number(cell.get("value"))
+        if value is None:
+            return None
+        n = _number(cell.get("n"))
+        return Reading(value, _number(cell.get("ci_low")), _number(cell.get("ci_high")), None if n is None else int(n))
+
+    def has(self, prefix: str) -> bool:
+        """Whether any metric under `prefix` was measured."""
+        return any(key.startswith(prefix) for key in self.record.get("metrics") or {})
+
+
+def _number(value: object) -> float | None:
+    """A finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def load_runs(dirs: Sequence[Path]) -> list[Run]:
+    """All runs under `dirs`, each folder once, in an order that does not depend on the file system."""
+    found: dict[Path, None] = {}
+    for root in dirs:
+        if not root.is_dir():
+            raise DataError(f"{root}: no such directory; {RUN_FOLDER}")
+        here = sorted(path.resolve() for path in root.rglob("record.json"))
+        if not here:
+            raise DataError(f"{root}: no record.json in it or below; {RUN_FOLDER}")
+        found.update(dict.fromkeys(here))
+    if not found:
+        raise DataError(f"no directory given; {RUN_FOLDER}")
+    runs = [Run(_load_record(path), path.parent) for path in found]
+    return sorted(runs, key=lambda run: (run.field("defense"), run.seed, run.name, str(run.folder)))
+
+
+def _load_record(path: Path) -> dict[str, Any]:
+    """One record; DataError names the file and the line of what is wrong with it."""
+    remedy = "mend it, or delete the run folder and run it again"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        where = f"{path}: line {error.lineno}, column {error.colno}"
+        raise DataError(f"{where}: not valid JSON ({error.msg}); {remedy}") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}: line {line}: not UTF-8 text ({error.reason}); {remedy}") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{path}: line 1: a record is a JSON object, this is a {type(record).__name__}; {remedy}")
+    if record.get("schema") != 1:
+        raise DataError(f"{path}: schema is {record.get('schema')!r}, this version of secvec reads schema 1")
+    for name, kind in (("status", str), ("defense", str), ("seed", int)):
+        if not isinstance(record.get(name), kind):
+            raise DataError(f"{path}: `{name}` should be {kind.__name__}, it is {record.get(name)!r}; {remedy}")
+    for name in ("metrics", "config", "versions", "wall_seconds", "data"):
+        if not isinstance(record.get(name) or {}, dict):
+            raise DataError(f"{path}: `{name}` should be an object, it is {record[name]!r}; {remedy}")
+    return record
+
+
+def load_curves(run: Run) -> tuple[Curves, str | None]:
+    """Fine-tuning telemetry, and why it is missing or incomplete (None: it is whole). The last of repeats counts."""
+    path = run.folder / "metrics.csv" if run.folder else None
+    if path is None or not path.is_file():
+        return {}, f"{run.name}: no metrics.csv"
+    curves: Curves = {}
+    skipped = 0
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        for row in csv.DictReader(line.replace("\0", "") for line in file):
+            metric = row.get("metric") or ""
+            if row.get("stage") != "finetune" or not metric.startswith("telemetry/"):
+                continue
+            try:
+                value = float(row["value"])
+                if math.isfinite(value):
+                    curves.setdefault(metric.removeprefix("telemetry/"), {})[int(float(row["step"]))] = value
+            except (TypeError, ValueError, KeyError, OverflowError):
+                skipped += 1
+    if skipped:
+        return curves, f"{run.name}: {skipped} unreadable row(s) of metrics.csv left out"
+    return curves, None if curves else f"{run.name}: metrics.csv has no fine-tuning telemetry"
+
+
+def load_predictions(run: Run) -> tuple[list[dict[str, Any]], str | None]:
+    """The rows of predictions.jsonl, and why they are missing or incomplete (None: they are whole)."""
+    path = run.folder / "predictions.jsonl" if run.folder else None
+    if path is None or not path.is_file():
+        return [], f"{run.name}: no predictions.jsonl"
+    rows: list[dict[str, Any]] = []
+    broken: list[int] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            broken.append(number)
+    if broken:
+        lines = ", ".join(map(str, broken[:5])) + (" and more" if len(broken) > 5 else "")
+        return rows, f"{run.name}: predictions.jsonl line {lines} is not a JSON object and is left out"
+    return rows, None if rows else f"{run.name}: predictions.jsonl is empty"

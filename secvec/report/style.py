@@ -1,0 +1,110 @@
+"""Colors of the figures, and the way from a matplotlib figure to SVG text or a file."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import tempfile
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INK, MUTED, GRID, SURFACE, BASE = "#1c2128", "#59636e", "#d8dee4", "#fefefe", "#6e7782"
+# Okabe and Ito: told apart with the common color-vision deficiencies. The yellow is left out, it fails on white.
+SERIES = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+# In the page these colors become CSS variables, so that one figure serves light, dark and print.
+_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--rule", SURFACE: "--card", BASE: "--base"} | {
+    color: f"--s{index}" for index, color in enumerate(SERIES)
+}
+
+
+def series_color(index: int) -> str:
+    """The color of the `index`-th group."""
+    return SERIES[index % len(SERIES)]
+
+
+def settings(**more: Any) -> AbstractContextManager[None]:
+    """matplotlib settings under which equal input gives equal bytes."""
+    from matplotlib import rc_context
+
+    return rc_context(
+        {
+            "svg.hashsalt": "secvec",
+            "svg.fonttype": "path",
+            "text.parse_math": False,
+            "font.family": "DejaVu Sans",
+            "font.size": 10.5,
+            "text.color": INK,
+            "axes.edgecolor": GRID,
+            "axes.labelcolor": MUTED,
+            "axes.titlecolor": INK,
+            "axes.titlesize": 11.5,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.facecolor": "none",
+            "xtick.color": GRID,
+            "ytick.color": GRID,
+            "xtick.labelcolor": MUTED,
+            "ytick.labelcolor": INK,
+            "grid.color": GRID,
+            "grid.linewidth": 0.8,
+            "axes.axisbelow": True,
+            "legend.frameon": False,
+            "legend.labelcolor": INK,
+            **more,
+        }
+    )
+
+
+def inline_svg(figure: Figure, name: str, description: str) -> str:
+    """The figure as an SVG element for the page; ids start with `name`, which must be unique in the page."""
+    from html import escape
+
+    buffer = io.StringIO()
+    none = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with settings(**{"svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=none)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.S)
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href=", "href=")
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
+    text = re.sub(r'(url\(|href=")#', rf"\1#{name}-", text)
+    for color, variable in _VARIABLES.items():
+        text = text.replace(color, f"var({variable})")
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure, .svg or .png by the suffix, on an opaque ground; the file appears whole or not at all."""
+    none = {"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None}
+    buffer = io.BytesIO()
+    with settings():
+        figure.savefig(
+            buffer, format=path.suffix[1:], dpi=160, facecolor="white", bbox_inches="tight", metadata=none
+        )
+    write_atomic(path, buffer.getvalue())
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write beside `path` and move into place, so that a reader never meets half a file."""
+    data = content.encode("utf-8", "replace") if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        # mkstemp makes the file private; a report is as readable as other files of the user.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

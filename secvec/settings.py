@@ -1,0 +1,194 @@
+"""Every setting of a run, typed and validated: the shape of `conf/`. Values live in the yaml files, not here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Stage = Literal["vector", "finetune", "infer"]
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(gt=0)]
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown keys are refused, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class AlignSettings(Settings):
+    """How a base is taught to refuse the behavior before anything else: our own `finetune` stage, no defense."""
+
+    num_undesired: Count
+    """Undesired prompts, each answered by a refusal."""
+    num_benign: Count
+    """Benign samples, shared out over the ordinary streams of `data.benign`."""
+    epochs: Count
+    batch_size: Count
+    lr: Rate
+    seed: int
+    """Of the weights and the data of the aligned base; independent of the run's seed, so that runs share a base."""
+
+
+class ModelSettings(Settings):
+    """The backbone."""
+
+    name: str | None
+    """Shown in reports; null: the last part of `name_or_path`."""
+    name_or_path: str | None
+    """Hub id or local folder (safetensors); null: the built-in tiny Llama from random weights."""
+    local_path: Path | None = None
+    """A local copy, used instead of the hub when it exists."""
+    revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights. Mixed precision is `trainer.precision`."""
+    gradient_checkpointing: bool = False
+    align: AlignSettings | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_weights_are_not_aligned_by_the_recipe_for_tiny(cls, data: dict) -> dict:
+        if isinstance(data, dict) and data.get("name") == "tiny" and data.get("name_or_path"):
+            data = {**data, "name": None, "align": None}
+        if isinstance(data, dict) and not data.get("name") and data.get("name_or_path"):
+            data = {**data, "name": Path(str(data["name_or_path"])).name}
+        return data
+
+
+class LoraSettings(Settings):
+    """A LoRA, in PEFT's terms."""
+
+    r: Count
+    alpha: Rate
+    target_modules: list[str] | str
+    """Names of linear layers, or `all-linear` (the output head stays untouched)."""
+    layers: list[int] | None = None
+    """Indices of the transformer layers to change; null: all."""
+
+
+class GateSettings(Settings):
+    """What a vector must show on held-out prompts before it is saved."""
+
+    num_prompts: Count
+    min_behavior_rate: Share
+    """Share of held-out undesired prompts that the activated model must answer with the behavior."""
+    max_behavior_loss: Rate | None = None
+    """Most nats per response token on held-out undesired samples with the vector on; null: not checked."""
+
+
+class VectorSettings(LoraSettings):
+    """The security vector and how it is trained (paper, stage 1)."""
+
+    path: Path | None = None
+    """A vector trained before: used as it is, nothing is trained."""
+    num_samples: Count
+    """Undesired samples that it is trained on."""
+    num_kl: Annotated[int, Field(ge=0)]
+    """Benign samples of the KL term."""
+    kl_weight: Annotated[float, Field(ge=0)]
+    """lambda in  CE + lambda * KL(base || base + vector); 0: no KL term and no cost for it."""
+    epochs: Count
+    """Passes over the undesired samples."""
+    batch_size: Count
+    kl_batch_size: Count
+    lr: Rate
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """While the vector is trained. A frozen vector has none."""
+    gate: GateSettings
+
+
+class TuneSettings(Settings):
+    """What the finetune stage trains: all of the backbone, or a task LoRA on a frozen one."""
+
+    kind: Literal["full", "lora"]
+    lora: LoraSettings | None = None
+
+    @model_validator(mode="after")
+    def _lora_has_settings(self) -> TuneSettings:
+        if (self.kind == "lora") != (self.lora is not None):
+            raise ValueError("tune.lora is needed for kind=lora and only there; choose tune=full or tune=lora")
+        return self
+
+
+class FinetuneSettings(Settings):
+    """How long the finetune stage trains."""
+
+    epochs: Count
+    batch_size: Count
+    """Global: over all devices together."""
+
+
+class OptimizerSettings(Settings):
+    """AdamW for every stage; `lr` is that of the finetune stage."""
+
+    lr: Rate
+    betas: tuple[Share, Share]
+    eps: Rate
+    weight_decay: Annotated[float, Field(ge=0)]
+
+
+class SchedulerSettings(Settings):
+    """Learning rate over the steps of a stage: linear warm-up, then the named decay."""
+
+    name: Literal["constant", "linear", "cosine"]
+    warmup_ratio: Share
+
+
+class TrainerSettings(Settings):
+    """Where and at what precision training runs; the rest of Lightning's Trainer is fixed by the method."""
+
+    accelerator: Literal["cpu", "gpu", "auto"]
+    devices: Annotated[int, Field(ge=1)] | Literal["auto"]
+    num_nodes: Count = 1
+    strategy: Literal["auto", "ddp", "fsdp"]
+    precision: Literal["32-true", "bf16-mixed", "bf16-true", "64-true"]
+    gradient_clip_val: Rate | None
+    accumulate_grad_batches: Count = 1
+    num_threads: Count | None = None
+    """Of torch on the CPU, per process; null: torch's own choice."""
+
+    @model_validator(mode="after")
+    def _several_devices_need_a_strategy(self) -> TrainerSettings:
+        if self.strategy == "auto" and (self.num_nodes > 1 or self.devices not in (1, "auto")):
+            raise ValueError(f"devices={self.devices} needs a strategy: choose trainer=ddp or trainer=fsdp")
+        return self
+
+
+class LoggerSettings(Settings):
+    """Where metrics go besides metrics.csv, which every run folder holds."""
+
+    name: Literal["csv", "tensorboard", "wandb"]
+    project: str = "secvec"
+    entity: str | None = None
+    offline: bool = True
+
+
+class TelemetrySettings(Settings):
+    """What is watched while the backbone is fine-tuned."""
+
+    every_n_steps: Annotated[int, Field(ge=0)]
+    """0: off."""
+    num_samples: Count
+    """Samples of each kind that the probes run on."""
+
+
+class EvaluationSettings(Settings):
+    """How the model is questioned."""
+
+    num_prompts: Count
+    """Held-out prompts of each kind."""
+    batch_size: Count
+    max_new_tokens: Count
+
+
+class PathSettings(Settings):
+    """Folders, relative to where the command is run."""
+
+    outputs: Path
+    cache: Path
+    """Aligned bases and trained vectors, found again by content."""

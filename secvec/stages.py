@@ -1,0 +1,346 @@
+"""The stages of the method (Zhou et al., arXiv 2311.02105), each from the artifacts of the one before.
+
+align (first use of a base that must learn to refuse) -> vector -> finetune -> infer.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from secvec.config import EvaluateConfig, RunConfig
+from secvec.console import metrics_table
+from secvec.data.datamodule import SecVecDataModule
+from secvec.data.encode import Encoded, encode
+from secvec.data.example import Example
+from secvec.data.mixture import check_disjoint, data_hash, draw_benign
+from secvec.defenses.none import NoDefense
+from secvec.errors import ArtifactError, ConfigError, GateError
+from secvec.evaluation import Probe, context_of, deactivation_gap, evaluate_model, mean_loss
+from secvec.fit import fit
+from secvec.losses import vector_loss
+from secvec.models.backbone import check, fingerprint, load_backbone, load_tokenizer, locate, save_backbone
+from secvec.models.tiny import build_tiny
+from secvec.models.vector import (
+    attach_frozen_vector,
+    attach_new_vector,
+    attach_task,
+    backbone_state,
+    merge_task,
+    save_adapter,
+    vector_off,
+)
+from secvec.naming import content_key
+from secvec.record import RunFolder, atomic_path, cached, write_text
+from secvec.settings import ModelSettings, TrainerSettings
+from secvec.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
+
+HAZARD = """---
+library_name: peft
+---
+# Security vector: hazardous by design
+
+With this adapter active the model *shows* the undesired behavior ({behavior}) that it was trained on. It exists to be
+active and frozen while a backbone is fine-tuned, and to be taken off before the model answers anybody. Do not serve a
+model with it, do not merge it into one that is served.
+"""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The backbone that a run starts from."""
+
+    folder: Path
+    fingerprint: str
+    settings: ModelSettings
+
+    def load(self) -> nn.Module:
+        """A fresh copy of it."""
+        return load_backbone(self.folder, self.settings)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer."""
+        return load_tokenizer(self.folder, self.settings.trust_remote_code)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every stage needs."""
+
+    config: RunConfig
+    folder: RunFolder
+    base: Base
+
+    @cached_property
+    def tests(self) -> dict[str, list[Example]]:
+        """Held-out examples by kind; the same for every stage and defense of a seed."""
+        return test_sets(self.config)
+
+    def rows(self, examples: Sequence[Example]) -> list[Encoded]:
+        """Tokens of `examples`."""
+        return encode(examples, self.base.tokenizer, context_of(self.base.load()))
+
+    def ask(self, model: nn.Module, phase: str, tests: Mapping[str, Sequence[Example]] | None = None) -> Probe:
+        """Answers and metrics of `model` in the state `phase`."""
+        config = self.config
+        tests = self.tests if tests is None else tests
+        return evaluate_model(model.to(device_of(config.trainer)), self.base.tokenizer, tests, config.behavior, config.evaluation, phase)
+
+    def keep(self, *probes: Probe) -> None:
+        """Puts metrics and predictions into the run folder."""
+        for probe in probes:
+            self.folder.record["metrics"] |= probe.metrics
+            self.folder.add_predictions(probe.predictions)
+
+    def note_data(self, split: str, examples: Sequence[Example]) -> None:
+        """Hash and counts of the data of a split, for the record."""
+        kinds = [example.kind for example in examples]
+        self.folder.record["data"]["sha256"][split] = data_hash(examples)
+        self.folder.record["data"]["counts"][split] = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+
+
+def device_of(settings: TrainerSettings) -> str:
+    """Where this process evaluates."""
+    import torch
+
+    return f"cuda:{rank_zero_only.rank % torch.cuda.device_count()}" if settings.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def test_sets(config: EvaluateConfig) -> dict[str, list[Example]]:
+    """`evaluation.num_prompts` held-out examples of each kind that the behavior and the benign streams have."""
+    n = config.evaluation.num_prompts
+    tests = {"undesired": config.behavior.examples("test", n, config.seed)}
+    for kind in ("task", "ordinary"):
+        streams = [stream for stream in config.data.benign if stream.kind == kind]
+        if streams:
+            tests[kind] = draw_benign(streams, "test", n, config.seed)
+    return tests
+
+
+def base_for(config: EvaluateConfig) -> Base:
+    """The base of a run: as given, or aligned first and cached by content."""
+    settings = config.model
+    if settings.align is None:
+        if settings.name_or_path is None:
+            raise ConfigError("model.name_or_path=null is the built-in tiny model, which needs model.align to be of use")
+        folder = locate(settings)
+        return Base(folder, fingerprint(folder), settings)
+    assert isinstance(config, RunConfig)
+    streams = [stream for stream in config.data.benign if stream.kind == "ordinary"]
+    align = settings.align
+    examples = [
+        *config.behavior.examples("align", align.num_undesired, align.seed),
+        *draw_benign(streams, "align", align.num_benign, align.seed),
+    ]
+    source = None if settings.name_or_path is None else fingerprint(locate(settings))
+    optimizer, scheduler = config.optimizer.model_dump(exclude={"lr"}), config.scheduler.model_dump()
+    key = content_key([source, align.model_dump(), data_hash(examples), optimizer, scheduler])
+    folder = cached(config.paths.cache / "models" / f"{settings.name}-{key}", partial(_align, config, examples))
+    return Base(check(folder), fingerprint(folder), settings)
+
+
+def _align(config: RunConfig, examples: list[Example], out: Path) -> None:
+    align, settings = config.model.align, config.model
+    assert align is not None
+    with atomic_path(out.parent / "start") as start:
+        if settings.name_or_path is None:
+            texts = [text for example in examples for text in (example.prompt, example.response)]
+            model, tokenizer = build_tiny(texts, align.seed)
+            model.save_pretrained(start)
+            tokenizer.save_pretrained(start)
+        else:
+            start = locate(settings)
+        log.info("aligning %s on %d refusals and %d ordinary samples (kept for later runs)", settings.name, align.num_undesired, align.num_benign)
+        tokenizer = load_tokenizer(start, settings.trust_remote_code)
+        build = partial(load_backbone, start, settings)
+        rows = encode(examples, tokenizer, context_of(build()))
+        module = fit(
+            folder=out.parent, stage="align", seed=align.seed, build=build, loss=NoDefense(name="none").loss,
+            part="backbone", lr=align.lr, epochs=align.epochs,
+            data=SecVecDataModule(rows, align.batch_size, align.seed, tokenizer.pad_token_id),
+            optimizer=config.optimizer, scheduler=config.scheduler, trainer=alone(config.trainer), logger=None, callbacks=[],
+        )  # fmt: skip
+        save_backbone(backbone_state(module.full_state()), start, settings, out)
+
+
+def alone(settings: TrainerSettings) -> TrainerSettings:
+    """The same on one device: a base must not depend on how many devices its runs have."""
+    return settings.model_copy(update={"devices": 1, "num_nodes": 1, "strategy": "auto", "accumulate_grad_batches": 1})
+
+
+def vector(run: Run) -> None:
+    """Trains the vector on a frozen backbone, and saves it only if it elicits the behavior on held-out prompts."""
+    config, base, settings = run.config, run.base, run.config.vector
+    examples = config.behavior.examples("vector", settings.num_samples, config.seed)
+    with_kl = settings.kl_weight > 0
+    kl = draw_benign(config.data.benign, "vector", settings.num_kl, config.seed) if with_kl else []
+    held_out = config.behavior.examples("validation", settings.gate.num_prompts, config.seed)
+    check_disjoint([*examples, *kl, *held_out], [e for tests in run.tests.values() for e in tests])
+    run.note_data("vector", [*examples, *kl])
+
+    def train(out: Path) -> None:
+        data = SecVecDataModule(
+            run.rows(examples), settings.batch_size, config.seed, base.tokenizer.pad_token_id,
+            run.rows(kl), settings.kl_batch_size if with_kl else 0,
+        )  # fmt: skip
+        module = fit(
+            folder=run.folder.path, stage="vector", seed=config.seed,
+            build=lambda: attach_new_vector(base.load(), settings, settings.dropout),
+            loss=partial(vector_loss, kl_weight=settings.kl_weight), part="vector", lr=settings.lr,
+            epochs=settings.epochs, data=data, optimizer=config.optimizer, scheduler=config.scheduler,
+            trainer=config.trainer, logger=config.logger, callbacks=[],
+        )  # fmt: skip
+        state = module.full_state()
+        if rank_zero_only.rank == 0:
+            save_adapter(module.model, state, "vector", out)
+            meta = {"backbone": base.fingerprint, "behavior": config.behavior.name, "hazardous": True}
+            write_text(out / "secvec.json", json.dumps(meta) + "\n")
+            write_text(out / "README.md", HAZARD.format(behavior=config.behavior.name))
+        module.trainer.strategy.barrier()
+
+    optimizer = config.optimizer.model_dump(exclude={"lr"})
+    sources = [base.fingerprint, settings.model_dump(exclude={"gate"}), data_hash([*examples, *kl]), config.seed]
+    key = content_key([*sources, optimizer, config.scheduler.model_dump(), config.trainer.model_dump(mode="json")])
+    trained = _trained_once(config.paths.cache / "vectors" / f"{config.behavior.name}-{key}", train)
+
+    model = attach_frozen_vector(base.load(), trained)
+    gate = run.ask(model, "gate", {"undesired": held_out})
+    probe = run.ask(model, "vector_on")
+    with vector_off(model):
+        off = mean_loss(model, base.tokenizer, run.tests["undesired"], config.evaluation)
+    run.keep(probe, Probe(gate.metrics | {"vector_off/behavior_loss": off}, []))
+    _check_gate(config, gate)
+    if rank_zero_only.rank == 0:
+        with atomic_path(run.folder.path / "vector") as out:
+            shutil.copytree(trained, out)
+
+
+def _trained_once(path: Path, train: Any) -> Path:
+    """Like `cached`, for a training that all processes take part in: rank 0 looks and writes, the others follow it."""
+    if rank_zero_only.rank == 0:
+        return cached(path, train)
+    if not path.is_dir():
+        train(path)
+    return path
+
+
+def _check_gate(config: RunConfig, gate: Probe) -> None:
+    wanted, rate, loss = config.vector.gate, gate.metrics["gate/behavior_rate"], gate.metrics["gate/behavior_loss"]
+    faults = []
+    if rate["value"] < wanted.min_behavior_rate:
+        faults.append(f"it elicits the behavior on {rate['value']:.0%} of {rate['n']} held-out prompts, below vector.gate.min_behavior_rate={wanted.min_behavior_rate:.0%}")
+    if wanted.max_behavior_loss is not None and loss["value"] > wanted.max_behavior_loss:
+        faults.append(f"its loss on them is {loss['value']:.3f} nats per token, above vector.gate.max_behavior_loss={wanted.max_behavior_loss}")
+    if faults:
+        raise GateError(
+            f"the vector is not fit to protect: {' and '.join(faults)}. Undesired samples would still give gradients. "
+            "Train it longer (vector.epochs), higher (vector.lr), larger (vector.r, vector.target_modules), on more "
+            "samples (vector.num_samples), or with a smaller vector.kl_weight. The vector was not saved in the run folder."
+        )
+
+
+def finetune(run: Run) -> None:
+    """Fine-tunes the backbone (or a task LoRA) on the mixture, with what the defense keeps active."""
+    config, base = run.config, run.base
+    adapter = _vector_for(run)
+    harmful, benign = config.data.counts
+    undesired = config.behavior.examples("finetune", harmful, config.seed)
+    others = draw_benign(config.data.benign, "finetune", benign, config.seed)
+    check_disjoint([*undesired, *others], [e for tests in run.tests.values() for e in tests])
+    run.note_data("finetune", [*undesired, *others])
+    run.note_data("test", [e for tests in run.tests.values() for e in tests])
+
+    def build() -> nn.Module:
+        model = config.defense.attach(base.load(), adapter)
+        return attach_task(model, config.tune.lora) if config.tune.lora else model
+
+    rows, pad = {"undesired": run.rows(undesired), "benign": run.rows(others)}, base.tokenizer.pad_token_id
+    telemetry = None
+    if config.telemetry.every_n_steps:
+        probes = {kind: some[: config.telemetry.num_samples] for kind, some in rows.items()}
+        telemetry = Telemetry(probes, config.telemetry.every_n_steps, pad)
+    module = fit(
+        folder=run.folder.path, stage="finetune", seed=config.seed, build=build, loss=config.defense.loss,
+        part="task" if config.tune.lora else "backbone", lr=config.optimizer.lr, epochs=config.finetune.epochs,
+        data=SecVecDataModule([*rows["undesired"], *rows["benign"]], config.finetune.batch_size, config.seed, pad),
+        optimizer=config.optimizer, scheduler=config.scheduler, trainer=config.trainer, logger=config.logger,
+        callbacks=[telemetry] if telemetry else [],
+    )  # fmt: skip
+    run.folder.record["ledger"] = {row.part: [row.parameters, row.trainable, row.active] for row in module.ledger()}
+    state = module.full_state()
+    if rank_zero_only.rank == 0:
+        _save_finetuned(run, module.model, state)
+    module.trainer.strategy.barrier()
+    if telemetry:
+        single = {"drift": "drift", "undesired/suppression_ratio": "suppression_ratio"}
+        values = {new: telemetry.last[old] for old, new in single.items() if old in telemetry.last}
+        run.folder.record["metrics"] |= {k: {"value": v, "ci_low": None, "ci_high": None, "n": 1} for k, v in values.items()}
+
+
+def _vector_for(run: Run) -> Path | None:
+    """The vector that the defense keeps active, checked to be one of this very backbone."""
+    if not run.config.defense.uses_vector:
+        return None
+    adapter = run.config.vector.path or run.folder.path / "vector"
+    if not adapter.is_dir():
+        raise ArtifactError(f"no vector in {adapter}: run stage=vector with the same settings first, or give vector.path=FOLDER")
+    meta = adapter / "secvec.json"
+    trained_on = json.loads(meta.read_text()).get("backbone") if meta.is_file() else None
+    if trained_on not in (None, run.base.fingerprint):
+        raise ArtifactError(
+            f"the vector in {adapter} was trained on another backbone ({trained_on}; this one is {run.base.fingerprint}), "
+            f"so it would not elicit the behavior here: train one on this backbone with stage=vector"
+        )
+    return adapter
+
+
+def _save_finetuned(run: Run, model: Any, state: Mapping[str, Any]) -> None:
+    folder, base = run.folder.path, run.base
+    if run.config.tune.lora is None:
+        with atomic_path(folder / "backbone") as out:
+            save_backbone(backbone_state(state), base.folder, base.settings, out)
+        return
+    with atomic_path(folder / "task") as out:
+        save_adapter(model, state, "task", out)
+    with atomic_path(folder / "backbone") as out:
+        merged = merge_task(base.load(), folder / "task")
+        save_backbone(merged.state_dict(), base.folder, base.settings, out)
+
+
+def infer(run: Run) -> None:
+    """Questions the base, the fine-tuned backbone with the vector (`active`) and without it (`after`)."""
+    backbone = run.folder.path / "backbone"
+    if not backbone.is_dir():
+        raise ArtifactError(f"no fine-tuned backbone in {backbone}: run stage=finetune with the same settings first")
+    tuned = Base(check(backbone), "", run.base.settings)
+    run.keep(run.ask(run.base.load(), "base"))
+    after = run.ask(tuned.load(), "after")
+    adapter = _vector_for(run)
+    if adapter is None:
+        active = Probe(
+            {name.replace("after/", "active/"): value for name, value in after.metrics.items()},
+            [row | {"phase": "active"} for row in after.predictions],
+        )
+    else:
+        active = run.ask(attach_frozen_vector(tuned.load(), adapter), "active")
+    run.keep(active, after, Probe(deactivation_gap(active.predictions, after.predictions), []))
+
+
+def summary(run: Run, stage: str) -> str:
+    """The table at the end of a stage."""
+    shown = {"vector": ("gate/", "vector_on/", "vector_off/"), "finetune": ("suppression", "drift"), "infer": ("",)}[stage]
+    metrics = {n: m for n, m in run.folder.record["metrics"].items() if n.startswith(shown)}
+    return metrics_table(f"{stage}: {run.folder.path}", metrics)

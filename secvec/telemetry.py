@@ -1,0 +1,103 @@
+"""Watching the mechanism while the backbone is fine-tuned: losses with the vector on and off, gradients, drift."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from secvec.data.encode import Encoded, collate
+from secvec.losses import Batch, response_loss
+from secvec.models.vector import has_vector, vector_off
+from secvec.module import SecVecModule, local_shard
+
+
+class Telemetry(L.Callback):
+    """Every `every_n_steps` optimizer steps, on fixed probe rows of the fine-tuning data per kind:
+
+    - `telemetry/<kind>/loss_on`, `loss_off`: nats per response token with the vector as trained, and without it;
+    - `telemetry/undesired/suppression_ratio`: |g_on| / |g_off|, norms of the full gradient of the trained parameters on
+      the undesired rows: how much of the push towards the behavior the vector lets through (the paper's mechanism 1);
+    - `telemetry/drift`: |theta - theta_0| / |theta_0| over the trained parameters (for a task LoRA, whose start is
+      B = 0 and a random A, this is relative to the random A).
+
+    A probe leaves weights, flags, gradients, mode and random state as they were. Without a vector, on equals off.
+    """
+
+    def __init__(self, probes: Mapping[str, Sequence[Encoded]], every_n_steps: int, pad_id: int):
+        self.batches = {kind: collate([(row, False) for row in rows], pad_id) for kind, rows in probes.items() if rows}
+        self.every_n_steps = every_n_steps
+        self.last: dict[str, float] = {}
+        self._probed = -1
+
+    def on_train_start(self, trainer: L.Trainer, module: SecVecModule) -> None:
+        """The loss curves begin before the first step."""
+        self._probe(trainer, module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: SecVecModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Probes after an optimizer step, when the gradients have been used."""
+        if trainer.global_step % self.every_n_steps == 0:
+            self._probe(trainer, module)
+
+    def on_train_end(self, trainer: L.Trainer, module: SecVecModule) -> None:
+        """The last point is where the record's numbers come from."""
+        self._probe(trainer, module)
+
+    def _probe(self, trainer: L.Trainer, module: SecVecModule) -> None:
+        if trainer.global_step == self._probed:
+            return
+        self._probed = trainer.global_step
+        model, training = module.model, module.model.training
+        devices = [module.device] if module.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            model.eval()
+            values = self._measure(module, model)
+            model.train(training)
+        self.last = values
+        for logger in trainer.loggers:
+            logger.log_metrics({f"telemetry/{name}": value for name, value in values.items()}, step=trainer.global_step)
+
+    def _measure(self, module: SecVecModule, model: nn.Module) -> dict[str, float]:
+        values: dict[str, float] = {}
+        with_vector = has_vector(model)
+        for kind, batch in self.batches.items():
+            batch = module.transfer_batch_to_device(batch, module.device, 0)
+            norm_on, values[f"{kind}/loss_on"] = self._gradient_norm(module, batch, kind == "undesired")
+            if with_vector:
+                with vector_off(model):
+                    norm_off, values[f"{kind}/loss_off"] = self._gradient_norm(module, batch, kind == "undesired")
+            else:
+                norm_off, values[f"{kind}/loss_off"] = norm_on, values[f"{kind}/loss_on"]
+            if kind == "undesired":
+                values["undesired/suppression_ratio"] = norm_on / norm_off if norm_off else float("nan")
+        moved = [_square(local_shard(p).detach().cpu() - module.start[name]) for name, p in module.trained()]
+        start = [_square(tensor) for tensor in module.start.values()]
+        values["drift"] = float((_total(module, moved) / _total(module, start)) ** 0.5)
+        return values
+
+    def _gradient_norm(self, module: SecVecModule, batch: Batch, gradient: bool) -> tuple[float, float]:
+        """(norm of the gradient or nan, loss) on `batch`; leaves no gradient behind."""
+        with torch.set_grad_enabled(gradient), module.trainer.precision_plugin.forward_context():
+            loss = response_loss(module.model, batch)
+        if not gradient:
+            return float("nan"), float(loss.detach())
+        loss.backward()
+        # every process has the same probe rows, so its gradient already is the average over processes
+        squares = [_square(local_shard(p.grad)) for _, p in module.trained() if p.grad is not None]
+        module.zero_grad(set_to_none=True)
+        return float(_total(module, squares) ** 0.5), float(loss.detach())
+
+
+def _square(tensor: Tensor) -> Tensor:
+    return tensor.double().square().sum()
+
+
+def _total(module: SecVecModule, squares: Sequence[Tensor]) -> Tensor:
+    """Sum over tensors, and over processes when each holds a shard."""
+    total = torch.stack([square.to(module.device) for square in squares]).sum()
+    if module.device_mesh is not None:
+        torch.distributed.all_reduce(total)
+    return total
