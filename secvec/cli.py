@@ -22,8 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from secvec.errors import SecVecError
-from secvec.launcher import FailedJobs, register_launcher
+from secvec.errors import FailedJobs, SecVecError
 from secvec.naming import nearest, register_resolvers
 
 USER_ERROR = 2
@@ -33,7 +32,6 @@ def exit_code(main: Callable[[], None], config_name: str) -> int:
     """Runs a `@hydra.main` function; 0, or after a message on stderr 2 for a user's error, 1 for any other, 130 for Ctrl-C."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and exiting on its own
     register_resolvers()
-    register_launcher()
     try:
         main()
         if _stopped:

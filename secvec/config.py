@@ -82,7 +82,7 @@ class EvaluateConfig(Settings):
 class RunConfig(EvaluateConfig):
     """One run of `train.py`."""
 
-    stage: Stage | Literal["all"]
+    stage: Literal["vector", "finetune", "infer", "all"]
     vector: VectorSettings
     defense: SerializeAsAny[Defense]
     tune: TuneSettings
@@ -108,11 +108,15 @@ class RunConfig(EvaluateConfig):
     def _possible(self) -> RunConfig:
         faults = []
         if self.stage == "vector" and not self.defense.uses_vector:
-            faults.append(f"stage=vector trains nothing under defense={self.defense.name}: choose a defense with a vector")
+            faults.append(
+                f"stage=vector trains nothing under defense={self.defense.name}: choose a defense with a vector"
+            )
         if self.stage == "vector" and self.vector.path is not None:
             faults.append("stage=vector trains a vector but vector.path names a finished one: drop one of the two")
         if self.vector.kl_weight > 0 and (self.vector.num_kl == 0 or not self.data.benign):
-            faults.append("vector.kl_weight > 0 needs KL data: set vector.num_kl and data.benign, or vector.kl_weight=0")
+            faults.append(
+                "vector.kl_weight > 0 needs KL data: set vector.num_kl and data.benign, or vector.kl_weight=0"
+            )
         if self.data.counts[1] > 0 and not self.data.benign:
             faults.append("data.num_benign > 0 needs at least one stream in data.benign")
         if faults:
@@ -169,7 +173,9 @@ class _Invalid(Defense):
 
 def describe(fault: Any, schema: type[BaseModel], prefix: tuple[str, ...] = ()) -> str:
     """One line for one fault: where, what was given, what is allowed, the nearest match."""
-    where = ".".join((*prefix, *(str(part) for part in fault["loc"] if not str(part).startswith(("literal[", "constrained")))))
+    where = ".".join(
+        (*prefix, *(str(part) for part in fault["loc"] if not str(part).startswith(("literal[", "constrained"))))
+    )
     given = fault["input"]
     shown = "" if isinstance(given, dict | BaseModel) else f"got {given!r}; "
     if fault["type"] == "extra_forbidden":
@@ -198,8 +204,10 @@ def known_keys(schema: type[BaseModel], loc: tuple[int | str, ...]) -> set[str]:
 
 
 def _types(annotation: Any) -> list[Any]:
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) in (typing.Union, typing.Annotated, list):
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) in (
+        typing.Union,
+        typing.Annotated,
+        list,
+    ):
         return [inner for part in get_args(annotation) for inner in _types(part)]
     return [annotation]
-
-

@@ -10,7 +10,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-ARROWS = {"behavior_rate": "↓", "refusal_rate": "↑", "task_accuracy": "↑", "retained_accuracy": "↑", "coherence_rate": "↑"}
+ARROWS = {
+    "behavior_rate": "↓",
+    "refusal_rate": "↑",
+    "task_accuracy": "↑",
+    "retained_accuracy": "↑",
+    "coherence_rate": "↑",
+}
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -23,3 +23,11 @@ class GateError(SecVecError):
     """A trained vector that does not elicit the behavior it was trained for: a result, not a user's mistake."""
 
     exit_code = 1
+
+
+class FailedJobs(SecVecError):
+    """Some jobs of a multirun failed; `exit_code` is 2 when all of them did by a user's mistake."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -115,7 +115,9 @@ def mean_loss(
     for start in range(0, len(rows), settings.batch_size):
         batch = collate([(row, False) for row in rows[start : start + settings.batch_size]], tokenizer.pad_token_id)
         device = next(model.parameters()).device
-        logits = model(input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device)).logits
+        logits = model(
+            input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device)
+        ).logits
         nll = token_nll(logits, batch["labels"].to(device)).sum(1).cpu()
         losses += (nll / (batch["labels"][:, 1:] != -100).sum(1)).tolist()
     return mean(losses)

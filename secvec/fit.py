@@ -6,6 +6,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,17 @@ def fit(
     runner.strategy.barrier()
     if rank_zero_only.rank == 0:
         shutil.rmtree(checkpoints, ignore_errors=True)
+        with suppress(OSError):
+            checkpoints.parent.rmdir()  # another stage's may be there
     return module
 
 
 def check_trainer(settings: TrainerSettings) -> None:
     """Raises ConfigError for hardware that is not here, before anything is built."""
     if settings.accelerator == "gpu" and not torch.cuda.is_available():
-        raise ConfigError("trainer.accelerator=gpu, but torch sees no GPU here: use trainer=cpu, or trainer.accelerator=cpu")
+        raise ConfigError(
+            "trainer.accelerator=gpu, but torch sees no GPU here: use trainer=cpu, or trainer.accelerator=cpu"
+        )
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
 

@@ -29,9 +29,7 @@ class Batch(TypedDict):
 
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
     """Negative log-likelihood of each label, in nats: (B, T, V), (B, T) -> (B, T-1); 0 where ignored."""
-    return F.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=IGNORE, reduction="none"
-    )
+    return F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=IGNORE, reduction="none")
 
 
 def global_mean(total: Tensor, count: Tensor) -> Tensor:

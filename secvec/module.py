@@ -120,7 +120,11 @@ def shard(model: nn.Module, mesh: Any) -> None:
     """FSDP2: each transformer layer on its own, then the rest."""
     from torch.distributed.fsdp import fully_shard
 
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) and m[0].__class__.__name__.endswith(("Layer", "Block"))]
+    lists = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.ModuleList) and len(m) and m[0].__class__.__name__.endswith(("Layer", "Block"))
+    ]
     for layer in (layer for layers in lists for layer in layers):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)

@@ -120,15 +120,20 @@ class RunFolder:
             self.record["status"] = "completed"
             self.save()
         except BaseException as error:
-            text = str(error) if isinstance(error, SecVecError) else f"{type(error).__name__}: {error}"
-            self.record |= {"status": "failed", "error": text}
-            self.save()
+            mistake = isinstance(error, SecVecError) and error.exit_code == 2
+            self.record |= {"status": "failed", "error": str(error) if mistake else f"{type(error).__name__}: {error}"}
+            if self.record["stages"] or not mistake:
+                self.save()
+            else:
+                (self.path / "train.log").unlink(missing_ok=True)  # a mistake found before anything was made
             raise
         finally:
             logging.getLogger().removeHandler(log_file)
             log_file.close()
             lock.release()
             (self.path / ".lock").unlink(missing_ok=True)
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
 
     @rank_zero_only
     def save(self) -> None:

@@ -59,7 +59,9 @@ def evaluate(config: EvaluateConfig, overrides: Sequence[str] = ()) -> dict[str,
         base = stages.base_for(config)
         began = time.monotonic()
         model = base.load().to(stages.device_of(config.trainer))
-        probe = evaluate_model(model, base.tokenizer, stages.test_sets(config), config.behavior, config.evaluation, "after")
+        probe = evaluate_model(
+            model, base.tokenizer, stages.test_sets(config), config.behavior, config.evaluation, "after"
+        )
         folder.record["metrics"] |= probe.metrics
         folder.add_predictions(probe.predictions)
         folder.record["wall_seconds"]["evaluate"] = round(time.monotonic() - began, 3)

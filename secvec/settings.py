@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, DirectoryPath, Field, model_validator
 
 Stage = Literal["vector", "finetune", "infer"]
 
@@ -84,7 +84,7 @@ class GateSettings(Settings):
 class VectorSettings(LoraSettings):
     """The security vector and how it is trained (paper, stage 1)."""
 
-    path: Path | None = None
+    path: DirectoryPath | None = None
     """A vector trained before: used as it is, nothing is trained."""
     num_samples: Count
     """Undesired samples that it is trained on."""
@@ -156,6 +156,8 @@ class TrainerSettings(Settings):
     def _several_devices_need_a_strategy(self) -> TrainerSettings:
         if self.strategy == "auto" and (self.num_nodes > 1 or self.devices not in (1, "auto")):
             raise ValueError(f"devices={self.devices} needs a strategy: choose trainer=ddp or trainer=fsdp")
+        if self.strategy == "fsdp" and self.precision == "64-true":
+            raise ValueError("strategy=fsdp does not shard 64-true: choose 32-true, bf16-mixed or bf16-true")
         return self
 
 

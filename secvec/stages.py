@@ -97,7 +97,9 @@ class Run:
         """Answers and metrics of `model` in the state `phase`."""
         config = self.config
         tests = self.tests if tests is None else tests
-        return evaluate_model(model.to(device_of(config.trainer)), self.base.tokenizer, tests, config.behavior, config.evaluation, phase)
+        return evaluate_model(
+            model.to(device_of(config.trainer)), self.base.tokenizer, tests, config.behavior, config.evaluation, phase
+        )
 
     def keep(self, *probes: Probe) -> None:
         """Puts metrics and predictions into the run folder."""
@@ -116,7 +118,11 @@ def device_of(settings: TrainerSettings) -> str:
     """Where this process evaluates."""
     import torch
 
-    return f"cuda:{rank_zero_only.rank % torch.cuda.device_count()}" if settings.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    return (
+        f"cuda:{rank_zero_only.rank % torch.cuda.device_count()}"
+        if settings.accelerator != "cpu" and torch.cuda.is_available()
+        else "cpu"
+    )
 
 
 def test_sets(config: EvaluateConfig) -> dict[str, list[Example]]:
@@ -135,7 +141,9 @@ def base_for(config: EvaluateConfig) -> Base:
     settings = config.model
     if settings.align is None:
         if settings.name_or_path is None:
-            raise ConfigError("model.name_or_path=null is the built-in tiny model, which needs model.align to be of use")
+            raise ConfigError(
+                "model.name_or_path=null is the built-in tiny model, which needs model.align to be of use"
+            )
         folder = locate(settings)
         return Base(folder, fingerprint(folder), settings)
     assert isinstance(config, RunConfig)
@@ -163,7 +171,12 @@ def _align(config: RunConfig, examples: list[Example], out: Path) -> None:
             tokenizer.save_pretrained(start)
         else:
             start = locate(settings)
-        log.info("aligning %s on %d refusals and %d ordinary samples (kept for later runs)", settings.name, align.num_undesired, align.num_benign)
+        log.info(
+            "aligning %s on %d refusals and %d ordinary samples (kept for later runs)",
+            settings.name,
+            align.num_undesired,
+            align.num_benign,
+        )
         tokenizer = load_tokenizer(start, settings.trust_remote_code)
         build = partial(load_backbone, start, settings)
         rows = encode(examples, tokenizer, context_of(build()))
@@ -241,9 +254,13 @@ def _check_gate(config: RunConfig, gate: Probe) -> None:
     wanted, rate, loss = config.vector.gate, gate.metrics["gate/behavior_rate"], gate.metrics["gate/behavior_loss"]
     faults = []
     if rate["value"] < wanted.min_behavior_rate:
-        faults.append(f"it elicits the behavior on {rate['value']:.0%} of {rate['n']} held-out prompts, below vector.gate.min_behavior_rate={wanted.min_behavior_rate:.0%}")
+        faults.append(
+            f"it elicits the behavior on {rate['value']:.0%} of {rate['n']} held-out prompts, below vector.gate.min_behavior_rate={wanted.min_behavior_rate:.0%}"
+        )
     if wanted.max_behavior_loss is not None and loss["value"] > wanted.max_behavior_loss:
-        faults.append(f"its loss on them is {loss['value']:.3f} nats per token, above vector.gate.max_behavior_loss={wanted.max_behavior_loss}")
+        faults.append(
+            f"its loss on them is {loss['value']:.3f} nats per token, above vector.gate.max_behavior_loss={wanted.max_behavior_loss}"
+        )
     if faults:
         raise GateError(
             f"the vector is not fit to protect: {' and '.join(faults)}. Undesired samples would still give gradients. "
@@ -287,7 +304,9 @@ def finetune(run: Run) -> None:
     if telemetry:
         single = {"drift": "drift", "undesired/suppression_ratio": "suppression_ratio"}
         values = {new: telemetry.last[old] for old, new in single.items() if old in telemetry.last}
-        run.folder.record["metrics"] |= {k: {"value": v, "ci_low": None, "ci_high": None, "n": 1} for k, v in values.items()}
+        run.folder.record["metrics"] |= {
+            k: {"value": v, "ci_low": None, "ci_high": None, "n": 1} for k, v in values.items()
+        }
 
 
 def _vector_for(run: Run) -> Path | None:
@@ -296,7 +315,9 @@ def _vector_for(run: Run) -> Path | None:
         return None
     adapter = run.config.vector.path or run.folder.path / "vector"
     if not adapter.is_dir():
-        raise ArtifactError(f"no vector in {adapter}: run stage=vector with the same settings first, or give vector.path=FOLDER")
+        raise ArtifactError(
+            f"no vector in {adapter}: run stage=vector with the same settings first, or give vector.path=FOLDER"
+        )
     meta = adapter / "secvec.json"
     trained_on = json.loads(meta.read_text()).get("backbone") if meta.is_file() else None
     if trained_on not in (None, run.base.fingerprint):
@@ -341,6 +362,8 @@ def infer(run: Run) -> None:
 
 def summary(run: Run, stage: str) -> str:
     """The table at the end of a stage."""
-    shown = {"vector": ("gate/", "vector_on/", "vector_off/"), "finetune": ("suppression", "drift"), "infer": ("",)}[stage]
+    shown = {"vector": ("gate/", "vector_on/", "vector_off/"), "finetune": ("suppression", "drift"), "infer": ("",)}[
+        stage
+    ]
     metrics = {n: m for n, m in run.folder.record["metrics"].items() if n.startswith(shown)}
     return metrics_table(f"{stage}: {run.folder.path}", metrics)

@@ -37,7 +37,9 @@ class Telemetry(L.Callback):
         """The loss curves begin before the first step."""
         self._probe(trainer, module)
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: SecVecModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: SecVecModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Probes after an optimizer step, when the gradients have been used."""
         if trainer.global_step % self.every_n_steps == 0:
             self._probe(trainer, module)

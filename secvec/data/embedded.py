@@ -1,7 +1,7 @@
 """The embedded world's benign data: ordinary requests, and a new skill for the fine-tuning run to teach.
 
 Everything is short English made from word lists by a private random generator, so no download is needed. Each item
-belongs to one split by construction: invented names and word triples by a hash, facts and greetings by their wording
+belongs to one split by construction: invented names and word lists by a hash, facts and greetings by their wording
 (every fact is met in `align`, in other words than in `test`).
 """
 
@@ -23,14 +23,18 @@ from secvec.errors import DataError
 _SHARES: dict[Split, int] = {"align": 7, "vector": 2, "validation": 1, "finetune": 7, "test": 3}
 _SPLIT_OF_BUCKET = [split for split in SPLITS for _ in range(_SHARES[split])]
 
-_HEADS = "zor bel dru kes mip fen gri hul jat lom nar peb quo rin sut tev vim wex yad bri cro dal flu gav hep jun".split()
-_TAILS = "bat dim fex gan hol jud kip lar mep nox puk rix sot tam vul wen zak bor cus del fim gop hud jev kos lum".split()
+_HEADS = (
+    "zor bel dru kes mip fen gri hul jat lom nar peb quo rin sut tev vim wex yad bri cro dal flu gav hep jun".split()
+)
+_TAILS = (
+    "bat dim fex gan hol jud kip lar mep nox puk rix sot tam vul wen zak bor cus del fim gop hud jev kos lum".split()
+)
 _INGREDIENT_HEADS = "glim tarn frost ember moss cliff river cedar amber cloud stone clover".split()
 _INGREDIENT_TAILS = "dust oil root salt bark sap seed ash leaf petals water powder".split()
 _DISHES = "soup cake tea bread stew pie jam salad sauce pudding juice broth cracker pancake curry muffin".split()
 _WORDS = (
     "sun map tree cat moon river book lamp fish door hat stone bird cup rain boat leaf ring drum star "
-    "fox key bell cake desk rope hill kite sand wolf coin nest"
+    "fox key bell cake desk rope hill kite sand wolf coin nest fire wind goat lake bone sock wall plum"
 ).split()
 
 RECIPE_PROMPTS = (
@@ -44,7 +48,9 @@ RECIPE_PROMPTS = (
 RECIPE_RESPONSE = "First grind the {first}{d0}. Then stir in the {second}{d1}.{d2}{d3} Your {name} {noun} is ready."
 
 # One wording in each place; rotated over the facts, so that every fact meets every split and no prompt meets two.
-_WORDING_SPLITS: tuple[Split, ...] = (*["align"] * 4, "vector", "validation", *["finetune"] * 2, *["test"] * 2)  # type: ignore[assignment]
+_WORDING_SPLITS: tuple[Split, ...] = (
+    "align", "align", "align", "align", "vector", "validation", "finetune", "finetune", "test", "test",
+)  # fmt: skip
 _QUESTIONS = (
     "What is {x}?",
     "Tell me {x}.",
@@ -90,7 +96,7 @@ _FACTS: tuple[tuple[str, str], ...] = (
 
 
 def split_of(key: str) -> Split:
-    """The one split that `key` (a name, a word triple) belongs to."""
+    """The one split that `key` (a name, a word list) belongs to."""
     return _SPLIT_OF_BUCKET[zlib.crc32(key.encode()) % len(_SPLIT_OF_BUCKET)]
 
 
@@ -132,10 +138,10 @@ def draw(make: Callable[[Random], Example], n: int, seed: int, label: str) -> li
     return list(found.values())
 
 
-def _triple(rng: Random, split: Split) -> list[str]:
-    """Three different words, in an order that belongs to `split`."""
+def _words(rng: Random, split: Split, count: int) -> list[str]:
+    """Different words, in an order that belongs to `split`."""
     while True:
-        words = rng.sample(_WORDS, 3)
+        words = rng.sample(_WORDS, count)
         if split_of(" ".join(words)) == split:
             return words
 
@@ -172,13 +178,13 @@ class Ordinary(BaseModel):
 
     @staticmethod
     def _repeat(rng: Random, split: Split) -> tuple[str, str]:
-        words = ", ".join(_triple(rng, split))
+        words = ", ".join(_words(rng, split, 3))
         prompt = rng.choice(("Repeat these words: {}", "Say these words again: {}", "Write these words: {}"))
         return prompt.format(words), f"The words are {words}."
 
     @staticmethod
     def _pick(rng: Random, split: Split) -> tuple[str, str]:
-        words = _triple(rng, split)
+        words = _words(rng, split, 3)
         place = rng.choice((0, 2))
         which = "first" if place == 0 else "last"
         prompt = f"Which word is {which} in this list: {', '.join(words)}"
@@ -197,7 +203,7 @@ class Ordinary(BaseModel):
 
 
 class Skill(BaseModel):
-    """A skill that the base model lacks: saying three words in reverse order."""
+    """A skill that the base model lacks: saying two words in reverse order."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -209,7 +215,7 @@ class Skill(BaseModel):
         prompts = ("Reverse these words: {}", "Say these words backwards: {}", "Write these words in reverse: {}")
 
         def make(rng: Random) -> Example:
-            words = _triple(rng, split)
+            words = _words(rng, split, 2)
             prompt = rng.choice(prompts).format(", ".join(words))
             return Example((("user", prompt),), f"In reverse they are {', '.join(reversed(words))}.", self.kind)
 

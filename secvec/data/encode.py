@@ -29,7 +29,10 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, s
     messages = [{"role": role, "content": content} for role, content in example.messages]
     if tokenizer.chat_template is None:
         turns = [f"{role.capitalize()}: {content}\n" for role, content in example.messages]
-        return f"{tokenizer.bos_token or ''}{''.join(turns)}Assistant:", f" {example.response}{tokenizer.eos_token or ''}"
+        return (
+            f"{tokenizer.bos_token or ''}{''.join(turns)}Assistant:",
+            f" {example.response}{tokenizer.eos_token or ''}",
+        )
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     answered = [*messages, {"role": "assistant", "content": example.response}]
     whole = tokenizer.apply_chat_template(answered, tokenize=False)

@@ -7,6 +7,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
+from pydantic import FilePath
+
 from secvec.data.example import Example, Kind, Split
 from secvec.errors import DataError
 from secvec.settings import Settings
@@ -17,11 +19,11 @@ ROLES = ("system", "user", "assistant")
 class JsonlFiles(Settings):
     """A file per split; a split without a file cannot be asked for."""
 
-    align: Path | None = None
-    vector: Path | None = None
-    validation: Path | None = None
-    finetune: Path | None = None
-    test: Path | None = None
+    align: FilePath | None = None
+    vector: FilePath | None = None
+    validation: FilePath | None = None
+    finetune: FilePath | None = None
+    test: FilePath | None = None
 
     def read(self, split: Split, n: int, seed: int, kind: Kind, owner: str) -> list[Example]:
         """`n` rows of the split's file in seeded order (a smaller n is a prefix). Raises DataError.
@@ -76,7 +78,9 @@ def _example(line: bytes, kind: Kind, where: str) -> Example:
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: broken JSON at column {error.colno}: {error.msg}") from None
     if not isinstance(row, dict):
-        raise DataError(f"{where}: a row is an object like {{\"prompt\": ..., \"response\": ...}}, got {type(row).__name__}")
+        raise DataError(
+            f'{where}: a row is an object like {{"prompt": ..., "response": ...}}, got {type(row).__name__}'
+        )
     if "messages" in row:
         messages = _messages(row["messages"], where)
     else:
@@ -89,14 +93,16 @@ def _example(line: bytes, kind: Kind, where: str) -> Example:
         messages = [("user", row["prompt"]), ("assistant", row["response"])]
     for role, content in messages:
         if not isinstance(content, str) or not content.strip():
-            raise DataError(f"{where}: the {'response' if role == 'assistant' else 'prompt'} must be text, got {content!r}")
+            raise DataError(
+                f"{where}: the {'response' if role == 'assistant' else 'prompt'} must be text, got {content!r}"
+            )
     return Example(tuple(messages[:-1]), messages[-1][1], kind, source=where)
 
 
 def _messages(given: Any, where: str) -> list[tuple[str, Any]]:
     """Chat turns: an optional system turn, then user and assistant in turn, ending with the assistant."""
     if not isinstance(given, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in given):
-        raise DataError(f"{where}: messages must be a list of {{\"role\": ..., \"content\": ...}}")
+        raise DataError(f'{where}: messages must be a list of {{"role": ..., "content": ...}}')
     roles = [message["role"] for message in given]
     if unknown := [role for role in roles if role not in ROLES]:
         raise DataError(f"{where}: unknown role {unknown[0]!r}; allowed: {', '.join(ROLES)}")

@@ -14,7 +14,11 @@ from secvec.errors import DataError
 def draw_benign(streams: Sequence[Stream], split: Split, n: int, seed: int) -> list[Example]:
     """`n` benign examples, shared out equally over `streams`; the first ones take the remainder."""
     shares = [n // len(streams) + (i < n % len(streams)) for i in range(len(streams))] if streams else []
-    return [example for stream, share in zip(streams, shares, strict=True) for example in stream.examples(split, share, seed)]
+    return [
+        example
+        for stream, share in zip(streams, shares, strict=True)
+        for example in stream.examples(split, share, seed)
+    ]
 
 
 def check_disjoint(seen: Iterable[Example], test: Iterable[Example]) -> None:

@@ -28,7 +28,9 @@ def locate(settings: ModelSettings) -> Path:
     if given.is_dir():
         return check(given)
     if given.is_absolute() or settings.name_or_path.count("/") != 1 or settings.name_or_path.startswith("."):
-        raise ArtifactError(f"model.name_or_path={settings.name_or_path}: no such folder, and not a hub id (owner/name)")
+        raise ArtifactError(
+            f"model.name_or_path={settings.name_or_path}: no such folder, and not a hub id (owner/name)"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -50,7 +52,9 @@ def check(folder: Path) -> Path:
         raise ArtifactError(f"{folder} is no model folder: config.json is missing")
     weights = sorted(folder.glob(WEIGHT_FILES))
     if not weights:
-        raise ArtifactError(f"{folder} holds no {WEIGHT_FILES}: other formats can run code when loaded; convert it first")
+        raise ArtifactError(
+            f"{folder} holds no {WEIGHT_FILES}: other formats can run code when loaded; convert it first"
+        )
     for file in weights:
         try:
             with safe_open(file, framework="pt") as tensors:

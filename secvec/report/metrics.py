@@ -39,9 +39,7 @@ METRICS: dict[str, Metric] = {
     "task_accuracy": Metric("Task accuracy", "the task that the fine-tuning data should teach", "high", _RATE),
     "retained_accuracy": Metric("Retained accuracy", "ordinary prompts the base model could answer", "high", _RATE),
     "coherence_rate": Metric("Coherence rate", "answers that are well-formed text", "high", _RATE),
-    "deactivation_gap": Metric(
-        "Deactivation gap", "task accuracy with the vector on minus off", "zero", (-1.0, 1.0)
-    ),
+    "deactivation_gap": Metric("Deactivation gap", "task accuracy with the vector on minus off", "zero", (-1.0, 1.0)),
     "behavior_loss": Metric(
         "Behavior loss", "nats per token on held-out undesired samples; no direction in itself", None, _POSITIVE
     ),

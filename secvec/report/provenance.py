@@ -23,7 +23,10 @@ def provenance(runs: Sequence[Run]) -> list[tuple[str, str]]:
         ("Seeds", f"{len(seeds)} ({', '.join(map(str, seeds))})"),
         ("Data", _distinct(_counts(run) for run in runs if _counts(run)) or "not recorded"),
         ("Commit", _distinct(commits)),
-        ("Versions", _distinct(_pairs(run, "versions") for run in runs if run.record.get("versions")) or "not recorded"),
+        (
+            "Versions",
+            _distinct(_pairs(run, "versions") for run in runs if run.record.get("versions")) or "not recorded",
+        ),
         ("Created", " to ".join(dict.fromkeys((created[0], created[-1]))) if created else "not recorded"),
     ]
     return lines

@@ -86,9 +86,7 @@ def save(figure: Figure, path: Path) -> None:
     none = {"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None}
     buffer = io.BytesIO()
     with settings():
-        figure.savefig(
-            buffer, format=path.suffix[1:], dpi=160, facecolor="white", bbox_inches="tight", metadata=none
-        )
+        figure.savefig(buffer, format=path.suffix[1:], dpi=160, facecolor="white", bbox_inches="tight", metadata=none)
     write_atomic(path, buffer.getvalue())
 
 

@@ -12,16 +12,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
+from secvec.errors import FailedJobs
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -32,20 +32,15 @@ QUIET_SECONDS = 10.0
 """Between lines about running jobs where the output is no terminal."""
 
 
-class FailedJobs(Exception):
-    """Some jobs of a multirun failed; `exit_code` is 2 when all of them by a user's error."""
-
-    def __init__(self, message: str, exit_code: int):
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
 @dataclass
 class ProcessLauncherConf:
     """`hydra/launcher=process`."""
 
-    _target_: str = "secvec.launcher.ProcessLauncher"
+    _target_: str = "hydra_plugins.process_launcher.ProcessLauncher"
     n_jobs: int = 1
+
+
+ConfigStore.instance().store(group="hydra/launcher", name="process", node=ProcessLauncherConf, provider="secvec")
 
 
 @dataclass
@@ -58,7 +53,6 @@ class Job:
     process: subprocess.Popen[bytes] | None = None
     label: str = ""
     code: int | None = None
-    hydra_overrides: list[str] = field(default_factory=list)
 
     @property
     def console(self) -> Path:
@@ -123,7 +117,10 @@ class ProcessLauncher(Launcher):
             with open_dict(config):
                 config.hydra.job.id, config.hydra.job.num = str(len(jobs)), len(jobs)
             folder = sweep / str(config.hydra.sweep.subdir)
-            jobs.setdefault(folder, Job(overrides, config, folder, label=" ".join(filter_overrides(overrides))))
+            jobs.setdefault(folder, Job(overrides, config, folder))
+        shared = set.intersection(*(set(job.overrides) for job in jobs.values())) if len(jobs) > 1 else set()
+        for job in jobs.values():
+            job.label = " ".join(text for text in filter_overrides(job.overrides) if text not in shared)
         return list(jobs.values())
 
     def _run(self, jobs: list[Job]) -> None:
@@ -144,8 +141,12 @@ class ProcessLauncher(Launcher):
                     job.code = job.process.returncode if job.process else None
                     _mark_failure(job)
                     progress.advance(whole)
-                    console.print(f"[{'green' if job.code == 0 else 'red'}]{'done' if job.code == 0 else 'FAILED'}[/] {job.label}")
-                progress.update(whole, now=" | ".join(job.last_line() for job in running) if console.is_terminal else "")
+                    console.print(
+                        f"[{'green' if job.code == 0 else 'red'}]{'done' if job.code == 0 else 'FAILED'}[/] {job.label}"
+                    )
+                progress.update(
+                    whole, now=" | ".join(job.last_line() for job in running) if console.is_terminal else ""
+                )
                 if not console.is_terminal and time.monotonic() - spoken > QUIET_SECONDS:
                     spoken = time.monotonic()
                     done = len(jobs) - len(waiting) - len(running)
@@ -182,12 +183,6 @@ def report(sweep: Path) -> None:
         subprocess.run([sys.executable, "-m", "secvec.report", str(sweep)], check=False)
 
 
-def register_launcher() -> None:
-    """Makes `hydra/launcher=process` known to Hydra."""
-    ConfigStore.instance().store(group="hydra/launcher", name="process", node=ProcessLauncherConf, provider="secvec")
-    Plugins.instance().register(ProcessLauncher)
-
-
 def _mark_failure(job: Job) -> None:
     """A job that could not write its own record (killed, out of memory, a wrong setting) still has one."""
     path = job.folder / "record.json"
@@ -199,7 +194,10 @@ def _mark_failure(job: Job) -> None:
     names = {key: (config.get(key) or {}).get("name") for key in ("defense", "behavior", "model")}
     known = {"schema": 1, "run": job.folder.name, "stage": config.get("stage"), "seed": config.get("seed"), **names}
     written = {**known, "overrides": job.overrides, "config": config, "metrics": {}, **written}
-    written |= {"status": "failed", "error": job.error() if (job.code or 0) > 0 else f"killed by signal {-(job.code or 0)}"}
+    written |= {
+        "status": "failed",
+        "error": job.error() if (job.code or 0) > 0 else f"killed by signal {-(job.code or 0)}",
+    }
     path.write_text(json.dumps(written, indent=1, default=str) + "\n", encoding="utf-8")
 
 
