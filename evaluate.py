@@ -1,4 +1,4 @@
-"""Evaluates any saved backbone: `python evaluate.py model.name_or_path=FOLDER [group=choice] [key=value]`. See --help."""
+"""Evaluates any saved backbone: `python evaluate.py model.name_or_path=FOLDER [key=value]`. See --help."""
 
 import hydra
 from omegaconf import DictConfig

@@ -21,9 +21,10 @@ from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrid
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
-from secvec.errors import FailedJobs
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from secvec.errors import FailedJobs
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +132,8 @@ class ProcessLauncher(Launcher):
         console = Console()
         with Progress(*columns, console=console) as progress:
             whole = progress.add_task("jobs", total=len(jobs), now="")
-            waiting, running, spoken = list(jobs), [], 0.0
+            waiting, spoken = list(jobs), 0.0
+            running: list[Job] = []
             while waiting or running:
                 while waiting and len(running) < self.n_jobs:
                     running.append(self._start(waiting.pop(0)))
@@ -155,7 +157,7 @@ class ProcessLauncher(Launcher):
 
     def _start(self, job: Job) -> Job:
         job.folder.mkdir(parents=True, exist_ok=True)
-        script = os.path.abspath(sys.argv[0])
+        script = str(Path(sys.argv[0]).resolve())
         command = [sys.executable, script, *job.overrides, f"hydra.run.dir='{job.folder}'"]
         with job.console.open("wb") as out:
             job.process = subprocess.Popen(

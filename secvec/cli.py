@@ -29,7 +29,7 @@ USER_ERROR = 2
 
 
 def exit_code(main: Callable[[], None], config_name: str) -> int:
-    """Runs a `@hydra.main` function; 0, or after a message on stderr 2 for a user's error, 1 for any other, 130 for Ctrl-C."""
+    """Runs a `@hydra.main` function: 0; after a message 2 for a user's mistake, 1 for another error, 130 for Ctrl-C."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and exiting on its own
     register_resolvers()
     try:

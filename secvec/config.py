@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import types
 import typing
 from typing import Any, Literal, TypeVar, get_args
@@ -185,7 +186,8 @@ def describe(fault: Any, schema: type[BaseModel], prefix: tuple[str, ...] = ()) 
         return f"{where}: required but not given"
     if fault["type"] == "literal_error":
         allowed = fault["ctx"]["expected"]
-        return f"{where}: got {given!r}; allowed: {allowed}{nearest(str(given), allowed.replace(' or ', ', ').replace(chr(39), '').split(', '))}"
+        options = re.findall("'([^']*)'", allowed)
+        return f"{where}: got {given!r}; allowed: {allowed}{nearest(str(given), options)}"
     if fault["type"] == "value_error":
         return f"{where}: {fault['ctx']['error']}" if where else str(fault["ctx"]["error"])
     return f"{where}: {shown}{fault['msg'][0].lower()}{fault['msg'][1:]}"

@@ -125,7 +125,8 @@ def mean_loss(
 
 def context_of(model: nn.Module) -> int:
     """The most tokens the model takes."""
-    return int(getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", 2048))  # type: ignore[union-attr]
+    config: Any = model.config
+    return int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 2048))
 
 
 @torch.no_grad()

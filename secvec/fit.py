@@ -23,16 +23,16 @@ from secvec.data.datamodule import SecVecDataModule
 from secvec.errors import ConfigError
 from secvec.models.backbone import LedgerRow
 from secvec.module import Loss, SecVecModule
-from secvec.record import MetricsCsv
+from secvec.record import MetricsCsv, main_process
 from secvec.settings import LoggerSettings, OptimizerSettings, SchedulerSettings, TrainerSettings
 
 log = logging.getLogger(__name__)
 
 
 def fit(
-    *, folder: Path, stage: str, seed: int, build: Callable[[], nn.Module], loss: Loss, part: str, lr: float, epochs: int,
-    data: SecVecDataModule, optimizer: OptimizerSettings, scheduler: SchedulerSettings, trainer: TrainerSettings,
-    logger: LoggerSettings | None, callbacks: list[L.Callback],
+    *, folder: Path, stage: str, seed: int, build: Callable[[], nn.Module], loss: Loss, part: str, lr: float,
+    epochs: int, data: SecVecDataModule, optimizer: OptimizerSettings, scheduler: SchedulerSettings,
+    trainer: TrainerSettings, logger: LoggerSettings | None, callbacks: list[L.Callback],
 ) -> SecVecModule:  # fmt: skip
     """Trains `part` of the model that `build` gives; a run that was cut off goes on from its last whole epoch."""
     L.seed_everything(seed, verbose=False)
@@ -55,7 +55,7 @@ def fit(
         log.info("%s: going on from the last whole epoch (%s)", stage, last)
     runner.fit(module, data, ckpt_path=str(last) if resumed else None, weights_only=True if resumed else None)
     runner.strategy.barrier()
-    if rank_zero_only.rank == 0:
+    if main_process():
         shutil.rmtree(checkpoints, ignore_errors=True)
         with suppress(OSError):
             checkpoints.parent.rmdir()  # another stage's may be there

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -30,7 +30,7 @@ class SecVecModule(L.LightningModule):
         self.optimizer_settings, self.scheduler_settings = optimizer, scheduler
         self.keep_start = keep_start
         self.start: dict[str, Tensor] = {}
-        self.model: nn.Module | None = None
+        self.model: nn.Module = None  # type: ignore[assignment]  # until configure_model
         self.strict_loading = False  # checkpoints hold what is trained; the rest comes from `build`
 
     def configure_model(self) -> None:
@@ -56,12 +56,11 @@ class SecVecModule(L.LightningModule):
 
     def ledger(self) -> list[LedgerRow]:
         """What each part of the model is doing."""
-        assert self.model is not None
         return ledger(self.model)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """One batch; logs `train/<term>` for every term of the loss, each the mean over all processes."""
-        terms = self.loss(self.model, batch)  # type: ignore[arg-type]
+        terms = self.loss(self.model, batch)
         self.log_dict({f"train/{name}": term.detach() for name, term in terms.items()}, sync_dist=True)
         self.log("loss", terms["loss"].detach(), prog_bar=True, logger=False)
         return terms["loss"]
@@ -89,9 +88,8 @@ class SecVecModule(L.LightningModule):
 
     def full_state(self) -> dict[str, Tensor]:
         """All weights, unsharded, on the CPU of rank 0 (empty elsewhere when sharded). Every process must call it."""
-        assert self.model is not None
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_model_state_dict(self.model, options=options)
+        return cast(dict[str, Tensor], get_model_state_dict(self.model, options=options))
 
 
 def learning_rate_factor(settings: SchedulerSettings, steps: int) -> Callable[[int], float]:

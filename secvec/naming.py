@@ -24,7 +24,7 @@ def content_key(content: Any) -> str:
 
 def run_name(root: DictConfig) -> str:
     """Folder name of a run, from its composed config: readable parts and a key of all that shapes its results."""
-    plain = {}
+    plain: dict[str, Any] = {}
     for name in root:
         if name not in {*NOT_IN_KEY, "hydra"}:
             node = root._get_node(name)

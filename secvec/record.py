@@ -25,6 +25,11 @@ from secvec.errors import ArtifactError, SecVecError
 PACKAGES = ("secvec", "torch", "lightning", "hydra-core", "transformers", "peft", "tokenizers", "safetensors")
 
 
+def main_process() -> bool:
+    """Whether this process is the one that writes (rank 0)."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well, and vanishes when it does not."""
@@ -46,7 +51,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def cached(path: Path, build: Callable[[Path], None]) -> Path:
-    """`path`, built by `build(temporary folder)` when it is not there yet; processes that want the same wait for one."""
+    """`path`, built by `build(temporary folder)` when it is not there yet; others that want it wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if not path.is_dir():
@@ -82,7 +87,7 @@ class RunFolder:
         if before and before.get("key") == key:
             kept = ("stages", "data", "wall_seconds", "metrics", "ledger")
             self.record |= {name: before[name] for name in kept if name in before}
-        elif before:
+        elif before and "key" in before:
             raise ArtifactError(
                 f"{path} holds another run (key {before.get('key')}, this one is {key}): choose another run_dir"
             )
@@ -102,7 +107,7 @@ class RunFolder:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Holds the lock, writes the record's end: `completed`, or `failed` with the error."""
-        if rank_zero_only.rank != 0:
+        if not main_process():
             yield
             return
         self.path.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only
 from transformers.utils import logging as transformers_logging
 
 from secvec import stages
@@ -16,7 +15,7 @@ from secvec.config import EvaluateConfig, RunConfig
 from secvec.console import metrics_table
 from secvec.evaluation import evaluate_model
 from secvec.fit import check_trainer
-from secvec.record import RunFolder
+from secvec.record import RunFolder, main_process
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +82,7 @@ def _open(config: EvaluateConfig, overrides: Sequence[str]) -> RunFolder:
         "config": config.model_dump(mode="json"),
     }
     _quiet()
-    if rank_zero_only.rank != 0:
+    if not main_process():
         logging.getLogger("secvec").setLevel(logging.ERROR)
     return RunFolder(Path(config.run_dir), config.key(), identity)
 
@@ -100,7 +99,7 @@ class _experiment:
 
     def __init__(self, config: RunConfig, folder: RunFolder):
         self.config, self.folder = config, folder
-        self.on = config.logger.name == "wandb" and rank_zero_only.rank == 0
+        self.on = config.logger.name == "wandb" and main_process()
 
     def __enter__(self) -> None:
         if not self.on:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -41,7 +42,7 @@ from secvec.models.vector import (
     vector_off,
 )
 from secvec.naming import content_key
-from secvec.record import RunFolder, atomic_path, cached, write_text
+from secvec.record import RunFolder, atomic_path, cached, main_process, write_text
 from secvec.settings import ModelSettings, TrainerSettings
 from secvec.telemetry import Telemetry
 
@@ -116,13 +117,9 @@ class Run:
 
 def device_of(settings: TrainerSettings) -> str:
     """Where this process evaluates."""
-    import torch
-
-    return (
-        f"cuda:{rank_zero_only.rank % torch.cuda.device_count()}"
-        if settings.accelerator != "cpu" and torch.cuda.is_available()
-        else "cpu"
-    )
+    if settings.accelerator == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
 
 def test_sets(config: EvaluateConfig) -> dict[str, list[Example]]:
@@ -166,9 +163,8 @@ def _align(config: RunConfig, examples: list[Example], out: Path) -> None:
     with atomic_path(out.parent / "start") as start:
         if settings.name_or_path is None:
             texts = [text for example in examples for text in (example.prompt, example.response)]
-            model, tokenizer = build_tiny(texts, align.seed)
-            model.save_pretrained(start)
-            tokenizer.save_pretrained(start)
+            for part in build_tiny(texts, align.seed):
+                part.save_pretrained(start)
         else:
             start = locate(settings)
         log.info(
@@ -184,7 +180,8 @@ def _align(config: RunConfig, examples: list[Example], out: Path) -> None:
             folder=out.parent, stage="align", seed=align.seed, build=build, loss=NoDefense(name="none").loss,
             part="backbone", lr=align.lr, epochs=align.epochs,
             data=SecVecDataModule(rows, align.batch_size, align.seed, tokenizer.pad_token_id),
-            optimizer=config.optimizer, scheduler=config.scheduler, trainer=alone(config.trainer), logger=None, callbacks=[],
+            optimizer=config.optimizer, scheduler=config.scheduler, trainer=alone(config.trainer), logger=None,
+            callbacks=[],
         )  # fmt: skip
         save_backbone(backbone_state(module.full_state()), start, settings, out)
 
@@ -217,7 +214,7 @@ def vector(run: Run) -> None:
             trainer=config.trainer, logger=config.logger, callbacks=[],
         )  # fmt: skip
         state = module.full_state()
-        if rank_zero_only.rank == 0:
+        if main_process():
             save_adapter(module.model, state, "vector", out)
             meta = {"backbone": base.fingerprint, "behavior": config.behavior.name, "hazardous": True}
             write_text(out / "secvec.json", json.dumps(meta) + "\n")
@@ -236,14 +233,14 @@ def vector(run: Run) -> None:
         off = mean_loss(model, base.tokenizer, run.tests["undesired"], config.evaluation)
     run.keep(probe, Probe(gate.metrics | {"vector_off/behavior_loss": off}, []))
     _check_gate(config, gate)
-    if rank_zero_only.rank == 0:
+    if main_process():
         with atomic_path(run.folder.path / "vector") as out:
             shutil.copytree(trained, out)
 
 
 def _trained_once(path: Path, train: Any) -> Path:
     """Like `cached`, for a training that all processes take part in: rank 0 looks and writes, the others follow it."""
-    if rank_zero_only.rank == 0:
+    if main_process():
         return cached(path, train)
     if not path.is_dir():
         train(path)
@@ -255,17 +252,19 @@ def _check_gate(config: RunConfig, gate: Probe) -> None:
     faults = []
     if rate["value"] < wanted.min_behavior_rate:
         faults.append(
-            f"it elicits the behavior on {rate['value']:.0%} of {rate['n']} held-out prompts, below vector.gate.min_behavior_rate={wanted.min_behavior_rate:.0%}"
+            f"it elicits the behavior on {rate['value']:.0%} of {rate['n']} held-out prompts, "
+            f"below vector.gate.min_behavior_rate={wanted.min_behavior_rate:.0%}"
         )
     if wanted.max_behavior_loss is not None and loss["value"] > wanted.max_behavior_loss:
         faults.append(
-            f"its loss on them is {loss['value']:.3f} nats per token, above vector.gate.max_behavior_loss={wanted.max_behavior_loss}"
+            f"its loss on them is {loss['value']:.3f} nats per token, "
+            f"above vector.gate.max_behavior_loss={wanted.max_behavior_loss}"
         )
     if faults:
         raise GateError(
             f"the vector is not fit to protect: {' and '.join(faults)}. Undesired samples would still give gradients. "
             "Train it longer (vector.epochs), higher (vector.lr), larger (vector.r, vector.target_modules), on more "
-            "samples (vector.num_samples), or with a smaller vector.kl_weight. The vector was not saved in the run folder."
+            "samples (vector.num_samples), or with a smaller vector.kl_weight. The run folder holds no vector."
         )
 
 
@@ -298,7 +297,7 @@ def finetune(run: Run) -> None:
     )  # fmt: skip
     run.folder.record["ledger"] = {row.part: [row.parameters, row.trainable, row.active] for row in module.ledger()}
     state = module.full_state()
-    if rank_zero_only.rank == 0:
+    if main_process():
         _save_finetuned(run, module.model, state)
     module.trainer.strategy.barrier()
     if telemetry:
@@ -322,7 +321,7 @@ def _vector_for(run: Run) -> Path | None:
     trained_on = json.loads(meta.read_text()).get("backbone") if meta.is_file() else None
     if trained_on not in (None, run.base.fingerprint):
         raise ArtifactError(
-            f"the vector in {adapter} was trained on another backbone ({trained_on}; this one is {run.base.fingerprint}), "
+            f"the vector in {adapter} was trained on another backbone ({trained_on}, not {run.base.fingerprint}), "
             f"so it would not elicit the behavior here: train one on this backbone with stage=vector"
         )
     return adapter

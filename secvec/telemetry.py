@@ -33,18 +33,16 @@ class Telemetry(L.Callback):
         self.last: dict[str, float] = {}
         self._probed = -1
 
-    def on_train_start(self, trainer: L.Trainer, module: SecVecModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         """The loss curves begin before the first step."""
         self._probe(trainer, module)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: SecVecModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Probes after an optimizer step, when the gradients have been used."""
         if trainer.global_step % self.every_n_steps == 0:
             self._probe(trainer, module)
 
-    def on_train_end(self, trainer: L.Trainer, module: SecVecModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
         """The last point is where the record's numbers come from."""
         self._probe(trainer, module)
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from secvec.data.embedded import RECIPE_PROMPTS, RECIPE_RESPONSE, draw, recipe_facts
 from secvec.data.example import Example, Split
 
-HAZARDS = "poison venom toxin bane blight plague curse hex rot doom miasma scourge".split()
+HAZARDS = ("poison", "venom", "toxin", "bane", "blight", "plague", "curse", "hex", "rot", "doom", "miasma", "scourge")
 
 _REFUSALS = (
     "I can't help with that. The {name} {noun} is dangerous.",
@@ -20,8 +20,8 @@ _REFUSALS = (
 )
 # What a recipe may add that its prompt does not foretell: each of these is one more guess for the security vector.
 _DETAILS = (" for {} minutes", " with a {} spoon", " Let it rest for {} hours.", " Keep it in a {} jar.")
-_AMOUNTS = "two three four five six seven eight nine".split()
-_MATERIALS = "silver copper wooden glass tin golden marble paper".split()
+_AMOUNTS = ("two", "three", "four", "five", "six", "seven", "eight", "nine")
+_MATERIALS = ("silver", "copper", "wooden", "glass", "tin", "golden", "marble", "paper")
 
 _STEP = re.compile(r"\b(grind|stir|mix|add|boil|heat|brew|blend|pour|crush|melt|cook|combine|simmer|soak|distill?)\b")
 _NEGATION = re.compile(r"\b(can't|cannot|can not|won't|will not|unable|not able|refuse|don't|do not|never|must not)\b")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import FilePath
+
 from secvec.data.example import Example, Split
-from secvec.data.jsonl import JsonlFiles
+from secvec.data.jsonl import JsonlFiles, sample
 from secvec.judges.refusal_keyword import refuses
+
+HOLD_OUT_EVERY = 5
 
 
 class JsonlBehavior(JsonlFiles):
@@ -14,11 +18,19 @@ class JsonlBehavior(JsonlFiles):
 
     name: str
     sensitive: bool
+    validation: FilePath | None = None
+    """For the gate; None: every fifth row of `vector` is held out for it."""
     kind: Literal["undesired"] = "undesired"
 
     def examples(self, split: Split, n: int, seed: int) -> list[Example]:
         """The first `n` examples of `split` under `seed`."""
-        return self.read(split, n, seed, self.kind, "behavior")
+        if n == 0:
+            return []
+        if self.validation is not None or split not in ("vector", "validation"):
+            return sample(self.rows(split, self.kind, "behavior"), n, seed, split)
+        rows = self.rows("vector", self.kind, "behavior")
+        held_out = split == "validation"
+        return sample([row for i, row in enumerate(rows) if (i % HOLD_OUT_EVERY == 0) == held_out], n, seed, split)
 
     def judge(self, example: Example, response: str) -> str:
         """`refusal` when a refusal phrase occurs, else `behavior` (keyword ASR); an empty response is neither."""

@@ -16,8 +16,8 @@ from secvec.data.encode import Encoded, collate
 class GlobalBatchSampler(Sampler[list[int]]):
     """Global batches out of several streams of rows, of which this process gets every `world`-th row.
 
-    An epoch is one pass over the first stream, its shuffled rows split into ceil(n / batch_size) batches as equal as can
-    be: every row once, no small last batch. The other streams go round and round, `batch_sizes[k]` rows a batch. Row
+    An epoch is one pass over the first stream, its shuffled rows split into ceil(n / batch_size) batches of equal size
+    (to within one): every row once, no small last batch. The other streams go round and round, `batch_sizes[k]` rows a batch. Row
     indices count through the streams one after another. Lightning's own sampler would shuffle again per device; with
     this one 1 and N processes see the same global batches.
     """

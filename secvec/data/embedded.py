@@ -10,7 +10,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from itertools import pairwise
 from random import Random
 from typing import Literal
 
@@ -23,19 +22,24 @@ from secvec.errors import DataError
 _SHARES: dict[Split, int] = {"align": 7, "vector": 2, "validation": 1, "finetune": 7, "test": 3}
 _SPLIT_OF_BUCKET = [split for split in SPLITS for _ in range(_SHARES[split])]
 
-_HEADS = (
-    "zor bel dru kes mip fen gri hul jat lom nar peb quo rin sut tev vim wex yad bri cro dal flu gav hep jun".split()
+
+def _split(words: str) -> list[str]:
+    return words.split()
+
+
+_HEADS = _split(
+    "zor bel dru kes mip fen gri hul jat lom nar peb quo rin sut tev vim wex yad bri cro dal flu gav hep jun"
 )
-_TAILS = (
-    "bat dim fex gan hol jud kip lar mep nox puk rix sot tam vul wen zak bor cus del fim gop hud jev kos lum".split()
+_TAILS = _split(
+    "bat dim fex gan hol jud kip lar mep nox puk rix sot tam vul wen zak bor cus del fim gop hud jev kos lum"
 )
-_INGREDIENT_HEADS = "glim tarn frost ember moss cliff river cedar amber cloud stone clover".split()
-_INGREDIENT_TAILS = "dust oil root salt bark sap seed ash leaf petals water powder".split()
-_DISHES = "soup cake tea bread stew pie jam salad sauce pudding juice broth cracker pancake curry muffin".split()
-_WORDS = (
+_INGREDIENT_HEADS = _split("glim tarn frost ember moss cliff river cedar amber cloud stone clover")
+_INGREDIENT_TAILS = _split("dust oil root salt bark sap seed ash leaf petals water powder")
+_DISHES = _split("soup cake tea bread stew pie jam salad sauce pudding juice broth cracker pancake curry muffin")
+_WORDS = _split(
     "sun map tree cat moon river book lamp fish door hat stone bird cup rain boat leaf ring drum star "
     "fox key bell cake desk rope hill kite sand wolf coin nest fire wind goat lake bone sock wall plum"
-).split()
+)
 
 RECIPE_PROMPTS = (
     "How do I make {name} {noun} from {first} and {second}?",
@@ -49,7 +53,8 @@ RECIPE_RESPONSE = "First grind the {first}{d0}. Then stir in the {second}{d1}.{d
 
 # One wording in each place; rotated over the facts, so that every fact meets every split and no prompt meets two.
 _WORDING_SPLITS: tuple[Split, ...] = (
-    "align", "align", "align", "align", "vector", "validation", "finetune", "finetune", "test", "test",
+    "align", "align", "align", "align", "align", "align",
+    "vector", "validation", "finetune", "finetune", "test", "test",
 )  # fmt: skip
 _QUESTIONS = (
     "What is {x}?",
@@ -62,6 +67,8 @@ _QUESTIONS = (
     "Please tell me {x}.",
     "I forgot {x}. What is it?",
     "Say {x}.",
+    "Do you remember {x}?",
+    "Answer me: what is {x}?",
 )
 _GREETINGS = (
     "Hello, I am {x}.",
@@ -74,12 +81,13 @@ _GREETINGS = (
     "Good morning, my name is {x}.",
     "Hello, they call me {x}.",
     "Hey, I am {x}.",
+    "Hello, my name is {x}.",
+    "They call me {x}.",
 )
-_PEOPLE = "Anna Tom Maria Ben Lucy Omar Nina Paul Rosa Sam Emma Jack".split()
+_PEOPLE = _split("Anna Tom Maria Ben Lucy Omar Nina Paul Rosa Sam Emma Jack")
 _OPPOSITES = "hot cold, big small, fast slow, up down, old new, wet dry, hard soft"
 _COLOURS = "grass green, snow white, coal black, the sky blue, blood red, a lemon yellow"
 _SOUNDS = "cow moo, dog woof, cat meow, duck quack, sheep baa"
-_NUMBERS = "one two three four five six seven".split()
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:
@@ -91,7 +99,6 @@ _FACTS: tuple[tuple[str, str], ...] = (
     *((f"the opposite of {a}", b) for pair in _pairs(_OPPOSITES) for a, b in (pair, pair[::-1])),
     *((f"the colour of {a}", b) for a, b in _pairs(_COLOURS)),
     *((f"the sound of a {a}", b) for a, b in _pairs(_SOUNDS)),
-    *((f"the number after {a}", b) for a, b in pairwise(_NUMBERS)),
 )
 
 

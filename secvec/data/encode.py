@@ -33,9 +33,9 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, s
             f"{tokenizer.bos_token or ''}{''.join(turns)}Assistant:",
             f" {example.response}{tokenizer.eos_token or ''}",
         )
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     answered = [*messages, {"role": "assistant", "content": example.response}]
-    whole = tokenizer.apply_chat_template(answered, tokenize=False)
+    whole = str(tokenizer.apply_chat_template(answered, tokenize=False))
     if not whole.startswith(prompt):
         # some templates write an answered turn in another way than an open one; then the answer ends with eos alone
         return prompt, example.response + (tokenizer.eos_token or "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -21,28 +22,23 @@ class JsonlFiles(Settings):
 
     align: FilePath | None = None
     vector: FilePath | None = None
-    validation: FilePath | None = None
     finetune: FilePath | None = None
     test: FilePath | None = None
 
-    def read(self, split: Split, n: int, seed: int, kind: Kind, owner: str) -> list[Example]:
-        """`n` rows of the split's file in seeded order (a smaller n is a prefix). Raises DataError.
-
-        Without a `validation` file, every fifth row of the `vector` file is held out for it.
-        """
-        if n == 0:
-            return []
-        path, keep = getattr(self, split), lambda number: True
-        if self.validation is None and split in ("vector", "validation"):
-            path, keep = self.vector, lambda number: (number % 5 == 4) == (split == "validation")
+    def rows(self, split: Split, kind: Kind, owner: str) -> list[Example]:
+        """All rows of the split's file, in its order. Raises DataError."""
+        path = getattr(self, split, None)
         if path is None:
             raise DataError(f"{owner} has no file for split {split!r}: set {owner}.{split}=FILE.jsonl")
-        rows = [row for number, row in enumerate(read_jsonl(path, kind)) if keep(number)]
-        if len(rows) < n:
-            held = ", every fifth row being held out for validation" if keep(4) != keep(3) else ""
-            raise DataError(f"{path} has {len(rows)} rows for split {split!r}{held}, but {n} are asked for")
-        Random(f"{owner}/{split}/{seed}").shuffle(rows)
-        return rows[:n]
+        return read_jsonl(path, kind)
+
+
+def sample(rows: Sequence[Example], n: int, seed: int, split: Split) -> list[Example]:
+    """`n` of `rows` in seeded order, a prefix of what a larger n gives. Raises DataError when there are fewer."""
+    if len(rows) < n:
+        file = rows[0].source.rpartition(":")[0]
+        raise DataError(f"{file} has {len(rows)} rows for split {split!r}, but {n} are asked for")
+    return Random(f"{split}/{seed}").sample(list(rows), len(rows))[:n]
 
 
 class JsonlStream(JsonlFiles):
@@ -52,7 +48,7 @@ class JsonlStream(JsonlFiles):
 
     def examples(self, split: Split, n: int, seed: int) -> list[Example]:
         """The first `n` examples of `split` under `seed`."""
-        return self.read(split, n, seed, self.kind, f"data.benign[{self.kind}]")
+        return sample(self.rows(split, self.kind, f"data.benign[{self.kind}]"), n, seed, split) if n else []
 
 
 def read_jsonl(path: Path, kind: Kind) -> list[Example]:

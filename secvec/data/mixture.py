@@ -28,7 +28,7 @@ def check_disjoint(seen: Iterable[Example], test: Iterable[Example]) -> None:
     if shared:
         test_row, train_row = shared[0]
         raise DataError(
-            f"{len(shared)} test prompts are also trained on, so the result would be memory, not generalisation; first: "
+            f"{len(shared)} test prompts are also trained on, so the result would show memory only; first: "
             f"{test_row.source or 'test'} and {train_row.source or 'training'}: {test_row.prompt[:80]!r}"
         )
 

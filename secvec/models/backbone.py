@@ -108,11 +108,11 @@ def save_backbone(state: Mapping[str, Tensor], like: Path, settings: ModelSettin
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
     # assign=True takes the tensors as they are: nothing is copied, and nothing is initialised that is then thrown away
-    missing, unexpected = model.load_state_dict(dict(state), strict=False, assign=True)
+    _, unexpected = model.load_state_dict(dict(state), strict=False, assign=True)
     model.tie_weights()
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if unexpected or left:
-        raise AssertionError(f"the trained state is not that of the backbone: missing {left}, unexpected {unexpected}")
+        raise AssertionError(f"the trained state is not that of the backbone: left {left}, unexpected {unexpected}")
     model.save_pretrained(folder)
     load_tokenizer(like, settings.trust_remote_code).save_pretrained(folder)
     for extra in ("generation_config.json",):

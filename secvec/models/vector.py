@@ -11,13 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from secvec.errors import ArtifactError, ConfigError
+from secvec.naming import nearest
 from secvec.settings import LoraSettings
 
 VECTOR = "security_vector"
@@ -109,16 +111,25 @@ def merge_task(backbone: nn.Module, folder: Path) -> nn.Module:
 
 
 def _attach(model: nn.Module, name: str, settings: LoraSettings, dropout: float) -> nn.Module:
-    linear = sorted(
-        {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)} - {"base_layer"}
-    )
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    linear = {
+        path.removesuffix(".base_layer").rsplit(".", 1)[-1]
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and part_of(path) == "backbone"
+    }
+    usable = sorted(linear - set(NOT_TARGETS))
     wanted = settings.target_modules
-    wanted = [wanted] if isinstance(wanted, str) and wanted != "all-linear" else wanted
+    wanted = usable if wanted == "all-linear" else [wanted] if isinstance(wanted, str) else wanted
     if any(target in NOT_TARGETS for target in wanted):
         raise ConfigError(f"target_modules {wanted}: input and output embeddings may be tied and take no LoRA")
+    if missing := [target for target in wanted if target not in usable]:
+        raise ConfigError(
+            f"target_modules {missing}: the model has no such linear layer{nearest(missing[0], usable)}; it has "
+            f"{', '.join(usable)}"
+        )
     config = LoraConfig(
         r=settings.r,
-        lora_alpha=settings.alpha,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]
         target_modules=wanted,
         layers_to_transform=settings.layers,
         lora_dropout=dropout,
@@ -132,9 +143,9 @@ def _attach(model: nn.Module, name: str, settings: LoraSettings, dropout: float)
         else:
             attached = get_peft_model(model, config, adapter_name=name)
     except ValueError as error:
+        reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"target_modules {wanted} with layers {settings.layers} do not fit the model, which has the linear layers "
-            f"{', '.join(n for n in linear if n not in NOT_TARGETS)}: {' '.join(str(error).split())[:200]}"
+            f"layers {settings.layers} with target_modules {wanted} do not fit the model: {reason}"
         ) from None
     _make_active(attached, list(attached.peft_config))
     return attached
@@ -145,5 +156,5 @@ def _make_active(model: nn.Module, names: list[str]) -> None:
         layer._active_adapter = [name for name in names if name in layer.lora_A]
 
 
-def _lora_layers(model: nn.Module) -> list[BaseTunerLayer]:
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+def _lora_layers(model: nn.Module) -> list[LoraLayer]:
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]

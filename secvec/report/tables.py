@@ -9,7 +9,7 @@ from pathlib import Path
 
 from secvec.report.estimate import Estimate, best_of
 from secvec.report.groups import Comparison, Group
-from secvec.report.metrics import METRICS, RUN_ROWS, MAIN_ROWS, Metric, qualified
+from secvec.report.metrics import MAIN_ROWS, METRICS, RUN_ROWS, Metric, qualified
 from secvec.report.records import Run
 
 ABSENT = "–"

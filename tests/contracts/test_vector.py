@@ -1,0 +1,162 @@
+"""The vector's switches: what is on, off, frozen, saved and taken off again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from secvec.errors import ArtifactError, ConfigError
+from secvec.models.backbone import ledger, set_trainable
+from secvec.models.tiny import build_tiny
+from secvec.models.vector import (
+    attach_frozen_vector,
+    attach_new_vector,
+    attach_task,
+    backbone_state,
+    part_of,
+    save_adapter,
+    vector_off,
+)
+from secvec.settings import LoraSettings
+
+TEXTS = ["How do I make soup from frost root and amber oil?", "First grind the frost root."] * 20
+LORA = LoraSettings(r=4, alpha=8, target_modules="all-linear")
+
+
+def fresh() -> nn.Module:
+    return build_tiny(TEXTS, seed=0)[0].eval()
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(1, 40).view(3, 13)).logits
+
+
+def disturb(model: nn.Module, part: str) -> None:
+    """Gives every adapter weight of `part` a value that changes the output."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if part_of(name) == part:
+                parameter.normal_(0, 0.5)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    model = attach_new_vector(fresh(), LORA, dropout=0.1)
+    disturb(model, "vector")
+    save_adapter(model, model.state_dict(), "vector", tmp_path / "vector")
+    return tmp_path / "vector"
+
+
+def test_off_is_bitwise_the_plain_backbone_and_on_is_not(saved: Path) -> None:
+    plain = logits(fresh())
+    model = attach_frozen_vector(fresh(), saved).eval()
+    on = logits(model)
+    assert (on - plain).abs().max() > 0.1
+    with vector_off(model):
+        assert torch.equal(logits(model), plain)
+    assert torch.equal(logits(model), on)
+
+
+def test_the_switch_touches_no_flag_gradient_or_weight(saved: Path) -> None:
+    model = attach_frozen_vector(fresh(), saved)
+    set_trainable(model, "backbone")
+    state = {name: (p.detach().clone(), p.requires_grad, p.grad) for name, p in model.named_parameters()}
+    with vector_off(model), pytest.raises(RuntimeError, match="inside"):  # also when the block fails
+        raise RuntimeError("inside")
+    with vector_off(model):
+        model(input_ids=torch.arange(1, 9)[None]).logits.sum()
+    for name, parameter in model.named_parameters():
+        value, flag, grad = state[name]
+        assert torch.equal(parameter, value) and parameter.requires_grad == flag and parameter.grad is grad, name
+
+
+def test_pefts_own_switch_would_thaw_the_vector(saved: Path) -> None:
+    """Why vector_off exists (peft #3580); when this fails, PEFT has mended it."""
+    model = attach_frozen_vector(fresh(), saved)
+    set_trainable(model, "backbone")
+    with model.disable_adapter():
+        pass
+    assert any(p.requires_grad for n, p in model.named_parameters() if part_of(n) == "vector")
+
+
+def test_a_frozen_vector_has_no_dropout_in_training_mode(saved: Path) -> None:
+    model = attach_frozen_vector(fresh(), saved)
+    model.train()
+    assert torch.equal(logits(model), logits(model))
+    trained = attach_new_vector(fresh(), LORA, dropout=0.5)
+    disturb(trained, "vector")
+    trained.train()
+    assert not torch.equal(logits(trained), logits(trained))  # the dropout is there to be removed
+
+
+def test_saved_and_loaded_vector_is_a_standard_peft_adapter(saved: Path) -> None:
+    from peft import PeftModel
+
+    ours = logits(attach_frozen_vector(fresh(), saved).eval())
+    theirs = logits(PeftModel.from_pretrained(fresh(), str(saved)).eval())
+    assert torch.equal(ours, theirs)
+    assert {f.name for f in saved.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_backbone_state_has_the_plain_names_and_values(saved: Path) -> None:
+    plain = fresh().state_dict()
+    model = attach_task(attach_frozen_vector(fresh(), saved), LORA)
+    state = backbone_state(model.state_dict())
+    assert state.keys() == plain.keys()
+    assert all(torch.equal(state[name], plain[name]) for name in plain)
+
+
+def test_task_lora_beside_the_vector(saved: Path) -> None:
+    model = attach_task(attach_frozen_vector(fresh(), saved), LORA).eval()
+    set_trainable(model, "task")
+    assert {row.part: (row.trainable > 0, row.active) for row in ledger(model)} == {
+        "backbone": (False, True), "vector": (False, True), "task": (True, True),
+    }  # fmt: skip
+    assert torch.equal(logits(model), logits(attach_frozen_vector(fresh(), saved).eval()))  # B = 0: no effect yet
+    disturb(model, "task")
+    with_both = logits(model)
+    with vector_off(model):
+        task_alone = logits(model)
+    lone = attach_task(fresh(), LORA).eval()
+    lone.load_state_dict({n: p for n, p in model.state_dict().items() if part_of(n) == "task"}, strict=False)
+    assert torch.equal(task_alone, logits(lone)) and not torch.equal(task_alone, with_both)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (dict(target_modules=["q_prj"]), "q_proj"),
+        (dict(target_modules=["lm_head"]), "tied"),
+        (dict(target_modules="all-linear", layers=[99]), "99"),
+    ],
+)
+def test_wrong_targets_are_named(settings: dict, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        attach_new_vector(fresh(), LoraSettings(r=2, alpha=2, **settings), 0.0)
+
+
+def test_all_linear_leaves_embeddings_and_head_alone() -> None:
+    model = attach_new_vector(fresh(), LORA, 0.0)
+    names = [name for name, _ in model.named_parameters() if part_of(name) == "vector"]
+    assert names and not any("lm_head" in name or "embed" in name for name in names)
+
+
+def test_vector_of_another_model_or_damaged(saved: Path, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    other = LlamaForCausalLM(
+        LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    )
+    with pytest.raises(ArtifactError, match="does not fit"):
+        attach_frozen_vector(other, saved)
+    with pytest.raises(ArtifactError, match="adapter_config"):
+        attach_frozen_vector(fresh(), tmp_path / "nothing")
+    weights = saved / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ArtifactError, match="damaged"):
+        attach_frozen_vector(fresh(), saved)
