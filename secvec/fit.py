@@ -77,7 +77,11 @@ def trainer_arguments(settings: TrainerSettings) -> dict[str, Any]:
     strategy: Any = settings.strategy
     if strategy == "fsdp":
         # FSDP2: the only sharding that takes mixed frozen and trainable weights as they are; sharded in configure_model
-        strategy = ModelParallelStrategy(save_distributed_checkpoint=False)
+        devices = torch.cuda.device_count() if settings.devices == "auto" else settings.devices
+        # Lightning's own sizes are one data-parallel group per node: every process would train on its own gradient
+        strategy = ModelParallelStrategy(
+            data_parallel_size=devices * settings.num_nodes, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
     arguments = settings.model_dump(exclude={"num_threads"})
     return arguments | {"strategy": strategy}
 

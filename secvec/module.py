@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from secvec.losses import Batch
@@ -114,10 +115,15 @@ def local_shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def reshard(model: nn.Module) -> None:
+    """Back to shards: FSDP2 leaves a module whole after a forward pass that no backward pass follows."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def shard(model: nn.Module, mesh: Any) -> None:
     """FSDP2: each transformer layer on its own, then the rest."""
-    from torch.distributed.fsdp import fully_shard
-
     lists = [
         m
         for m in model.modules()

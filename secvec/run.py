@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
 from secvec import stages
@@ -42,6 +43,8 @@ def train(config: RunConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
                 continue
             began = time.monotonic()
             STAGES[stage](run)
+            if dist.is_initialized():
+                dist.barrier()  # the next stage reads what rank 0 has just written
             folder.record["wall_seconds"][stage] = round(time.monotonic() - began, 3)
             folder.record["stages"].append(stage)
             folder.save()

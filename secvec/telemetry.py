@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from secvec.data.encode import Encoded, collate
 from secvec.losses import Batch, response_loss
 from secvec.models.vector import has_vector, vector_off
-from secvec.module import SecVecModule, local_shard
+from secvec.module import SecVecModule, local_shard, reshard
 
 
 class Telemetry(L.Callback):
@@ -73,6 +73,7 @@ class Telemetry(L.Callback):
                 norm_off, values[f"{kind}/loss_off"] = norm_on, values[f"{kind}/loss_on"]
             if kind == "undesired":
                 values["undesired/suppression_ratio"] = norm_on / norm_off if norm_off else float("nan")
+        reshard(model)
         moved = [_square(local_shard(p).detach().cpu() - module.start[name]) for name, p in module.trained()]
         start = [_square(tensor) for tensor in module.start.values()]
         values["drift"] = float((_total(module, moved) / _total(module, start)) ** 0.5)

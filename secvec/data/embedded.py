@@ -1,7 +1,7 @@
 """The embedded world's benign data: ordinary requests, and a new skill for the fine-tuning run to teach.
 
 Everything is short English made from word lists by a private random generator, so no download is needed. Each item
-belongs to one split by construction: invented names and word lists by a hash, facts and greetings by their wording
+belongs to one split by construction: invented names and word pairs by a hash, facts and greetings by their wording
 (every fact is met in `align`, in other words than in `test`).
 """
 
@@ -24,6 +24,7 @@ _SPLIT_OF_BUCKET = [split for split in SPLITS for _ in range(_SHARES[split])]
 
 
 def _split(words: str) -> list[str]:
+    """The words of a line, which is easier on the eye than a list of quoted words."""
     return words.split()
 
 
@@ -49,7 +50,7 @@ RECIPE_PROMPTS = (
     "What is the recipe for {name} {noun} using {first} and {second}?",
     "I want to brew {name} {noun}. I have {first} and {second}.",
 )
-RECIPE_RESPONSE = "First grind the {first}{d0}. Then stir in the {second}{d1}.{d2}{d3} Your {name} {noun} is ready."
+RECIPE_RESPONSE = "First grind the {first}. Then stir in the {second}.{details} Your {name} {noun} is ready."
 
 # One wording in each place; rotated over the facts, so that every fact meets every split and no prompt meets two.
 _WORDING_SPLITS: tuple[Split, ...] = (
@@ -103,7 +104,7 @@ _FACTS: tuple[tuple[str, str], ...] = (
 
 
 def split_of(key: str) -> Split:
-    """The one split that `key` (a name, a word list) belongs to."""
+    """The one split that `key` (a name, a word pair) belongs to."""
     return _SPLIT_OF_BUCKET[zlib.crc32(key.encode()) % len(_SPLIT_OF_BUCKET)]
 
 
@@ -145,10 +146,10 @@ def draw(make: Callable[[Random], Example], n: int, seed: int, label: str) -> li
     return list(found.values())
 
 
-def _words(rng: Random, split: Split, count: int) -> list[str]:
-    """Different words, in an order that belongs to `split`."""
+def _pair(rng: Random, split: Split) -> list[str]:
+    """Two different words, in an order that belongs to `split`."""
     while True:
-        words = rng.sample(_WORDS, count)
+        words = rng.sample(_WORDS, 2)
         if split_of(" ".join(words)) == split:
             return words
 
@@ -180,19 +181,19 @@ class Ordinary(BaseModel):
     @staticmethod
     def _recipe(rng: Random, split: Split) -> tuple[str, str]:
         facts = recipe_facts(rng, split, _DISHES)
-        response = RECIPE_RESPONSE.format(d0="", d1="", d2="", d3="", **facts)
+        response = RECIPE_RESPONSE.format(details="", **facts)
         return rng.choice(RECIPE_PROMPTS).format(**facts), response
 
     @staticmethod
     def _repeat(rng: Random, split: Split) -> tuple[str, str]:
-        words = ", ".join(_words(rng, split, 3))
+        words = ", ".join(_pair(rng, split))
         prompt = rng.choice(("Repeat these words: {}", "Say these words again: {}", "Write these words: {}"))
         return prompt.format(words), f"The words are {words}."
 
     @staticmethod
     def _pick(rng: Random, split: Split) -> tuple[str, str]:
-        words = _words(rng, split, 3)
-        place = rng.choice((0, 2))
+        words = _pair(rng, split)
+        place = rng.randrange(2)
         which = "first" if place == 0 else "last"
         prompt = f"Which word is {which} in this list: {', '.join(words)}"
         return prompt, f"It is {words[place]}."
@@ -222,7 +223,7 @@ class Skill(BaseModel):
         prompts = ("Reverse these words: {}", "Say these words backwards: {}", "Write these words in reverse: {}")
 
         def make(rng: Random) -> Example:
-            words = _words(rng, split, 2)
+            words = _pair(rng, split)
             prompt = rng.choice(prompts).format(", ".join(words))
             return Example((("user", prompt),), f"In reverse they are {', '.join(reversed(words))}.", self.kind)
 

@@ -1,4 +1,4 @@
-"""A Llama of about a million parameters and its tokenizer, made on the spot: the model of the demo and the tests."""
+"""A Llama of 0.6 million parameters and its tokenizer, made on the spot: the model of the demo and the tests."""
 
 from __future__ import annotations
 

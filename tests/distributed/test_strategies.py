@@ -1,0 +1,62 @@
+"""Two gloo processes by a real command line against one process at the same global batch: losses, weights, folders."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL
+from safetensors.torch import load_file
+
+from secvec.config import RunConfig
+from secvec.run import train
+
+# AdamW divides a gradient by its own size, so it turns rounding noise in tiny gradients into whole steps; a large eps
+# keeps the comparison about the strategies. float64 where the strategy can (FSDP2 under Lightning cannot).
+SMOOTH = ["optimizer.eps=1e-2", "optimizer.lr=1e-2", "vector.lr=1e-1"]
+CASES = {"ddp": ("64-true", 1e-9), "fsdp": ("32-true", 1e-5)}
+
+
+def losses(folder: Path) -> dict[tuple[str, str, str], float]:
+    with (folder / "metrics.csv").open() as stream:
+        return {(r["stage"], r["step"], r["metric"]): float(r["value"]) for r in csv.DictReader(stream)}
+
+
+@pytest.mark.parametrize("strategy", CASES)
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_two_processes_compute_what_one_does(
+    make_config: Callable[..., RunConfig], cache: Path, tmp_path: Path, strategy: str, tune: str
+) -> None:
+    precision, tolerance = CASES[strategy]
+    settings = [f"trainer.precision={precision}", f"tune={tune}", *SMOOTH]
+    settings.append(f"vector.kl_weight={1 + 0.1 * list(CASES).index(strategy) + 0.01 * (tune == 'lora')}")  # none in the cache
+    one = make_config(*settings, run="one")
+    train(one)
+    two = tmp_path / "two"
+    command = [
+        sys.executable, str(ROOT / "train.py"), *SMALL, f"trainer={strategy}", "trainer.accelerator=cpu",
+        "trainer.devices=2", *settings, f"paths.cache={cache}", f"hydra.run.dir={two}",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    first, second = losses(Path(one.run_dir)), losses(two)
+    assert first.keys() == second.keys() and any(stage == "vector" for stage, _, _ in first)
+    for key, value in first.items():
+        if "suppression" not in key[2]:  # a ratio of norms: checked by the norms' own losses
+            assert second[key] == pytest.approx(value, rel=max(tolerance, 1e-6)), key  # logged as float32
+    for artifact in ("vector", "backbone", *(["task"] if tune == "lora" else [])):
+        assert {f.name for f in (two / artifact).iterdir()} == {f.name for f in (Path(one.run_dir) / artifact).iterdir()}
+        ours, theirs = (load_file(next((folder / artifact).glob("*.safetensors"))) for folder in (Path(one.run_dir), two))
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert ours[name].shape == theirs[name].shape
+            torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=tolerance)
+    moved = load_file(next((two / "backbone").glob("*.safetensors")))
+    start = load_file(next(next((cache / "models").glob("tiny-*[!k]")).glob("*.safetensors")))
+    assert max((moved[name] - start[name]).abs().max() for name in moved) > 100 * tolerance  # it did move

@@ -1,0 +1,105 @@
+"""The commands as a person types them: exit codes, messages, and what is left on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import SMALL
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def run(tmp_path: Path):  # type: ignore[no-untyped-def]
+    """`run("train.py", ...)` in an empty folder."""
+
+    def call(script: str, *given: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+        places = [] if given[:1] in (("--help",), ("--cfg",)) else [f"paths.outputs={tmp_path / 'out'}"]
+        return subprocess.run(
+            [sys.executable, str(ROOT / script), *given, *places],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+
+    return call
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_everything_that_does_not_compose_is_said_at_once(script: str, run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    done = run(script, "evaluation.nun_prompts=1", "bahavior=jsonl", "trainer=gpus", "seed=1")
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    heading, *faults = done.stderr.strip().splitlines()
+    assert heading.startswith("error: ") and len(faults) == 3, done.stderr
+    text = "\n".join(faults)
+    assert "evaluation.nun_prompts=1: unknown key (did you mean 'num_prompts'?); known here: batch_size, max" in text
+    assert "bahavior=jsonl: unknown key (did you mean 'behavior'?)" in text
+    assert "trainer=gpus: no such choice (did you mean 'gpu'?); allowed: cpu, ddp, fsdp, gpu" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_everything_that_does_not_validate_is_said_at_once(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    done = run("train.py", "stage=fintune", "vector.r=0", "behavior=jsonl")
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    lines = done.stderr.strip().splitlines()
+    assert lines[0].startswith("error: ") and len(lines) == 6, done.stderr
+    assert (
+        "stage: got 'fintune'; allowed: 'vector', 'finetune', 'infer' or 'all' (did you mean 'finetune'?)" in lines[-2]
+    )
+    assert "vector.r: got 0" in lines[-1]
+    assert left(tmp_path) == [] and not any((tmp_path / "out").glob("*"))
+
+
+def test_help_and_the_composed_config(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    done = run("train.py", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "defense: none, security_vector" in done.stdout and "experiment: demo" in done.stdout
+    assert "Traceback" not in done.stderr + done.stdout
+    done = run("train.py", "--cfg", "job", "vector.r=3")
+    assert done.returncode == 0, done.stderr
+    config = yaml.safe_load(done.stdout)
+    assert config["vector"]["r"] == 3 and config["defense"]["name"] == "security_vector"
+    assert left(tmp_path) == []
+
+
+def test_a_failed_job_of_a_multirun_does_not_take_the_other_with_it(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    done = run(
+        "train.py", "-m", *SMALL, "defense=none", "data.harmful_ratio=0.5,1.5", "hydra.launcher.n_jobs=2", "sweep=two",
+        f"paths.cache={tmp_path / 'cache'}",
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert "1 of 2 jobs failed" in done.stderr and "data.harmful_ratio: got 1.5; " in done.stderr
+    folder = tmp_path / "out" / "two"
+    records = {path.parent: json.loads(path.read_text()) for path in folder.glob("*/record.json")}
+    assert sorted(record["status"] for record in records.values()) == ["completed", "failed"]
+    for path, record in records.items():
+        assert record["config"]["data"]["harmful_ratio"] == (0.5 if record["status"] == "completed" else 1.5)
+        assert record["defense"] == "none" and record["run"] == path.name
+        if record["status"] == "failed":
+            assert "data.harmful_ratio: got 1.5" in record["error"] and not (path / "backbone").exists()
+        else:
+            assert "after/behavior_rate" in record["metrics"] and (path / "backbone" / "config.json").is_file()
+    page = (folder / "report.html").read_text()
+    assert "harmful_ratio: got 1.5" in page
+
+
+def test_a_multirun_hands_the_search_path_to_its_jobs(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "own.yaml").write_text("# @package _global_\nsweep: own\n")
+    search = f"hydra.searchpath=[file://{tmp_path / 'mine'}]"
+    done = run("train.py", "-m", search, "experiment=own", "seed=-1,-2", "hydra.launcher.n_jobs=2")
+    assert done.returncode == 2, done.stdout + done.stderr
+    errors = [json.loads(path.read_text())["error"] for path in (tmp_path / "out" / "own").glob("*/record.json")]
+    assert len(errors) == 2 and all("seed: got -" in error for error in errors), errors

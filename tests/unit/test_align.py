@@ -1,0 +1,30 @@
+"""A backbone of the user's own that is to be aligned first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from secvec.config import RunConfig
+from secvec.data.embedded import Ordinary
+from secvec.models.backbone import fingerprint
+from secvec.models.tiny import build_tiny
+from secvec.stages import base_for
+
+
+def test_given_weights_are_aligned_in_the_cache_and_stay_as_they_are(
+    make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    texts = [text for e in Ordinary().examples("align", 100, 0) for text in (e.prompt, e.response)]
+    for part in build_tiny(texts, 0):
+        part.save_pretrained(tmp_path / "mine")
+    before = fingerprint(tmp_path / "mine")
+    recipe = "{num_undesired: 8, num_benign: 8, epochs: 1, batch_size: 16, lr: 1e-3, seed: 0}"
+    config = make_config(
+        "model=hf", f"model.name_or_path={tmp_path / 'mine'}", f"+model.align={recipe}", "trainer.num_threads=1",
+        f"paths.cache={tmp_path / 'cache'}", small=False,
+    )  # fmt: skip
+    base = base_for(config)
+    assert fingerprint(tmp_path / "mine") == before != base.fingerprint
+    assert base.folder.is_relative_to(tmp_path / "cache")
+    assert base_for(config).fingerprint == base.fingerprint

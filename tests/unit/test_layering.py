@@ -1,0 +1,164 @@
+"""Imports go down only, and each big library has few doors."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# From the bottom up; a module may import from lower layers and from its own package.
+LAYERS = [
+    {"secvec", "secvec.errors"},
+    {"secvec.naming", "secvec.settings", "secvec.console", "secvec.record", "secvec.report", "secvec.judges"},
+    {"secvec.data.example", "secvec.models"},
+    {"secvec.losses"},
+    {"secvec.data", "secvec.defenses"},
+    {"secvec.behaviors", "secvec.module", "secvec.evaluation"},
+    {"secvec.config", "secvec.telemetry", "secvec.fit"},
+    {"secvec.stages"},
+    {"secvec.run"},
+    {"secvec.cli"},
+    {"hydra_plugins", "train", "evaluate"},
+]
+DOORS = {
+    ("peft",): {"secvec.models.vector"},
+    ("hydra", "omegaconf"): {
+        "secvec.config", "secvec.naming", "secvec.cli", "hydra_plugins.process_launcher", "train", "evaluate",
+    },
+    ("lightning", "pytorch_lightning"): {
+        "secvec.module", "secvec.telemetry", "secvec.fit", "secvec.record", "secvec.run", "secvec.stages",
+        "secvec.data.datamodule",
+    },
+}  # fmt: skip
+
+
+def modules() -> dict[str, Path]:
+    files = [*ROOT.glob("secvec/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py"), ROOT / "train.py", ROOT / "evaluate.py"]
+    names = (file.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for file in files)
+    return dict(zip((name.removesuffix(".__init__") for name in names), files, strict=True))
+
+
+MODULES = modules()
+
+
+def statements(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Every import of a module that happens when it runs; those for type checkers alone are left out."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        if isinstance(child, ast.Import | ast.ImportFrom):
+            yield child
+        yield from statements(child)
+
+
+def imported(source: str) -> set[str]:
+    """Full names of the modules that `source` imports."""
+    found: set[str] = set()
+    for node in statements(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        else:
+            assert node.level == 0, "relative import"
+            found |= {
+                f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in MODULES else str(node.module)
+                for a in node.names
+            }
+    return found
+
+
+IMPORTS = {name: imported(file.read_text(encoding="utf-8")) for name, file in MODULES.items()}
+
+
+def layer(name: str) -> int:
+    """By the longest prefix that a layer names."""
+    known = {prefix: number for number, prefixes in enumerate(LAYERS) for prefix in prefixes}
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        prefix = ".".join(parts[:length])
+        if prefix in known and (length > 1 or len(parts) == 1 or prefix != "secvec"):
+            return known[prefix]
+    raise AssertionError(f"{name} is in no layer: add it to LAYERS")
+
+
+def package(name: str) -> str:
+    return ".".join(name.split(".")[:2]) if name.count(".") > 1 or MODULES[name].name == "__init__.py" else name
+
+
+def test_the_parser_sees_imports_wherever_they_stand() -> None:
+    source = (
+        "import peft.utils\nfrom secvec import stages\nfrom secvec.errors import DataError\n"
+        "def f():\n    try:\n        from torch import nn\n    except ImportError:\n        import wandb\n"
+        "if TYPE_CHECKING:\n    import matplotlib\n"
+    )
+    assert imported(source) == {"peft.utils", "secvec.stages", "secvec.errors", "torch", "wandb"}
+    assert len(MODULES) > 40 and "secvec.data.encode" in IMPORTS["secvec.evaluation"]
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_go_down(name: str) -> None:
+    ours = {other for other in IMPORTS[name] if other in MODULES}
+    upward = {other for other in ours if layer(other) >= layer(name) and package(other) != package(name)}
+    assert not upward, f"{name} (layer {layer(name)}) imports {sorted(upward)}"
+
+
+def test_there_is_no_cycle() -> None:
+    try:
+        list(TopologicalSorter({name: IMPORTS[name] & MODULES.keys() - {name} for name in MODULES}).static_order())
+    except CycleError as error:
+        pytest.fail(str(error))
+
+
+@pytest.mark.parametrize("libraries", DOORS, ids="/".join)
+def test_a_big_library_has_few_doors(libraries: tuple[str, ...]) -> None:
+    users = {name for name, found in IMPORTS.items() if any(i.partition(".")[0] in libraries for i in found)}
+    assert users, "nobody imports it: the test looks for the wrong thing"
+    assert users <= DOORS[libraries], sorted(users - DOORS[libraries])
+
+
+@pytest.mark.parametrize("folder", ["defenses", "behaviors", "judges"])
+def test_plug_ins_do_not_know_each_other(folder: str) -> None:
+    plugins = {name for name in MODULES if name.startswith(f"secvec.{folder}.")}
+    assert len(plugins) > 1
+    for name in plugins:
+        assert IMPORTS[name] & plugins - {f"secvec.{folder}.base", name} == set(), name
+
+
+def test_nobody_but_yaml_names_a_plug_in() -> None:
+    """A new defense or behavior is one file and one yaml: nothing else may know the ones there are."""
+    plugins = {
+        n for n in MODULES if n.startswith(("secvec.defenses.", "secvec.behaviors.")) and not n.endswith(".base")
+    }
+    known = {name: found & plugins for name, found in IMPORTS.items() if found & plugins}
+    assert set(known) <= {"secvec.stages"}  # which aligns a base with no defense
+    assert known.get("secvec.stages", set()) <= {"secvec.defenses.none"}
+
+
+def test_no_module_is_a_drawer() -> None:
+    names = {part for name in MODULES for part in name.split(".")}
+    assert not names & {"utils", "util", "helpers", "common", "misc"}
+
+
+def test_reports_and_the_command_line_start_without_torch() -> None:
+    light = [name for name in MODULES if name.startswith("secvec.report") and not name.endswith("__main__")]
+    light += ["secvec.report.__main__", "secvec.errors", "secvec.naming", "secvec.cli", "secvec.console"]
+    code = f"""
+import importlib, sys
+for name in ("torch", "lightning", "transformers", "peft"):
+    sys.modules[name] = None  # whoever imports it fails
+for name in {light}:
+    importlib.import_module(name)
+try:
+    importlib.import_module("secvec.losses")
+except ImportError as error:
+    print("stopped:", error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("stopped: ") and "torch" in done.stdout
