@@ -41,7 +41,7 @@ def exit_code(main: Callable[[], None], config_name: str) -> int:
     except FailedJobs as error:
         return _complain(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _complain("interrupted; the same command goes on from where it stopped", 130)
+        return _complain("interrupted; the same command goes on from the last finished epoch or job", 130)
     except Exception:
         traceback.print_exc()
         return 1

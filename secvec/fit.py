@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -53,7 +54,13 @@ def fit(
     )
     if resumed:
         log.info("%s: going on from the last whole epoch (%s)", stage, last)
-    runner.fit(module, data, ckpt_path=str(last) if resumed else None, weights_only=True if resumed else None)
+    try:
+        runner.fit(module, data, ckpt_path=str(last) if resumed else None, weights_only=True if resumed else None)
+    except SystemExit:
+        if not runner.interrupted:
+            raise
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning leaves it ignored
+        raise KeyboardInterrupt from None
     runner.strategy.barrier()
     if main_process():
         shutil.rmtree(checkpoints, ignore_errors=True)

@@ -30,6 +30,9 @@ def headline_figure(comparison: Comparison, names: Sequence[str] = HEADLINE) -> 
     colors = [BASE] * len(comparison.bases) + [series_color(i) for i in range(len(comparison.groups))]
     with settings():
         figure = Figure(figsize=(4.9 * len(names), 0.9 + 0.62 * max(len(rows), 1)), layout="constrained")
+        engine = figure.get_layout_engine()
+        assert engine is not None
+        engine.set(wspace=0.08)  # type: ignore[call-arg]
         axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
         for axis, name in zip(axes, names, strict=True):
             _rates(axis, rows, colors, name)
@@ -60,10 +63,12 @@ def _rates(axis: Axes, rows: Sequence[Group], colors: Sequence[str], name: str) 
                 axis.plot([end, end], [y - 0.1, y + 0.1], color=color, linewidth=2.2, zorder=2)
         axis.scatter([found.mean], [y], s=78, color=color, edgecolor=SURFACE, linewidth=1.2, zorder=4)
         seeds = [value for _, value in found.by_seed]
-        axis.scatter(seeds, [y + 0.27] * len(seeds), s=13, color=color, alpha=0.75, linewidth=0, zorder=3)
+        axis.scatter(seeds, [y + 0.27] * len(seeds), s=20, color=color, alpha=0.75, linewidth=0, zorder=3)
         # Kept inside the panel at both ends of the scale.
-        side = "left" if found.mean < 0.06 else "right" if found.mean > 0.94 else "center"
-        axis.text(found.mean, y - 0.2, metric.text(found.mean), color=INK, ha=side, va="bottom", fontsize=9.5)
+        side = "left" if found.mean < 0.1 else "right" if found.mean > 0.94 else "center"
+        shift = {"left": 0.012, "right": -0.012}.get(side, 0.0)
+        axis.text(found.mean + shift, y - 0.2, metric.text(found.mean), color=INK, ha=side,
+                  va="bottom", fontsize=9.5)  # fmt: skip
 
 
 def loss_figure(groups: Sequence[Group], curves: GroupCurves, indices: Sequence[int]) -> Figure:
@@ -73,8 +78,10 @@ def loss_figure(groups: Sequence[Group], curves: GroupCurves, indices: Sequence[
     top = max((v for runs in curves.values() for c in runs for m in c if "/loss_" in m for v in c[m].values()),
               default=1.0)  # fmt: skip
     with settings():
-        figure = Figure(figsize=(4.9 * len(indices), 3.5), layout="constrained")
+        # Fixed margins, not a computed layout: panels stay equally high whether their legend has one line or two.
+        figure = Figure(figsize=(4.9 * len(indices), 3.6))
         axes = figure.subplots(1, len(indices), sharey=True, squeeze=False)[0]
+        figure.subplots_adjust(0.6 / figure.get_figwidth(), 0.27, 1 - 0.1 / figure.get_figwidth(), 0.91, wspace=0.1)
         for axis, index in zip(axes, indices, strict=True):
             axis.set_title(textwrap.fill(groups[index].label, 44))
             axis.set_ylim(0, top * 1.06)
@@ -85,7 +92,7 @@ def loss_figure(groups: Sequence[Group], curves: GroupCurves, indices: Sequence[
             _losses(axis, curves.get(index, ()))
             handles, labels = axis.get_legend_handles_labels()
             if handles:
-                axis.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, fontsize=9.5,
+                axis.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.46, -0.18), ncols=2, fontsize=9.5,
                             handlelength=2.6, columnspacing=1.4)  # fmt: skip
         axes[0].set_ylabel("loss, nats per token")
     return figure

@@ -13,14 +13,14 @@ def provenance(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """(name, value) pairs over all runs; differing values are all named."""
     commits = [run.field("commit")[:12] + (" (uncommitted changes)" if run.record.get("dirty") else "") for run in runs]
     created = sorted(run.field("created", "") for run in runs if run.record.get("created"))
-    seeds = sorted({run.seed for run in runs})
+    seeds = sorted({run.seed for run in runs if run.completed})
     done = sum(run.completed for run in runs)
     lines = [
         ("Runs", f"{done} completed" + (f", {len(runs) - done} not completed" if done < len(runs) else "")),
         ("Behavior", _distinct(run.field("behavior") for run in runs)),
         ("Model", _distinct(run.field("model") for run in runs)),
         ("Tuning", _distinct(run.field("tune") for run in runs)),
-        ("Seeds", f"{len(seeds)} ({', '.join(map(str, seeds))})"),
+        ("Seeds", f"{len(seeds)} ({', '.join(map(str, seeds))})" if seeds else "none completed"),
         ("Data", _distinct(_counts(run) for run in runs if _counts(run)) or "not recorded"),
         ("Commit", _distinct(commits)),
         (

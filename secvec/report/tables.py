@@ -28,7 +28,8 @@ class Cell:
     @property
     def text(self) -> str:
         """All of it in one line."""
-        return " ".join(part for part in (self.value, self.interval + "†" * self.own, self.count) if part)
+        count = f"({self.count})" if self.count else ""
+        return " ".join(part for part in (self.value, self.interval + "†" * self.own, count) if part)
 
 
 @dataclass(frozen=True, slots=True)

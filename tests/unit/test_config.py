@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,26 @@ from secvec.naming import NOT_IN_KEY, register_resolvers, run_name
 CONF = Path(__file__).parents[2] / "conf"
 CHOICES = sorted(file.relative_to(CONF).with_suffix("") for file in CONF.glob("*/**/*.yaml"))
 EXPERIMENTS = [choice.name for choice in CHOICES if choice.parts[0] == "experiment"]
+GROUPS = {choice.parent.as_posix() for choice in CHOICES}
 ROOTS = {"train": RunConfig, "evaluate": EvaluateConfig}
 
 
-def composed(*overrides: str, root: str = "train", with_hydra: bool = False) -> DictConfig:
+def by_hydra(*overrides: str, root: str = "train", with_hydra: bool = False) -> DictConfig:
     GlobalHydra.instance().clear()
     register_resolvers()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(root, ["run_dir=somewhere", *overrides], return_hydra_config=with_hydra)
+
+
+by_hydra_once = lru_cache(by_hydra)
+
+
+def composed(*overrides: str, root: str = "train") -> DictConfig:
+    """As by Hydra, which takes a third of a second: it composes each choice of groups once, values come on top."""
+    chosen = [text for text in overrides if text.partition("=")[0] in GROUPS or text.startswith(("~", "hydra."))]
+    config = by_hydra_once(*chosen, root=root).copy()
+    OmegaConf.set_struct(config, False)
+    return OmegaConf.merge(config, OmegaConf.from_dotlist([t.lstrip("+") for t in overrides if t not in chosen]))  # type: ignore[return-value]
 
 
 def loaded(*overrides: str) -> RunConfig:
@@ -52,11 +65,16 @@ def command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     """Exit code and message of `python train.py GIVEN` when it comes no further than the composition."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     monkeypatch.setattr("sys.argv", [str(CONF.parent / "train.py"), *given])
-    code = exit_code(lambda: composed(*(text for text in given if not text.startswith("-"))) and None, "train")
+    code = exit_code(lambda: by_hydra(*(text for text in given if not text.startswith("-"))) and None, "train")
     return code, capsys.readouterr().err
 
 
 # -- what conf/ holds
+
+
+def test_the_short_way_to_compose_is_that_of_hydra() -> None:
+    given = ["vector.r=3", "tune=lora", "tune.lora.r=5", "+vector.new=[1,a]", "seed=7", "data.harmful_ratio=0.25"]
+    assert composed(*given) == by_hydra(*given) != by_hydra("tune=lora")
 
 
 def test_the_globs_find_the_yaml_files() -> None:
@@ -67,8 +85,9 @@ def test_the_globs_find_the_yaml_files() -> None:
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 def test_every_choice_of_every_group_composes_and_validates(choice: Path, tmp_path: Path) -> None:
     pick = f"{choice.parent.as_posix()}={choice.name}"
-    config = composed(pick)
-    config = composed(pick, *stand_ins(config, tmp_path))
+    config = by_hydra_once(pick)
+    if missing := stand_ins(config, tmp_path):
+        config = by_hydra(pick, *missing)
     run = load(config, RunConfig)
     assert not OmegaConf.missing_keys(config)
     name = getattr(getattr(run, choice.parts[0], None), "name", choice.name)
@@ -77,16 +96,16 @@ def test_every_choice_of_every_group_composes_and_validates(choice: Path, tmp_pa
 
 @pytest.mark.parametrize("root", ROOTS)
 def test_the_main_configs_compose_and_validate(root: str, tmp_path: Path) -> None:
-    config = composed(root=root, with_hydra=True)
+    config = by_hydra(root=root, with_hydra=True)
     assert config.hydra.launcher._target_ == "hydra_plugins.process_launcher.ProcessLauncher"
     assert run_name(config) in OmegaConf.to_container(config.hydra.run, resolve=True)["dir"]  # type: ignore[index,call-overload]
-    config = composed(*stand_ins(composed(root=root), tmp_path), root=root)
+    config = by_hydra(*stand_ins(composed(root=root), tmp_path), root=root)
     assert type(load(config, ROOTS[root])) is ROOTS[root]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_job_of_an_experiment_validates(name: str) -> None:
-    config = composed(f"experiment={name}", with_hydra=True)
+    config = by_hydra(f"experiment={name}", with_hydra=True)
     assert str(config.hydra.sweep.dir).endswith(f"/{config.sweep}") and config.sweep != "multirun"
     assert run_name(config) == config.hydra.sweep.subdir
     parser = OverridesParser.create()
@@ -199,7 +218,8 @@ def test_values_that_torch_or_lightning_would_refuse_later_are_faults_here(given
 
 @pytest.mark.parametrize("target", ["os.path.join", "secvec.settings.Rate", "secvec.errors.SecVecError"])
 def test_a_target_that_is_no_settings_class_is_a_fault(target: str) -> None:
-    assert f"behavior._target_: {target!r}" in fault(f"behavior._target_={target}").replace("cannot import ", "")
+    message = fault(f"behavior._target_={target}")
+    assert "behavior._target_" in message and target in message
 
 
 def test_a_behavior_that_is_something_else_is_a_fault() -> None:
@@ -282,7 +302,7 @@ def test_the_value_of_a_flag_is_not_taken_for_an_override(
 ) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     monkeypatch.setattr("sys.argv", [str(CONF.parent / "train.py"), "--config-dir", str(tmp_path), "sed=1"])
-    assert exit_code(lambda: composed("sed=1") and None, "train") == 2
+    assert exit_code(lambda: by_hydra("sed=1") and None, "train") == 2
     message = capsys.readouterr().err
     assert "sed=1: unknown key" in message and "not of the form" not in message
 
@@ -306,10 +326,11 @@ def test_no_count_is_lost_to_rounding() -> None:
 
 
 SHAPING = [
-    "seed=1", "defense=none", "vector.r=4", "vector.kl_weight=1", "vector.gate.num_prompts=7", "data.num_harmful=5",
-    "data.harmful_ratio=0.25", "tune=lora", "optimizer.lr=0.5", "scheduler=linear", "model.align.epochs=3",
-    "model.name_or_path=some/model", "behavior.details=2", "trainer.precision=bf16-true", "finetune.batch_size=5",
-    "evaluation.num_prompts=9", "telemetry.every_n_steps=3",
+    "seed=71", "defense=none", "vector.r=71", "vector.kl_weight=7.1", "vector.gate.num_prompts=71",
+    "data.num_harmful=71",
+    "data.harmful_ratio=0.71", "tune=lora", "optimizer.lr=0.71", "scheduler=linear", "model.align.epochs=71",
+    "model.name_or_path=some/model", "behavior.details=2", "trainer.precision=bf16-true", "finetune.batch_size=71",
+    "evaluation.num_prompts=71", "telemetry.every_n_steps=71",
 ]  # fmt: skip
 PLACES = [
     "stage=infer", "paths.outputs=elsewhere", "paths.cache=elsewhere", "logger=tensorboard", "logger=wandb",
@@ -324,10 +345,15 @@ def names_of(*overrides: str) -> tuple[str, str]:
 
 def test_same_content_same_name() -> None:
     name, key = names_of("vector.r=4", "seed=3")
-    assert (name, key) == names_of(
-        "seed=3", "vector.r=4", "vector.alpha=16", "optimizer.lr=0.001", "defense=security_vector"
-    )
+    defaults = composed()
+    the_same = ["seed=3", "vector.r=4", "defense=security_vector"]
+    the_same += [f"vector.alpha={defaults.vector.alpha}", f"optimizer.lr={defaults.optimizer.lr:f}"]
+    assert (name, key) == names_of(*the_same)
     assert name.startswith("security_vector-forbidden_recipe-tiny-s3-")
+
+
+def test_the_same_number_written_in_another_way_is_the_same_content() -> None:
+    assert names_of("vector.kl_weight=2") == names_of("vector.kl_weight=2.0")
 
 
 def test_each_setting_that_shapes_results_gives_a_name_and_a_key_of_its_own() -> None:

@@ -209,17 +209,25 @@ def test_forgetting_a_stage_takes_its_artifacts_and_no_other(folder: RunFolder) 
     assert folder.record["stages"] == ["vector"] and names(folder.path) == ["vector"]
 
 
+def predictions(folder: RunFolder) -> list[tuple[str, str]]:
+    lines = (folder.path / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
+    return [(row["phase"], row["response"]) for row in map(json.loads, filter(None, lines))]
+
+
 def test_predictions_of_a_phase_replace_those_of_the_same_phase_only(folder: RunFolder) -> None:
     folder.path.mkdir()
-    folder.add_predictions([{"phase": "base", "response": "é\u2028x"}, {"phase": "after", "response": "old"}])
+    folder.add_predictions([{"phase": "base", "response": "é\nx"}, {"phase": "after", "response": "old"}])
     folder.add_predictions([{"phase": "after", "response": "new"}, {"phase": "active", "response": "on"}])
     folder.add_predictions([])
-    lines = (folder.path / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
-    assert [(row["phase"], row["response"]) for row in map(json.loads, filter(None, lines))] == [
-        ("base", "é\u2028x"),
-        ("after", "new"),
-        ("active", "on"),
-    ]
+    assert predictions(folder) == [("base", "é\nx"), ("after", "new"), ("active", "on")]
+
+
+@pytest.mark.parametrize("mark", ["\x85", "\u2028", "\u2029"])
+def test_an_answer_may_hold_any_line_separator(mark: str, folder: RunFolder) -> None:
+    folder.path.mkdir()
+    folder.add_predictions([{"phase": "base", "response": f"a{mark}b"}])
+    folder.add_predictions([{"phase": "after", "response": "new"}])
+    assert predictions(folder) == [("base", f"a{mark}b"), ("after", "new")]
 
 
 # -- a run in its folder
