@@ -112,7 +112,7 @@ def _composition_faults(config_name: str, error: Exception) -> str:
         for override in (o for o in parsed if o not in chosen):
             text = _single_values(override)[0]
             try:
-                compose(config_name, [*_last(groups), text])
+                compose(config_name, [*_last(groups), text], return_hydra_config=True)
             except (HydraException, OmegaConfBaseException):
                 faults.append(_unknown_key(config_name, override, loader))
         if not faults:
@@ -143,7 +143,7 @@ def _last(groups: list[str]) -> list[str]:
 
 
 def _unknown_key(config_name: str, override: Override, loader: ConfigLoader) -> str:
-    config = compose(config_name)
+    config = compose(config_name, return_hydra_config=True)
     *path, key = override.key_or_group.split(".")
     node = OmegaConf.select(config, ".".join(path)) if path else config
     if not isinstance(node, DictConfig):

@@ -48,6 +48,9 @@ from secvec.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
+NUM_WORDS = 200
+"""Samples of each stream whose words the tiny model's tokenizer is made of."""
+
 HAZARD = """---
 library_name: peft
 ---
@@ -153,37 +156,41 @@ def base_for(config: EvaluateConfig) -> Base:
     source = None if settings.name_or_path is None else fingerprint(locate(settings))
     optimizer, scheduler = config.optimizer.model_dump(exclude={"lr"}), config.scheduler.model_dump()
     key = content_key([source, align.model_dump(), data_hash(examples), optimizer, scheduler])
-    folder = cached(config.paths.cache / "models" / f"{settings.name}-{key}", partial(_align, config, examples))
+    folder = config.paths.cache / "models" / f"{settings.name}-{key}"
+    cached(folder, partial(_align, config, examples, folder.with_suffix(".part")))
     return Base(check(folder), fingerprint(folder), settings)
 
 
-def _align(config: RunConfig, examples: list[Example], out: Path) -> None:
+def _align(config: RunConfig, examples: list[Example], work: Path, out: Path) -> None:
     align, settings = config.model.align, config.model
     assert align is not None
-    with atomic_path(out.parent / "start") as start:
-        if settings.name_or_path is None:
-            texts = [text for example in examples for text in (example.prompt, example.response)]
-            for part in build_tiny(texts, align.seed):
-                part.save_pretrained(start)
-        else:
-            start = locate(settings)
-        log.info(
-            "aligning %s on %d refusals and %d ordinary samples (kept for later runs)",
-            settings.name,
-            align.num_undesired,
-            align.num_benign,
-        )
-        tokenizer = load_tokenizer(start, settings.trust_remote_code)
-        build = partial(load_backbone, start, settings)
-        rows = encode(examples, tokenizer, context_of(build()))
-        module = fit(
-            folder=out.parent, stage="align", seed=align.seed, build=build, loss=NoDefense(name="none").loss,
-            part="backbone", lr=align.lr, epochs=align.epochs,
-            data=SecVecDataModule(rows, align.batch_size, align.seed, tokenizer.pad_token_id),
-            optimizer=config.optimizer, scheduler=config.scheduler, trainer=alone(config.trainer), logger=None,
-            callbacks=[],
-        )  # fmt: skip
-        save_backbone(backbone_state(module.full_state()), start, settings, out)
+    start = locate(settings) if settings.name_or_path else _tiny_start(config, examples, work / "start")
+    counts = align.num_undesired, align.num_benign
+    log.info("aligning %s on %d refusals and %d ordinary samples (kept for later runs)", settings.name, *counts)
+    tokenizer = load_tokenizer(start, settings.trust_remote_code)
+    build = partial(load_backbone, start, settings)
+    rows = encode(examples, tokenizer, context_of(build()))
+    module = fit(
+        folder=work, stage="align", seed=align.seed, build=build, loss=NoDefense(name="none").loss,
+        part="backbone", lr=align.lr, epochs=align.epochs,
+        data=SecVecDataModule(rows, align.batch_size, align.seed, tokenizer.pad_token_id),
+        optimizer=config.optimizer, scheduler=config.scheduler, trainer=alone(config.trainer), logger=None,
+        callbacks=[],
+    )  # fmt: skip
+    save_backbone(backbone_state(module.full_state()), start, settings, out)
+    shutil.rmtree(work)
+
+
+def _tiny_start(config: RunConfig, examples: list[Example], folder: Path) -> Path:
+    """The tiny model before alignment. Its tokenizer knows the words of all data, as a pretrained one would."""
+    assert config.model.align is not None
+    behavior, seed = config.behavior, config.model.align.seed
+    words = [*examples, *behavior.examples("vector", NUM_WORDS, seed)]
+    words += [example for stream in config.data.benign for example in stream.examples("vector", NUM_WORDS, seed)]
+    with atomic_path(folder) as temporary:
+        for part in build_tiny([text for e in words for text in (e.prompt, e.response)], seed):
+            part.save_pretrained(temporary)
+    return folder
 
 
 def alone(settings: TrainerSettings) -> TrainerSettings:

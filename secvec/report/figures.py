@@ -103,7 +103,7 @@ def _losses(axis: Axes, runs: Sequence[Curves]) -> None:
     for kind, color in KINDS.items():
         on, off = f"{kind}/loss_on", f"{kind}/loss_off"
         with_vector = [run for run in runs if run.get(on) and run[on] != run.get(off)]
-        for metric, of, style in ((off, runs, (0, (4, 2))), (on, with_vector, "-")):
+        for metric, of, style in ((on, with_vector, "-"), (off, runs, (0, (4, 2)))):
             lines = [run[metric] for run in of if run.get(metric)]
             if metric == off and not lines:
                 continue

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from secvec.report.estimate import Estimate, estimate
-from secvec.report.metrics import BARE, METRICS, qualified
+from secvec.report.metrics import BARE, METRICS, VECTOR_ONLY, qualified
 from secvec.report.records import Run
 
 # Settings that say where or how a run is kept, not what it does.
 _IGNORED = re.compile(
-    r"(.*_)?seeds?|runs?|run_(name|id|dir)|stages?|experiment(_name)?|hydra|(.*_)?(paths?|dirs?|roots?|files?)"
-    r"|out(put)?s?|output_.*|logg(er|ers|ing)|wandb|tensorboard|tracking|overwrite|resume|force|num_workers"
+    r"(.*_)?seeds?|runs?|run_(name|id|dir)|stages?|experiment(_name)?|hydra|(.*_)?(dirs?|roots?|files?)|(?!name_or_)(.*_)?paths?"
+    r"|out(put)?s?|output_.*|logg(er|ers|ing)|wandb|tensorboard|tracking|telemetry|sweep|overwrite|resume|force|num_(workers|threads)"
 )
+WITH_VECTOR = ("vector_on", "vector_off", "active")
 _FIELDS = ("behavior", "model", "tune")
 
 
@@ -31,23 +32,25 @@ class Group:
     @property
     def defense(self) -> str:
         """The defense that the group's runs share."""
-        return self.runs[0].field("defense")
+        return self.runs[0].defense
 
     @property
     def scope(self) -> tuple[str, str]:
         """Behavior and model: base values and floors may be compared only within one scope."""
-        return self.runs[0].field("behavior"), self.runs[0].field("model")
+        return self.runs[0].field("behavior"), self.runs[0].model
 
     @property
     def has_vector(self) -> bool:
-        """Whether any run measured something with a vector on."""
-        return any(run.has("vector_on/") or run.has("active/") for run in self.runs)
+        """Whether a vector was on in any run."""
+        return any(run.has_vector for run in self.runs)
 
     def estimate(self, name: str, phase: str | None = None) -> Estimate | None:
         """The mean over seeds of metric `name` in `phase` (default: the group's own)."""
         phase = phase or self.phase
         if phase == "base" and name in BARE:
             return None
+        if not self.has_vector and (phase in WITH_VECTOR or name in VECTOR_ONLY):
+            return None  # what is recorded compares the model with itself
         key = qualified(phase, name)
         found = ((run.seed, run.reading(key)) for run in self.runs)
         return estimate(((seed, reading) for seed, reading in found if reading is not None), METRICS[name])
@@ -77,7 +80,7 @@ def compare(runs: Iterable[Run | Mapping[str, Any]]) -> Comparison:
 
     parts: dict[tuple[str, ...], list[Run]] = {}
     for run in done:
-        parts.setdefault((run.field("defense"), *(settings[id(run)].get(key, "") for key in keys)), []).append(run)
+        parts.setdefault((run.defense, *(settings[id(run)].get(key, "") for key in keys)), []).append(run)
     order = sorted(parts, key=lambda part: (part[0] != "none", part[0], *map(_sortable, part[1:])))
     groups = []
     for part in order:
@@ -105,7 +108,7 @@ def _telling_keys(runs: Sequence[Run], settings: Mapping[int, Mapping[str, str]]
     parts = 0
 
     def split(keys: Sequence[str]) -> int:
-        return len({(r.field("defense"), *(settings[id(r)].get(k, "") for k in keys)) for r in runs})
+        return len({(r.defense, *(settings[id(r)].get(k, "") for k in keys)) for r in runs})
 
     parts = split(kept)
     for key in ranked:

@@ -23,15 +23,16 @@ def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
-def table(data: Table, corner: str) -> list[str]:
-    """A table; a section's title is a row of its own."""
+def table(data: Table, corner: str, about: bool = False) -> list[str]:
+    """A table; a section's title is a row of its own; with `about`, what stands below a row's label follows it."""
     rows: list[list[str]] = []
     for title, lines in data.sections:
         if title:
             rows.append([f"**{escape(title)}**", *[""] * len(data.columns)])
         for line in lines:
             cells = [f"**{escape(c.text)}**" if c.best else escape(c.text) for c in line.cells]
-            rows.append([escape(f"{line.label} {line.arrow}".strip()), *cells])
+            label = f"{line.label} {line.arrow}".strip() + (f" ({line.about})" if about else "")
+            rows.append([escape(label), *cells])
     out = grid([corner, *map(escape, data.columns)], rows)
     return [*out, DAGGER, ""] if data.footnote else out
 
@@ -71,7 +72,7 @@ def render(page: dict[str, Any]) -> str:
         out += ["## Mechanism", "", *table(page["mechanism"], "Measurement")]
     out += ["Figures: in report.html; `python -m secvec.report DIR --figures DIR` writes them as files.", ""]
     out += ["## Answers", "", escape(page["answers"]), "", *samples(page["samples"])] if page["groups"] else []
-    out += ["## Runs", "", *table(page["runs"], "Run")]
+    out += ["## Runs", "", *table(page["runs"], "Run folder", about=True)]
     if page["notes"]:
         out += ["## Missing or incomplete", "", *[f"- {escape(note)}" for note in page["notes"]], ""]
     return "\n".join(out)

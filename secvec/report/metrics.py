@@ -54,7 +54,8 @@ MAIN_ROWS = (
     "behavior_loss",
 )  # fmt: skip
 RUN_ROWS = ("behavior_rate", "refusal_rate", "task_accuracy", "retained_accuracy", "suppression_ratio", "drift")
-BARE = frozenset({"deactivation_gap", "suppression_ratio", "drift"})
+VECTOR_ONLY = frozenset({"deactivation_gap", "suppression_ratio"})  # without a vector: a model beside itself
+BARE = VECTOR_ONLY | {"drift"}
 
 
 def qualified(phase: str, name: str) -> str:

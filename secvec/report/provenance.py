@@ -18,10 +18,10 @@ def provenance(runs: Sequence[Run]) -> list[tuple[str, str]]:
     lines = [
         ("Runs", f"{done} completed" + (f", {len(runs) - done} not completed" if done < len(runs) else "")),
         ("Behavior", _distinct(run.field("behavior") for run in runs)),
-        ("Model", _distinct(run.field("model") for run in runs)),
+        ("Model", _distinct(run.model for run in runs)),
         ("Tuning", _distinct(run.field("tune") for run in runs)),
         ("Seeds", f"{len(seeds)} ({', '.join(map(str, seeds))})" if seeds else "none completed"),
-        ("Data", _distinct(_counts(run) for run in runs if _counts(run)) or "not recorded"),
+        ("Data", _counts(runs) or "not recorded"),
         ("Commit", _distinct(commits)),
         (
             "Versions",
@@ -38,7 +38,7 @@ def sentence(runs: Sequence[Run], comparison: Comparison) -> str:
     names = [group.label for group in comparison.groups]
     if not names:
         return "No run was completed, so there is nothing to compare."
-    model = _distinct(run.field("model") for run in runs if run.completed)
+    model = _distinct(run.model for run in runs if run.completed)
     behavior = _distinct(run.field("behavior") for run in runs if run.completed)
     count = f"{seeds} seed{'s' * (seeds != 1)}"
     versus = " versus ".join(names) if len(names) < 4 else f"{len(names)} settings"
@@ -71,12 +71,21 @@ def warnings(runs: Sequence[Run], comparison: Comparison) -> list[str]:
 
 def failures(runs: Iterable[Run]) -> list[tuple[Run, str]]:
     """Runs that did not complete, with the reason they recorded."""
-    return [(run, run.field("error", "no error recorded")) for run in runs if not run.completed]
+    unknown = "no error recorded: it is still running, or was ended from outside"
+    return [(run, run.field("error", unknown)) for run in runs if not run.completed]
 
 
-def _counts(run: Run) -> str:
-    counts: Any = (run.record.get("data") or {}).get("counts")
-    return ", ".join(f"{v} {k}" for k, v in counts.items()) if isinstance(counts, dict) else ""
+def _counts(runs: Sequence[Run]) -> str:
+    """Number of examples of each split; differing ones are all named."""
+    splits: dict[str, list[str]] = {}
+    for run in runs:
+        counts: Any = (run.record.get("data") or {}).get("counts")
+        for split, of_split in counts.items() if isinstance(counts, dict) else ():
+            if isinstance(of_split, dict):
+                splits.setdefault(split, []).append(", ".join(f"{n} {kind}" for kind, n in of_split.items()))
+            else:
+                splits.setdefault(split, []).append(str(of_split))
+    return "; ".join(f"{split}: {_distinct(texts)}" for split, texts in sorted(splits.items()))
 
 
 def _pairs(run: Run, name: str) -> str:

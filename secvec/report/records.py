@@ -44,9 +44,22 @@ class Run:
         return self.field("run", self.folder.name if self.folder else "unnamed")
 
     @property
+    def defense(self) -> str:
+        """The run's defense; "evaluated" for a saved backbone that was only questioned."""
+        return "evaluated" if self.record.get("stage") == "evaluate" else self.field("defense")
+
+    @property
+    def model(self) -> str:
+        """The model's name, else the last part of where it came from."""
+        settings = (self.record.get("config") or {}).get("model")
+        source = settings.get("name_or_path") if isinstance(settings, Mapping) else None
+        return self.field("model", str(source or "unknown").rstrip("/").rpartition("/")[2])
+
+    @property
     def seed(self) -> int:
-        """The run's seed."""
-        return int(self.record.get("seed") or 0)
+        """The run's seed; -1 when a failed run does not know it."""
+        seed = self.record.get("seed")
+        return seed if isinstance(seed, int) else -1
 
     @property
     def completed(self) -> bool:
@@ -60,12 +73,21 @@ class Run:
         value = _number(cell.get("value"))
         if value is None:
             return None
-        n = _number(cell.get("n"))
-        return Reading(value, _number(cell.get("ci_low")), _number(cell.get("ci_high")), None if n is None else int(n))
+        low, high, n = (_number(cell.get(name)) for name in ("ci_low", "ci_high", "n"))
+        # A number that is no mean over prompts (drift) is recorded with n = 1 and no interval.
+        over_prompts = n is not None and not (n == 1 and low is None)
+        return Reading(value, low, high, int(n) if n is not None and over_prompts else None)
 
     def has(self, prefix: str) -> bool:
         """Whether any metric under `prefix` was measured."""
         return any(key.startswith(prefix) for key in self.record.get("metrics") or {})
+
+    @property
+    def has_vector(self) -> bool:
+        """Whether a vector was on at any time. A run without one records `active/*` as a copy of `after/*`."""
+        names = [key.removeprefix("active/") for key in self.record.get("metrics") or {} if key.startswith("active/")]
+        differ = any(self.reading(f"active/{name}") != self.reading(f"after/{name}") for name in names)
+        return differ or self.has("vector_on/")
 
 
 def _number(value: object) -> float | None:
@@ -88,7 +110,7 @@ def load_runs(dirs: Sequence[Path]) -> list[Run]:
     if not found:
         raise DataError(f"no directory given; {RUN_FOLDER}")
     runs = [Run(_load_record(path), path.parent) for path in found]
-    return sorted(runs, key=lambda run: (run.field("defense"), run.seed, run.name, str(run.folder)))
+    return sorted(runs, key=lambda run: (run.defense, run.seed, run.name, str(run.folder)))
 
 
 def _load_record(path: Path) -> dict[str, Any]:
@@ -106,7 +128,9 @@ def _load_record(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: line 1: a record is a JSON object, this is a {type(record).__name__}; {remedy}")
     if record.get("schema") != 1:
         raise DataError(f"{path}: schema is {record.get('schema')!r}, this version of secvec reads schema 1")
-    for name, kind in (("status", str), ("defense", str), ("seed", int)):
+    # A run that failed on its settings may not know its defense or seed; one that enters a mean must.
+    needed = (("status", str), ("defense", str), ("seed", int)) if record.get("status") == "completed" else ()
+    for name, kind in needed:
         if not isinstance(record.get(name), kind):
             raise DataError(f"{path}: `{name}` should be {kind.__name__}, it is {record.get(name)!r}; {remedy}")
     for name in ("metrics", "config", "versions", "wall_seconds", "data"):

@@ -105,7 +105,8 @@ def _html(page: dict[str, Any], report: Report) -> str:
     from markupsafe import Markup
 
     comparison = report.comparison
-    headline, losses = [], []
+    headline: list[Markup] = []
+    losses: list[tuple[str, Markup | None]] = []
     if comparison.groups:
         for name in figures.HEADLINE:
             told = f"{METRICS[name].label} of each column with its interval; the values are in the results table"

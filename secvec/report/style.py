@@ -8,7 +8,7 @@ import re
 import tempfile
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,14 +27,14 @@ def series_color(index: int) -> str:
     return SERIES[index % len(SERIES)]
 
 
-def settings(**more: Any) -> AbstractContextManager[None]:
+def settings(fonttype: Literal["path", "none"] = "path") -> AbstractContextManager[None]:
     """matplotlib settings under which equal input gives equal bytes."""
     from matplotlib import rc_context
 
     return rc_context(
         {
             "svg.hashsalt": "secvec",
-            "svg.fonttype": "path",
+            "svg.fonttype": fonttype,
             "text.parse_math": False,
             "font.family": "DejaVu Sans",
             "font.size": 10.5,
@@ -57,7 +57,6 @@ def settings(**more: Any) -> AbstractContextManager[None]:
             "axes.axisbelow": True,
             "legend.frameon": False,
             "legend.labelcolor": INK,
-            **more,
         }
     )
 
@@ -68,7 +67,7 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
 
     buffer = io.StringIO()
     none = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with settings(**{"svg.fonttype": "none"}):
+    with settings("none"):
         figure.savefig(buffer, format="svg", transparent=True, metadata=none)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
@@ -101,7 +100,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         # mkstemp makes the file private; a report is as readable as other files of the user.
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
+        Path(name).chmod(0o666 & ~mask)
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from secvec.report.estimate import Estimate, best_of
 from secvec.report.groups import Comparison, Group
-from secvec.report.metrics import MAIN_ROWS, METRICS, RUN_ROWS, Metric, qualified
+from secvec.report.metrics import MAIN_ROWS, METRICS, RUN_ROWS, VECTOR_ONLY, Metric, qualified
 from secvec.report.records import Run
 
 ABSENT = "–"
@@ -129,14 +129,17 @@ def run_table(runs: Sequence[Run], comparison: Comparison, root: Path) -> Table:
     label = {id(run): group.label for group in comparison.groups for run in group.runs}
     rows = []
     for run in runs:
-        cells = [Cell(label.get(id(run), run.field("defense"))), Cell(str(run.seed)), Cell(run.field("status"))]
+        named = (label.get(id(run), run.defense), str(run.record.get("seed", ABSENT)), run.field("status"))
+        cells = [Cell(text) for text in named]
         for name in RUN_ROWS:
-            reading = run.reading(qualified("after", name))
+            told = name not in VECTOR_ONLY or run.has_vector
+            reading = run.reading(qualified("after", name)) if told else None
             cells.append(Cell(METRICS[name].text(reading.value)) if reading else Cell())
-        cells += [_wall(run), Cell(folder_of(run, root))]
-        rows.append(Row(run.name, cells))
+        cells.append(_wall(run))
+        folder = folder_of(run, root)
+        rows.append(Row(folder, cells, about="" if Path(folder).name == run.name else f"run {run.name}"))
     names = [f"{METRICS[n].label} {METRICS[n].arrow}".strip() for n in RUN_ROWS]
-    return Table(["Defense", "Seed", "Status", *names, "Wall time, s", "Folder"], [("", rows)])
+    return Table(["Defense", "Seed", "Status", *names, "Wall time, s"], [("", rows)])
 
 
 def _wall(run: Run) -> Cell:
@@ -155,5 +158,5 @@ def folder_of(run: Run, root: Path) -> str:
 
 def column_phases(group: Group) -> list[tuple[str, str]]:
     """Which answers of a group are shown: (phase, label); with a vector also those given while it is on."""
-    active = [("active", f"{group.label}, vector ON")] if any(r.has("active/") for r in group.runs) else []
+    active = [("active", f"{group.label}, vector ON")] if group.has_vector else []
     return [*active, ("after", f"{group.label}, vector off" if active else group.label)]

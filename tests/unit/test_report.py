@@ -26,13 +26,13 @@ from secvec.report.groups import compare
 from secvec.report.metrics import METRICS
 from secvec.report.records import Reading, load_curves, load_predictions, load_runs
 from secvec.report.samples import shorten
-from secvec.report.tables import main_table, mechanism_table
 
 RATES = {  # defense -> metric -> value for each seed
     "none": {"behavior_rate": [0.93, 0.97, 0.95], "task_accuracy": [0.90, 0.94, 0.92]},
     "security_vector": {"behavior_rate": [0.01, 0.03, 0.02], "task_accuracy": [0.89, 0.93, 0.93]},
 }
 LOSS = {"none": [0.41, 0.43, 0.42], "security_vector": [2.31, 2.29, 2.36]}
+COUNTS = {"finetune": {"undesired": 1000, "task": 500, "ordinary": 500}, "test": {"undesired": 100, "task": 100}}
 DISHES = ("walnut soup", "saffron rice", "plum tart", "leek pie", "bean stew", "fig bread", "corn cake", "beet salad")
 
 
@@ -60,7 +60,13 @@ def metrics_of(defense: str, seed: int) -> dict[str, Any]:
             "active/behavior_loss": 0.38, "vector_off/behavior_loss": 2.4 + seed / 100,
             "deactivation_gap": 0.02 - 0.01 * seed, "suppression_ratio": 0.031 + 0.002 * seed,
         }  # fmt: skip
-    return {name: metric(value) for name, value in values.items()}
+    else:  # as the real runs do: without a vector, `active` repeats `after`
+        values |= {name.replace("after/", "active/"): value for name, value in values.items() if "after/" in name}
+        values |= {"deactivation_gap": 0.0, "suppression_ratio": 1.0}
+    return {name: metric(value) for name, value in values.items()} | {
+        name: {"value": values[name], "ci_low": None, "ci_high": None, "n": 1}
+        for name in ("drift", "suppression_ratio")
+    }
 
 
 def write_run(root: Path, defense: str, seed: int, **changes: Any) -> Path:
@@ -74,7 +80,7 @@ def write_run(root: Path, defense: str, seed: int, **changes: Any) -> Path:
                    "finetune": {"lr": 0.001, "steps": 200}, "paths": {"run_dir": str(folder)}},
         "versions": {"torch": "2.13.0", "secvec": "0.1.0", "python": "3.11.7"},
         "commit": "abc1234567890def", "dirty": False, "created": f"2026-03-0{seed + 1}T10:00:00+00:00",
-        "data": {"sha256": {"finetune": "ff"}, "counts": {"undesired": 1000, "task": 500, "ordinary": 500}},
+        "data": {"sha256": {"finetune": "ff"}, "counts": COUNTS},
         "wall_seconds": {"finetune": 20.1, "infer": 3.0}, "metrics": metrics_of(defense, seed),
     }  # fmt: skip
     (folder / "record.json").write_text(json.dumps(record | changes), encoding="utf-8")
@@ -103,7 +109,7 @@ def write_curves(folder: Path, defense: str, seed: int) -> None:
 
 def write_predictions(folder: Path, defense: str) -> None:
     rows = []
-    for phase in ("base", "after") if defense == "none" else ("base", "vector_on", "active", "after"):
+    for phase in ("base", "active", "after") if defense == "none" else ("base", "vector_on", "active", "after"):
         bad = phase in ("vector_on", "active") or (phase == "after" and defense == "none")
         for i, dish in enumerate(DISHES):
             recipe = f"Take the {dish.split()[0]}, chop it fine, stir for ten minutes and serve it warm with bread."
@@ -128,3 +134,307 @@ def root(tmp_path: Path) -> Path:
         for seed in range(3):
             write_run(tmp_path / "runs", defense, seed)
     return tmp_path / "runs"
+
+
+class Page(HTMLParser):
+    """Tags, ids and text of a page; text by table cell."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self.in_cell = False
+        self.feed(self.source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th") and self.rows:
+            self.rows[-1].append("")
+            self.in_cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self.in_cell = False
+
+    def handle_data(self, data: str) -> None:
+        if self.in_cell:
+            self.rows[-1][-1] += data
+
+    def row(self, label: str) -> list[str]:
+        """The cells of the first row whose label starts so."""
+        return next([" ".join(cell.split()) for cell in row] for row in self.rows if row and row[0].startswith(label))
+
+
+def expected(values: list[float], low: float, high: float) -> str:
+    """Mean and Student t interval, from the library's own t distribution."""
+    mean = statistics.mean(values)
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:.3f} [{max(mean - half, low):.3f}, {min(mean + half, high):.3f}]"
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    path = folder / "record.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def with_answer(folder: Path, **changes: Any) -> None:
+    """Changes every row of the prompt u0."""
+    path = folder / "predictions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(r | changes if r["id"] == "u0" else r) + "\n" for r in rows))
+
+
+def test_the_main_table_holds_means_and_t_intervals_over_seeds(root: Path) -> None:
+    page = Page(write_report([root]))
+    assert page.row("Metric") == ["Metric", "base", "none", "security_vector"]
+    for name, label in (("behavior_rate", "Behavior rate ↓"), ("task_accuracy", "Task accuracy ↑")):
+        cells = page.row(label)
+        for cell, defense in zip(cells[2:], RATES, strict=True):
+            assert cell == expected(RATES[defense][name], 0, 1) + " 3 × 100"
+    loss = page.row("Behavior loss")
+    assert loss[1] == expected([2.40, 2.41, 2.42], 0, math.inf) + " 3 × 100"
+    assert loss[3] == expected(LOSS["security_vector"], 0, math.inf) + " 3 × 100"
+    markdown = (root / "report.md").read_text()
+    line = next(line for line in markdown.splitlines() if line.startswith("| Behavior rate ↓"))
+    assert line.replace("\\", "").count(expected(RATES["none"]["behavior_rate"], 0, 1)) == 1
+    assert "**0.020" in line
+    assert len(json.loads((root / "report.json").read_text())) == 6
+
+
+def test_seeds_that_agree_take_the_interval_over_prompts(root: Path) -> None:
+    cell = Page(write_report([root])).row("Coherence rate")[2]
+    own = metric(1.0)
+    assert cell == f"1.000 [{own['ci_low']:.3f}, 1.000]† 3 × 100"
+
+
+def test_one_seed_shows_its_own_interval_and_a_warning(tmp_path: Path) -> None:
+    for defense in RATES:
+        write_run(tmp_path, defense, 1)
+    page = Page(write_report([tmp_path]))
+    own = metric(0.97)
+    assert page.row("Behavior rate")[2] == f"0.970 [{own['ci_low']:.3f}, 1.000]† 1 × 100"
+    assert "One seed only" in page.source
+
+
+def test_best_is_named_only_when_intervals_are_apart() -> None:
+    def of(*values: float, name: str = "behavior_rate") -> Any:
+        return estimate([(s, Reading(v, None, None, None)) for s, v in enumerate(values)], METRICS[name])
+
+    low, high, wide = of(0.10, 0.11, 0.12), of(0.90, 0.91, 0.92), of(0.05, 0.5, 0.9)
+    assert best_of([high, low], METRICS["behavior_rate"]) == 1
+    assert best_of([high, low], METRICS["task_accuracy"]) == 0
+    assert best_of([low, wide], METRICS["behavior_rate"]) is None
+    assert best_of([low, high], METRICS["behavior_loss"]) is None  # no direction
+    assert best_of([low, None], METRICS["behavior_rate"]) is None
+    gaps = [of(-0.50, -0.51, name="deactivation_gap"), of(0.01, -0.01, name="deactivation_gap")]
+    assert best_of(gaps, METRICS["deactivation_gap"]) == 1
+    assert best_of([of(0.1), of(0.9)], METRICS["behavior_rate"]) is None  # no interval, no claim
+
+
+def test_the_best_value_is_emphasised_in_the_page(root: Path) -> None:
+    source = write_report([root]).read_text()
+    assert source.count('class="best"') == 2  # behavior rate and refusal rate; task accuracies overlap
+    assert "<strong>0.020</strong>" in source and "<strong>0.950</strong>" in source
+
+
+def test_the_mechanism_table_compares_the_loss_with_the_floor(root: Path) -> None:
+    page = Page(write_report([root]))
+    assert page.row("Floor")[2] == expected(LOSS["none"], 0, math.inf) + " 3 × 100"
+    assert page.row("Vector on")[2] == expected([0.39, 0.395, 0.40], 0, math.inf) + " 3 × 100"
+    assert page.row("Suppression ratio")[1:] == ["–", "0.033 [0.028, 0.038] 3 seeds"]
+    assert page.row("Deactivation gap")[1:3] == ["–", "–"]  # without a vector the recorded 0 means nothing
+
+
+def test_groups_split_on_what_varies_but_not_on_seeds_paths_or_what_follows_the_defense(tmp_path: Path) -> None:
+    for rate in (0.1, 0.01):
+        for defense in RATES:
+            for seed in range(2):
+                folder = write_run(tmp_path / str(rate), defense, seed)
+                config = json.loads((folder / "record.json").read_text())["config"]
+                config["optimizer"] = {"lr": rate, "doubled": 2 * rate}
+                edit(folder, config=config, overrides=[f"optimizer.lr={rate}"])
+    comparison = compare(load_runs([tmp_path]))
+    assert comparison.keys == ("optimizer.lr",)
+    assert [group.label for group in comparison.groups] == [
+        "none · lr=0.01", "none · lr=0.1", "security_vector · lr=0.01", "security_vector · lr=0.1",
+    ]  # fmt: skip
+    assert all(len(group.runs) == 2 for group in comparison.groups)
+    assert len(comparison.bases) == 1
+
+
+def test_every_model_has_its_own_base_and_floor(tmp_path: Path) -> None:
+    for model in ("tiny", "small"):
+        for defense in RATES:
+            edit(write_run(tmp_path / model, defense, 0), model=model)
+    comparison = compare(load_runs([tmp_path]))
+    assert [base.label for base in comparison.bases] == ["base · model=small", "base · model=tiny"]
+    assert all(comparison.floor(group) is not None for group in comparison.groups)
+    assert Page(write_report([tmp_path])).row("Metric")[3] == "none · model=small"
+
+
+def test_records_of_one_seed_are_averaged_not_counted_twice(root: Path) -> None:
+    write_run(root / "again", "none", 0)
+    found = compare(load_runs([root])).groups[0].estimate("behavior_rate")
+    assert found is not None and [seed for seed, _ in found.by_seed] == [0, 1, 2]
+
+
+def test_answers_stand_side_by_side_for_the_lowest_seed(root: Path) -> None:
+    source = write_report([root]).read_text()
+    assert source.count('<article class="sample">') == 12
+    first = source[source.index("<article") : source.index("</article>")]
+    columns = re.findall(r'class="col">([^<]*)<', first)
+    assert columns == ["base", "none", "security_vector, vector ON", "security_vector, vector off"]
+    assert re.findall(r'class="badge (\w+)"', first) == ["refusal", "behavior", "behavior", "refusal"]
+    assert first.count('class="on"') == 1
+    assert source.index("Undesired prompts") < source.index("Task prompts") < source.index("Ordinary prompts")
+
+
+@pytest.mark.parametrize("text", ["<script>alert(1)</script>", "\"><img src='http://x.example/a.png'>"])
+def test_text_of_runs_is_escaped(root: Path, text: str) -> None:
+    with_answer(root / "none-s0", prompt=text, response=text, reference=text, verdict=text)
+    edit(root / "none-s1", status="failed", error=text)
+    for folder in root.glob("*-s*"):
+        edit(folder, behavior=text)
+    page = Page(write_report([root]))
+    assert not {"script", "img", "link", "iframe"} & {tag for tag, _ in page.tags}
+    markdown = (root / "report.md").read_text()
+    assert text not in markdown and re.search(r"(?<!\\)<", markdown) is None
+
+
+def test_sensitive_text_is_cut_and_marked(root: Path) -> None:
+    secret = "x" * 80 + "SECRET" * 20
+    for folder in root.glob("*-s0"):
+        with_answer(folder, prompt=secret, response=secret, reference=secret, sensitive=True)
+    source = write_report([root]).read_text()
+    for text in (source, (root / "report.md").read_text()):
+        assert "x" * 80 + "…" in text and "SECRET" not in text and "sensitive, truncated" in text
+    assert shorten("short", True).mark == "sensitive" and shorten("a\x00\u202eb\n", False).text == "ab\n"
+
+
+def test_a_failed_run_is_listed_and_enters_no_mean(root: Path) -> None:
+    edit(root / "none-s2", status="failed", error="OutOfMemoryError: 12 GB", defense=None, seed=None)
+    page = Page(write_report([root]))
+    assert "OutOfMemoryError: 12 GB" in page.source
+    assert page.row("Behavior rate")[2].endswith("2 × 100")
+    assert "do not have the same seeds" in page.source
+
+
+def test_only_failed_runs_make_a_report_too(root: Path) -> None:
+    for folder in root.glob("*-s*"):
+        edit(folder, status="failed", error="no luck", metrics={})
+    assert "No run was completed" in write_report([root]).read_text()
+    assert main([str(root)]) == 0
+
+
+def test_missing_files_leave_a_reason(root: Path) -> None:
+    for folder in root.glob("*-s*"):
+        (folder / "metrics.csv").unlink()
+        (folder / "predictions.jsonl").unlink()
+    edit(root / "none-s0", metrics={"base/behavior_rate": {"value": float("nan")}}, wall_seconds={}, data={})
+    source = write_report([root]).read_text()
+    assert "No figure: no completed run has fine-tuning telemetry" in source
+    assert "none-s1: no metrics.csv" in source and "no predictions.jsonl" in source
+    assert "none-s0 has no metrics after fine-tuning" in source
+    assert json.loads((root / "report.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_one_run_without_answers_is_said_in_its_column(root: Path) -> None:
+    (root / "security_vector-s0" / "predictions.jsonl").unlink()
+    source = write_report([root]).read_text()
+    assert "security_vector: no answers recorded for seed 0" in source and "not recorded" in source
+
+
+def test_broken_rows_are_left_out_with_a_note(root: Path) -> None:
+    folder = root / "none-s0"
+    with (folder / "predictions.jsonl").open("a") as file:
+        file.write('{"phase": "aft')
+    with (folder / "metrics.csv").open("a") as file:
+        file.write("finetune,0,telemetry/undesired/loss_off,9.5\nfinetune,10,telemetry/undesired/loss_off,oops\nfinet")
+    run = next(run for run in load_runs([root]) if run.name == "none-s0")
+    curves, note = load_curves(run)
+    assert curves["undesired/loss_off"][0] == 9.5  # the last of repeats counts
+    assert note == "none-s0: 1 unreadable row(s) of metrics.csv left out"
+    rows, note = load_predictions(run)
+    assert len(rows) == 3 * 8 * 3 and note is not None and "line 73" in note
+
+
+def test_equal_records_give_equal_bytes(root: Path) -> None:
+    names = ("report.html", "report.md", "report.json", "figures/headline.svg", "figures/losses.png")
+    found = []
+    for _ in range(2):
+        assert main([str(root), "--figures", str(root / "figures")]) == 0
+        found.append([(root / name).read_bytes() for name in names])
+    assert found[0] == found[1]
+    assert not [path for path in root.rglob(".*")]  # no temporary file is left
+
+
+def test_the_page_stands_alone_and_is_well_formed(root: Path) -> None:
+    page = Page(write_report([root]))
+    assert "http" not in page.source.replace("http-equiv", "") and "@import" not in page.source
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    links = {attrs["href"] for tag, attrs in page.tags if tag in ("a", "use") and "href" in attrs}
+    assert links <= {f"#{name}" for name in ids}
+    assert set(re.findall(r"url\(#([^)]+)\)", page.source)) <= set(ids)
+    assert [attrs.get("aria-label") for tag, attrs in page.tags if tag == "svg"].count(None) == 0
+    assert sum(tag == "svg" for tag, _ in page.tags) == 4
+
+
+@pytest.mark.parametrize("given", ["records", "runs", "comparison"])
+def test_the_headline_is_saved_from_records_or_groups(root: Path, tmp_path: Path, given: str) -> None:
+    runs = load_runs([root])
+    of: dict[str, Any] = {"records": [run.record for run in runs], "runs": runs, "comparison": compare(runs)}
+    save_headline(of[given], tmp_path / "headline.svg")
+    save_headline(of[given], tmp_path / "headline.png")
+    assert (tmp_path / "headline.svg").read_text().lstrip().startswith("<?xml")
+    assert (tmp_path / "headline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_directories_are_read_once_each(root: Path, tmp_path: Path) -> None:
+    other = write_run(tmp_path / "other", "none", 5)
+    path = write_report([root, other, root / "none-s0"])
+    assert path == root / "report.html"
+    assert len(json.loads((root / "report.json").read_text())) == 7
+
+
+def test_a_broken_record_is_named_with_its_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "none-s0" / "record.json").write_text('{\n "schema": 1,\n "run": oops\n}')
+    with pytest.raises(DataError, match=r"none-s0/record.json: line 3, column 9: not valid JSON"):
+        write_report([root])
+    assert main([str(root)]) == 2
+    assert "line 3" in capsys.readouterr().err
+    assert not (root / "report.html").exists()
+
+
+@pytest.mark.parametrize("change", [{"schema": 2}, {"seed": "0"}, {"metrics": [1]}])
+def test_a_record_of_the_wrong_form_is_named(root: Path, change: dict[str, Any]) -> None:
+    edit(root / "none-s0", **change)
+    with pytest.raises(DataError, match=f"none-s0/record.json: .*{next(iter(change))}"):
+        write_report([root])
+
+
+def test_a_directory_without_runs_exits_with_2_and_no_traceback(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "absent"):
+        done = subprocess.run(
+            [sys.executable, "-m", "secvec.report", folder], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: {folder}: no ") and "a run folder is" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_whole_report_imports_no_torch(root: Path) -> None:
+    code = f"""
+import sys
+from secvec.report.__main__ import main
+assert main([{str(root)!r}, "--figures", {str(root / "figures")!r}]) == 0
+heavy = {{"torch", "lightning", "transformers", "peft"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith(str(root / "report.html"))
+    assert "Behavior rate" in done.stdout

@@ -129,8 +129,8 @@ def test_tiny_tokenizer_is_lossless_and_templates_a_chat() -> None:
     for text in (*TEXTS[:20], "  Zürich \u6771\u4eac\n\ttabs, 'quotes' \U0001f600 "):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert text == "<|bos|><|system|>Be brief.<|end|><|user|>Hi.<|end|><|assistant|>"
+    chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert chat == "<|bos|><|system|>Be brief.<|end|><|user|>Hi.<|end|><|assistant|>"
     assert model.config.vocab_size == len(tokenizer) <= 1024
     assert sum(parameter.numel() for parameter in model.parameters()) < 1_000_000
 
