@@ -25,8 +25,8 @@ def build_tiny(texts: Iterable[str], seed: int) -> tuple[LlamaForCausalLM, PreTr
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
+        intermediate_size=448,
+        num_hidden_layers=3,
         num_attention_heads=4,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
