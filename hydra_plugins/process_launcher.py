@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.utils import get_args
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides
 from hydra.plugins.launcher import Launcher
@@ -25,6 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from secvec.errors import FailedJobs
+from secvec.files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -158,12 +160,19 @@ class ProcessLauncher(Launcher):
     def _start(self, job: Job) -> Job:
         job.folder.mkdir(parents=True, exist_ok=True)
         script = str(Path(sys.argv[0]).resolve())
-        command = [sys.executable, script, *job.overrides, f"hydra.run.dir='{job.folder}'"]
+        command = [sys.executable, script, *_flags(), *self._hydra_overrides(), *job.overrides]
+        command.append(f"hydra.run.dir='{job.folder}'")
         with job.console.open("wb") as out:
             job.process = subprocess.Popen(
                 command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
             )
         return job
+
+    def _hydra_overrides(self) -> list[str]:
+        """Hydra's own settings that a job needs too (search path, logging), not those of the multirun."""
+        ours = ("hydra.launcher", "hydra/launcher", "hydra.sweep", "hydra/sweeper", "hydra.mode", "hydra.run.dir")
+        given = self.config.hydra.overrides.hydra
+        return [text for text in given if not text.lstrip("+~").startswith(ours)]
 
     @staticmethod
     def _stop(job: Job) -> None:
@@ -177,6 +186,13 @@ class ProcessLauncher(Launcher):
                 return
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 continue
+
+
+def _flags() -> list[str]:
+    """`--config-dir` and its kin, as they were given."""
+    given = get_args()
+    names = {"--config-dir": given.config_dir, "--config-path": given.config_path, "--config-name": given.config_name}
+    return [text for name, value in names.items() if value for text in (name, value)]
 
 
 def report(sweep: Path) -> None:
@@ -200,7 +216,7 @@ def _mark_failure(job: Job) -> None:
         "status": "failed",
         "error": job.error() if (job.code or 0) > 0 else f"killed by signal {-(job.code or 0)}",
     }
-    path.write_text(json.dumps(written, indent=1, default=str) + "\n", encoding="utf-8")
+    write_atomic(path, json.dumps(written, indent=1, default=str) + "\n")
 
 
 def _finished(job: Job) -> JobReturn:

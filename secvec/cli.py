@@ -10,8 +10,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
 from pathlib import Path
+from typing import Any, cast
 
-from hydra import compose
+from hydra import compose, initialize_config_dir
+from hydra._internal.config_repository import ConfigRepository
+from hydra._internal.utils import get_args
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -42,13 +45,16 @@ def exit_code(main: Callable[[], None], config_name: str) -> int:
         return _complain(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _complain("interrupted; the same command goes on from the last finished epoch or job", 130)
-    except Exception:
+    except Exception as error:
+        if not _started:  # some of Hydra's complaints about an override are plain ValueErrors
+            return _complain(_composition_faults(config_name, error), USER_ERROR)
         traceback.print_exc()
         return 1
     return 0
 
 
 _stopped: list[SecVecError] = []
+_started: list[bool] = []
 
 
 def for_people(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
@@ -56,6 +62,7 @@ def for_people(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], Non
 
     @wraps(task)
     def run(cfg: DictConfig) -> None:
+        _started.append(True)
         try:
             task(cfg)
         except SecVecError as error:
@@ -86,19 +93,27 @@ def _leave_no_empty_folder() -> None:
 
 def _composition_faults(config_name: str, error: Exception) -> str:
     """Every override that does not compose, each with what is known there; Hydra itself stops at the first."""
-    given = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+    flags = get_args()
     GlobalHydra.instance().clear()
-    from hydra import initialize_config_dir
-
     faults: list[str] = []
     with initialize_config_dir(str(Path(sys.argv[0]).resolve().parent / "conf"), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         parser, parsed = OverridesParser.create(config_loader=loader), []
-        for text in given:
+        for text in flags.overrides:
             try:
                 parsed.append(parser.parse_override(text))
             except HydraException as bad:
                 faults.append(f"{text}: not of the form key=value ({str(bad).splitlines()[0]})")
+        search = [o for o in parsed if o.key_or_group == "hydra.searchpath"]
+        places = [str(place) for o in search for place in cast(list[str], o.value())] + [flags.config_dir] * bool(
+            flags.config_dir
+        )
+        _look_in(loader, places)
+        extra = [o.input_line or "" for o in search]
+        parsed = [o for o in parsed if o not in search]
+        for override in [o for o in parsed if o.value() is None and _is_group(loader, o)]:
+            faults.append(f"{override.input_line}: this group needs a choice; leave it out to take the default")
+            parsed.remove(override)
         chosen = [o for o in parsed if o.value() is not None and _is_group(loader, o)]
         groups = []
         for override in chosen:
@@ -112,15 +127,23 @@ def _composition_faults(config_name: str, error: Exception) -> str:
         for override in (o for o in parsed if o not in chosen):
             text = _single_values(override)[0]
             try:
-                compose(config_name, [*_last(groups), text], return_hydra_config=True)
+                compose(config_name, [*extra, *_last(groups), text], return_hydra_config=True)
             except (HydraException, OmegaConfBaseException):
                 faults.append(_unknown_key(config_name, override, loader))
         if not faults:
             try:
-                compose(config_name, _last(groups))
+                compose(config_name, [*extra, *_last(groups)])
             except (HydraException, OmegaConfBaseException) as bad:
                 faults.append(_plain(bad))
     return "\n".join(["the configuration cannot be composed:", *(f"  {fault}" for fault in faults or [_plain(error)])])
+
+
+def _look_in(loader: Any, places: list[str]) -> None:
+    """Lets `loader` find the choices in the user's own config folders too."""
+    path = loader.get_search_path()
+    for place in places:
+        path.prepend("command-line", place if "://" in place else f"file://{Path(place).resolve()}")
+    loader.repository = ConfigRepository(config_search_path=path)
 
 
 def _is_group(loader: ConfigLoader, override: Override) -> bool:
@@ -147,6 +170,8 @@ def _unknown_key(config_name: str, override: Override, loader: ConfigLoader) -> 
     *path, key = override.key_or_group.split(".")
     node = OmegaConf.select(config, ".".join(path)) if path else config
     if not isinstance(node, DictConfig):
+        if path and OmegaConf.select(config, path[0]) is not None:
+            return f"{override.input_line}: {'.'.join(path)!r} is a single value and has nothing below it"
         known = [str(k) for k in config] + sorted(_all_groups(loader))
         return f"{override.input_line}: there is no {'.'.join(path)!r}{nearest(path[0], known)}"
     known = [str(k) for k in node] + ([] if path else sorted(_all_groups(loader)))

@@ -23,6 +23,7 @@ from secvec.settings import (
     OptimizerSettings,
     PathSettings,
     SchedulerSettings,
+    Seed,
     Settings,
     Share,
     Stage,
@@ -66,7 +67,7 @@ class DataSettings(Settings):
 class EvaluateConfig(Settings):
     """What `evaluate.py` needs: a backbone and what to ask it."""
 
-    seed: int = Field(ge=0)
+    seed: Seed
     model: ModelSettings
     behavior: Plugin
     data: DataSettings
@@ -103,7 +104,8 @@ class RunConfig(EvaluateConfig):
         """The stages to run, in order. A run without a vector has no vector stage."""
         if self.stage != "all":
             return (self.stage,)
-        return ("vector", "finetune", "infer") if self.defense.uses_vector else ("finetune", "infer")
+        trains_vector = self.defense.uses_vector and self.vector.path is None
+        return ("vector", "finetune", "infer") if trains_vector else ("finetune", "infer")
 
     @model_validator(mode="after")
     def _possible(self) -> RunConfig:
@@ -114,7 +116,7 @@ class RunConfig(EvaluateConfig):
             )
         if self.stage == "vector" and self.vector.path is not None:
             faults.append("stage=vector trains a vector but vector.path names a finished one: drop one of the two")
-        if self.vector.kl_weight > 0 and (self.vector.num_kl == 0 or not self.data.benign):
+        if "vector" in self.stages and self.vector.kl_weight > 0 and (self.vector.num_kl == 0 or not self.data.benign):
             faults.append(
                 "vector.kl_weight > 0 needs KL data: set vector.num_kl and data.benign, or vector.kl_weight=0"
             )
@@ -158,11 +160,29 @@ def _resolve_plugins(node: Any, faults: list[str], where: tuple[str, ...]) -> An
     except (ImportError, AttributeError, ValueError) as error:
         faults.append(f"{'.'.join(where)}._target_: cannot import {target!r}: {error}")
         return node
+    if not (isinstance(plugin, type) and issubclass(plugin, Settings | BaseModel)):
+        faults.append(f"{'.'.join(where)}._target_: {target} is no settings class (see docs/add-a-behavior.md)")
+        return _Invalid()
+    if lacking := [name for name in PLUGIN_NEEDS.get(where[0], ()) if not _has(plugin, name)]:
+        faults.append(f"{'.'.join(where)}._target_: {target} is no {where[0]}: it lacks {', '.join(lacking)}")
+        return _Invalid()
     try:
         return plugin.model_validate(node)
     except ValidationError as error:
         faults += [describe(fault, plugin, where) for fault in error.errors() if fault.get("input") != "???"]
         return _Invalid()
+
+
+PLUGIN_NEEDS = {
+    "behavior": ("name", "sensitive", "kind", "examples", "judge"),
+    "data": ("kind", "examples"),
+    "defense": ("name", "uses_vector", "attach", "loss"),
+}
+"""What the plug-ins of a group must have."""
+
+
+def _has(plugin: type[BaseModel], name: str) -> bool:
+    return name in plugin.model_fields or hasattr(plugin, name)
 
 
 class _Invalid(Defense):

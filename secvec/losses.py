@@ -66,11 +66,14 @@ def vector_loss(model: nn.Module, batch: Batch, kl_weight: float) -> dict[str, T
     ce = global_mean(token_nll(logits, labels).sum(), (labels[:, 1:] != IGNORE).sum())
     if kl_weight == 0:
         return {"loss": ce, "ce": ce.detach()}
-    mask = batch["attention_mask"][kl_rows]
+    rows = kl_rows.clone()
+    rows[0] |= not kl_rows.any()  # a share without KL rows: sharded processes must all run the same passes
+    mask = batch["attention_mask"][rows]
     with torch.no_grad(), vector_off(model):
-        base = model(input_ids=batch["input_ids"][kl_rows], attention_mask=mask).logits
+        base = model(input_ids=batch["input_ids"][rows], attention_mask=mask).logits
+    mask = mask * kl_rows[rows][:, None]
     kl = F.kl_div(
-        logits[kl_rows].float().log_softmax(-1), base.float().log_softmax(-1), log_target=True, reduction="none"
+        logits[rows].float().log_softmax(-1), base.float().log_softmax(-1), log_target=True, reduction="none"
     ).sum(-1)
     kl = global_mean((kl * mask).sum(), mask.sum())
     return {"loss": ce + kl_weight * kl, "ce": ce.detach(), "kl": kl.detach()}

@@ -16,9 +16,18 @@ NOT_IN_KEY = {"stage", "paths", "logger", "run_dir", "sweep", "force"}
 """Settings that do not shape results: where things go, which part is run."""
 
 
+def _alike(content: Any) -> Any:
+    """The same number written in another way (2, 2.0) is the same content."""
+    if isinstance(content, dict):
+        return {key: _alike(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_alike(value) for value in content]
+    return float(content) if isinstance(content, int) and not isinstance(content, bool) else content
+
+
 def content_key(content: Any) -> str:
     """12 hex digits that name `content` (JSON-able) under this version of the program."""
-    text = json.dumps([secvec.__version__, content], sort_keys=True, default=str)
+    text = json.dumps([secvec.__version__, _alike(content)], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -21,6 +19,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from secvec.errors import ArtifactError, SecVecError
+from secvec.files import atomic_path, write_atomic
 
 PACKAGES = ("secvec", "torch", "lightning", "hydra-core", "transformers", "peft", "tokenizers", "safetensors")
 
@@ -28,26 +27,6 @@ PACKAGES = ("secvec", "torch", "lightning", "hydra-core", "transformers", "peft"
 def main_process() -> bool:
     """Whether this process is the one that writes (rank 0)."""
     return getattr(rank_zero_only, "rank", 0) == 0
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and vanishes when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield holder / path.name
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(holder / path.name, path)
-    finally:
-        shutil.rmtree(holder, ignore_errors=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def cached(path: Path, build: Callable[[Path], None]) -> Path:
@@ -103,6 +82,7 @@ class RunFolder:
             for name in names if stage in stages else []:
                 shutil.rmtree(self.path / name, ignore_errors=True)
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+        self.save()
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -119,6 +99,8 @@ class RunFolder:
         log_file = logging.FileHandler(self.path / "train.log", encoding="utf-8")
         log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logging.getLogger().addHandler(log_file)
+        for leftover in self.path.glob(".*.*/"):  # of a process that was killed while it wrote
+            shutil.rmtree(leftover, ignore_errors=True)
         try:
             self.record |= {"created": datetime.now(UTC).isoformat(timespec="seconds"), **provenance()}
             yield
@@ -135,23 +117,23 @@ class RunFolder:
         finally:
             logging.getLogger().removeHandler(log_file)
             log_file.close()
-            lock.release()
             (self.path / ".lock").unlink(missing_ok=True)
+            lock.release()
             if not any(self.path.iterdir()):
                 self.path.rmdir()
 
     @rank_zero_only
     def save(self) -> None:
         """Writes record.json."""
-        write_text(self.path / "record.json", json.dumps(self.record, indent=1, allow_nan=True, default=str) + "\n")
+        write_atomic(self.path / "record.json", json.dumps(self.record, indent=1, allow_nan=True, default=str) + "\n")
 
     @rank_zero_only
     def add_predictions(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Writes predictions.jsonl: `rows` in the place of earlier ones of the same phases."""
         path, phases = self.path / "predictions.jsonl", {row["phase"] for row in rows}
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        kept = [line for line in lines if json.loads(line)["phase"] not in phases]
-        write_text(path, "".join(f"{line}\n" for line in [*kept, *(json.dumps(r, ensure_ascii=False) for r in rows)]))
+        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+        kept = [line for line in lines if line and json.loads(line)["phase"] not in phases]
+        write_atomic(path, "".join(f"{line}\n" for line in [*kept, *(json.dumps(r, ensure_ascii=False) for r in rows)]))
 
     def _read(self) -> dict[str, Any] | None:
         path = self.path / "record.json"
@@ -198,7 +180,4 @@ class MetricsCsv(Logger):
             with self.path.open(newline="", encoding="utf-8") as stream:
                 rows = [row for row in list(csv.reader(stream))[1:] if row and row[0] != self.stage]
         text = "\n".join(",".join(row) for row in [["stage", "step", "metric", "value"], *rows])
-        write_text(self.path, text + "\n")
-
-
-__all__ = ["MetricsCsv", "RunFolder", "atomic_path", "cached"]
+        write_atomic(self.path, text + "\n")

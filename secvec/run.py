@@ -31,15 +31,15 @@ def train(config: RunConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     check_trainer(config.trainer)
     folder = _open(config, overrides)
-    if config.force:
-        folder.forget(config.stages)
-    if folder.finished(config.stages):
+    if folder.finished(config.stages) and not config.force:
         log.info("already finished: %s (force=true runs it again)", folder.path)
         return folder.record
     with folder.running(), _experiment(config, folder):
+        if config.force and main_process():  # other ranks start after this and read the record that it leaves
+            folder.forget(config.stages)
         run = stages.Run(config, folder, stages.base_for(config))
         for stage in config.stages:
-            if stage in folder.record["stages"] or (stage == "vector" and config.vector.path is not None):
+            if stage in folder.record["stages"]:
                 continue
             began = time.monotonic()
             STAGES[stage](run)

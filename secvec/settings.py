@@ -12,6 +12,7 @@ Stage = Literal["vector", "finetune", "infer"]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Settings(BaseModel):
@@ -30,7 +31,7 @@ class AlignSettings(Settings):
     epochs: Count
     batch_size: Count
     lr: Rate
-    seed: int
+    seed: Seed
     """Of the weights and the data of the aligned base; independent of the run's seed, so that runs share a base."""
 
 
@@ -123,11 +124,14 @@ class FinetuneSettings(Settings):
     """Global: over all devices together."""
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerSettings(Settings):
     """AdamW for every stage; `lr` is that of the finetune stage."""
 
     lr: Rate
-    betas: tuple[Share, Share]
+    betas: tuple[Beta, Beta]
     eps: Rate
     weight_decay: Annotated[float, Field(ge=0)]
 

@@ -28,6 +28,7 @@ from secvec.data.mixture import check_disjoint, data_hash, draw_benign
 from secvec.defenses.none import NoDefense
 from secvec.errors import ArtifactError, ConfigError, GateError
 from secvec.evaluation import Probe, context_of, deactivation_gap, evaluate_model, mean_loss
+from secvec.files import atomic_path, write_atomic
 from secvec.fit import fit
 from secvec.losses import vector_loss
 from secvec.models.backbone import check, fingerprint, load_backbone, load_tokenizer, locate, save_backbone
@@ -42,7 +43,7 @@ from secvec.models.vector import (
     vector_off,
 )
 from secvec.naming import content_key
-from secvec.record import RunFolder, atomic_path, cached, main_process, write_text
+from secvec.record import RunFolder, cached, main_process
 from secvec.settings import ModelSettings, TrainerSettings
 from secvec.telemetry import Telemetry
 
@@ -224,8 +225,8 @@ def vector(run: Run) -> None:
         if main_process():
             save_adapter(module.model, state, "vector", out)
             meta = {"backbone": base.fingerprint, "behavior": config.behavior.name, "hazardous": True}
-            write_text(out / "secvec.json", json.dumps(meta) + "\n")
-            write_text(out / "README.md", HAZARD.format(behavior=config.behavior.name))
+            write_atomic(out / "secvec.json", json.dumps(meta) + "\n")
+            write_atomic(out / "README.md", HAZARD.format(behavior=config.behavior.name))
         module.trainer.strategy.barrier()
 
     optimizer = config.optimizer.model_dump(exclude={"lr"})

@@ -27,10 +27,12 @@ class JsonlBehavior(JsonlFiles):
         if n == 0:
             return []
         if self.validation is not None or split not in ("vector", "validation"):
-            return sample(self.rows(split, self.kind, "behavior"), n, seed, split)
+            return sample(self.rows(split, self.kind, "behavior"), n, seed, split, getattr(self, split))
         rows = self.rows("vector", self.kind, "behavior")
         held_out = split == "validation"
-        return sample([row for i, row in enumerate(rows) if (i % HOLD_OUT_EVERY == 0) == held_out], n, seed, split)
+        chosen = [row for i, row in enumerate(rows) if (i % HOLD_OUT_EVERY == 0) == held_out]
+        assert self.vector is not None
+        return sample(chosen, n, seed, split, self.vector, ", every fifth row being held out for validation")
 
     def judge(self, example: Example, response: str) -> str:
         """`refusal` when a refusal phrase occurs, else `behavior` (keyword ASR); an empty response is neither."""

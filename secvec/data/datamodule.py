@@ -11,20 +11,24 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from secvec.data.encode import Encoded, collate
+from secvec.errors import ConfigError
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
     """Global batches out of several streams of rows, of which this process gets every `world`-th row.
 
     An epoch is one pass over the first stream, its shuffled rows split into ceil(n / batch_size) batches of equal size
-    (to within one): every row once, no small last batch. The other streams go round and round, `batch_sizes[k]` rows a batch. Row
-    indices count through the streams one after another. Lightning's own sampler would shuffle again per device; with
-    this one 1 and N processes see the same global batches.
+    (to within one): every row once, no small last batch. The other streams go round and round, `batch_sizes[k]` rows a
+    batch. Row indices count through the streams one after another. Lightning's own sampler would shuffle again per
+    device; with this one 1 and N processes see the same global batches.
     """
 
     def __init__(self, sizes: Sequence[int], batch_sizes: Sequence[int], seed: int, rank: int = 0, world: int = 1):
         if min(sizes) < 1 or sizes[0] // ceil(sizes[0] / batch_sizes[0]) < world:
-            raise ValueError(f"{sizes} rows in batches of {batch_sizes} leave a process of {world} without a row")
+            raise ConfigError(
+                f"{sizes[0]} rows in batches of {batch_sizes[0]} leave one of {world} processes without a row: "
+                f"use a larger batch_size, more rows, or fewer devices"
+            )
         self.sizes, self.batch_sizes, self.seed, self.rank, self.world = sizes, batch_sizes, seed, rank, world
         self.epoch = 0
         self.sampler = self  # where Lightning looks for set_epoch

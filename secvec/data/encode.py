@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from secvec.data.example import Example
@@ -39,7 +40,9 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, s
     if not whole.startswith(prompt):
         # some templates write an answered turn in another way than an open one; then the answer ends with eos alone
         return prompt, example.response + (tokenizer.eos_token or "")
-    return prompt, whole[len(prompt) :].rstrip()
+    response = whole[len(prompt) :].rstrip()
+    # a template that ends no turn would teach the model never to stop
+    return prompt, response if response != example.response.rstrip() else response + (tokenizer.eos_token or "")
 
 
 def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, context: int) -> list[Encoded]:
@@ -49,9 +52,11 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, cont
         where = example.source or f"{example.kind} sample {number}"
         if not example.response.strip():
             raise DataError(f"{where}: the response is empty, so there is no token to train on; remove the row")
-        prompt, response = (
-            tokenizer(text, add_special_tokens=False)["input_ids"] for text in render(example, tokenizer)
-        )
+        try:
+            texts = render(example, tokenizer)
+        except TemplateError as error:
+            raise DataError(f"{where}: the model's chat template refuses the conversation: {error}") from None
+        prompt, response = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
         if len(prompt) + len(response) > context:
             raise DataError(
                 f"{where}: prompt ({len(prompt)} tokens) and response ({len(response)}) exceed the model's context of "

@@ -36,7 +36,10 @@ class Example:
 class Stream(Protocol):
     """A seeded source of examples of one kind. Splits share no item; a smaller `n` gives a prefix of a larger one."""
 
-    kind: Kind
+    @property
+    def kind(self) -> Kind:
+        """What its examples are."""
+        ...
 
     def examples(self, split: Split, n: int, seed: int) -> list[Example]:
         """The first `n` distinct examples of `split` under `seed`; raises DataError when there are fewer."""

@@ -33,11 +33,10 @@ class JsonlFiles(Settings):
         return read_jsonl(path, kind)
 
 
-def sample(rows: Sequence[Example], n: int, seed: int, split: Split) -> list[Example]:
+def sample(rows: Sequence[Example], n: int, seed: int, split: Split, file: Path, note: str = "") -> list[Example]:
     """`n` of `rows` in seeded order, a prefix of what a larger n gives. Raises DataError when there are fewer."""
     if len(rows) < n:
-        file = rows[0].source.rpartition(":")[0]
-        raise DataError(f"{file} has {len(rows)} rows for split {split!r}, but {n} are asked for")
+        raise DataError(f"{file} has {len(rows)} rows for split {split!r}{note}, but {n} are asked for: ask for fewer")
     return Random(f"{split}/{seed}").sample(list(rows), len(rows))[:n]
 
 
@@ -48,7 +47,10 @@ class JsonlStream(JsonlFiles):
 
     def examples(self, split: Split, n: int, seed: int) -> list[Example]:
         """The first `n` examples of `split` under `seed`."""
-        return sample(self.rows(split, self.kind, f"data.benign[{self.kind}]"), n, seed, split) if n else []
+        if n == 0:
+            return []
+        rows = self.rows(split, self.kind, "data.benign.N")
+        return sample(rows, n, seed, split, getattr(self, split))
 
 
 def read_jsonl(path: Path, kind: Kind) -> list[Example]:
@@ -62,7 +64,7 @@ def read_jsonl(path: Path, kind: Kind) -> list[Example]:
         if line.strip():
             rows.append(_example(line, kind, f"{path}:{number}"))
     if not rows:
-        raise DataError(f"{path}: the file is empty")
+        raise DataError(f'{path}: the file is empty; a row is {{"prompt": ..., "response": ...}} on a line of its own')
     return rows
 
 
@@ -70,7 +72,7 @@ def _example(line: bytes, kind: Kind, where: str) -> Example:
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 (byte {error.start})") from None
+        raise DataError(f"{where}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: broken JSON at column {error.colno}: {error.msg}") from None
     if not isinstance(row, dict):

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from secvec.files import write_atomic
 from secvec.report import figures, markdown, tables
 from secvec.report.groups import Comparison, compare
 from secvec.report.metrics import METRICS
 from secvec.report.provenance import failures, provenance, sentence, warnings
 from secvec.report.records import Curves, Run, load_curves, load_runs
 from secvec.report.samples import SHOWN, sample_sets
-from secvec.report.style import SERIES, inline_svg, write_atomic
+from secvec.report.style import SERIES, inline_svg
 
 READING = (
     "Mean over seeds with its 95 % interval (Student t over the seeds' means), then seeds × prompts. ↓ lower and "

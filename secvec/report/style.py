@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-import os
 import re
-import tempfile
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from secvec.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,21 +87,3 @@ def save(figure: Figure, path: Path) -> None:
     with settings():
         figure.savefig(buffer, format=path.suffix[1:], dpi=160, facecolor="white", bbox_inches="tight", metadata=none)
     write_atomic(path, buffer.getvalue())
-
-
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write beside `path` and move into place, so that a reader never meets half a file."""
-    data = content.encode("utf-8", "replace") if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        # mkstemp makes the file private; a report is as readable as other files of the user.
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(name).chmod(0o666 & ~mask)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -34,7 +34,8 @@ def test_two_processes_compute_what_one_does(
 ) -> None:
     precision, tolerance = CASES[strategy]
     settings = [f"trainer.precision={precision}", f"tune={tune}", *SMOOTH]
-    settings.append(f"vector.kl_weight={1 + 0.1 * list(CASES).index(strategy) + 0.01 * (tune == 'lora')}")  # none in the cache
+    unique = 1 + 0.1 * list(CASES).index(strategy) + 0.01 * (tune == "lora")  # so that no vector is in the cache
+    settings.append(f"vector.kl_weight={unique}")
     one = make_config(*settings, run="one")
     train(one)
     two = tmp_path / "two"
@@ -51,8 +52,12 @@ def test_two_processes_compute_what_one_does(
         if "suppression" not in key[2]:  # a ratio of norms: checked by the norms' own losses
             assert second[key] == pytest.approx(value, rel=max(tolerance, 1e-6)), key  # logged as float32
     for artifact in ("vector", "backbone", *(["task"] if tune == "lora" else [])):
-        assert {f.name for f in (two / artifact).iterdir()} == {f.name for f in (Path(one.run_dir) / artifact).iterdir()}
-        ours, theirs = (load_file(next((folder / artifact).glob("*.safetensors"))) for folder in (Path(one.run_dir), two))
+        assert {f.name for f in (two / artifact).iterdir()} == {
+            f.name for f in (Path(one.run_dir) / artifact).iterdir()
+        }
+        ours, theirs = (
+            load_file(next((folder / artifact).glob("*.safetensors"))) for folder in (Path(one.run_dir), two)
+        )
         assert ours.keys() == theirs.keys()
         for name in ours:
             assert ours[name].shape == theirs[name].shape

@@ -70,9 +70,13 @@ def test_an_interrupted_multirun_goes_on(cache: Path, tmp_path: Path) -> None:
         sys.executable, str(ROOT / "train.py"), "-m", *SMALL, *LONG, "defense=none,security_vector", "seed=0,1",
         f"paths.cache={cache}", f"paths.outputs={tmp_path}", "sweep=cut",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     sweep = tmp_path / "cut"
-    wait_for(lambda: len(list(sweep.glob("*/record.json"))) >= 1 and len(list(sweep.glob("*/console.log"))) >= 2, process)
+    wait_for(
+        lambda: len(list(sweep.glob("*/record.json"))) >= 1 and len(list(sweep.glob("*/console.log"))) >= 2, process
+    )
     os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=90)
     assert process.returncode == 130 and "Traceback" not in errors, errors[-2000:]

@@ -16,7 +16,8 @@ import pytest
 from secvec import run
 from secvec.config import RunConfig
 from secvec.errors import ArtifactError, ConfigError, DataError, GateError
-from secvec.record import MetricsCsv, RunFolder, atomic_path, cached, write_text
+from secvec.files import atomic_path, write_atomic
+from secvec.record import MetricsCsv, RunFolder, cached
 
 
 def names(folder: Path) -> list[str]:
@@ -45,7 +46,7 @@ def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
-    write_text(tmp_path / "file", "old")
+    write_atomic(tmp_path / "file", "old")
     with pytest.raises(RuntimeError), atomic_path(tmp_path / "file") as path:
         path.write_text("half")
         raise RuntimeError
@@ -65,8 +66,8 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
             path.mkdir()
             (path / content).write_text(content)
     assert names(tmp_path / "deep") == ["folder"] and names(tmp_path / "deep" / "folder") == ["second"]
-    write_text(tmp_path / "file", "long old text")
-    write_text(tmp_path / "file", "é")
+    write_atomic(tmp_path / "file", "long old text")
+    write_atomic(tmp_path / "file", "é")
     assert (tmp_path / "file").read_text(encoding="utf-8") == "é"
 
 
@@ -206,7 +207,7 @@ def test_forgetting_a_stage_takes_its_artifacts_and_no_other(folder: RunFolder) 
     for name in ("vector", "backbone", "task", "checkpoints"):
         (folder.path / name).mkdir(parents=True)
     folder.forget(["finetune", "infer"])
-    assert folder.record["stages"] == ["vector"] and names(folder.path) == ["vector"]
+    assert folder.record["stages"] == ["vector"] and names(folder.path) == ["record.json", "vector"]
 
 
 def predictions(folder: RunFolder) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ import pytest
 
 from secvec.data.datamodule import GlobalBatchSampler, SecVecDataModule
 from secvec.data.encode import Encoded
+from secvec.errors import ConfigError
 
 SIZES, BATCHES = (23, 7), (5, 3)
 
@@ -96,7 +97,7 @@ def test_lightning_finds_set_epoch_where_it_looks_for_it() -> None:
 
 @pytest.mark.parametrize(("sizes", "batches", "world"), [((23,), (5,), 5), ((3,), (8,), 4), ((0,), (5,), 1)])
 def test_processes_without_a_row_are_an_error(sizes: tuple[int, ...], batches: tuple[int, ...], world: int) -> None:
-    with pytest.raises(ValueError, match="without a row"):
+    with pytest.raises(ConfigError, match="without a row"):
         GlobalBatchSampler(sizes, batches, 0, 0, world)
 
 
