@@ -294,7 +294,8 @@ def finetune(run: Run) -> None:
     rows, pad = {"undesired": run.rows(undesired), "benign": run.rows(others)}, base.tokenizer.pad_token_id
     telemetry = None
     if config.telemetry.every_n_steps:
-        probes = {kind: some[: config.telemetry.num_samples] for kind, some in rows.items()}
+        n = config.telemetry.num_samples
+        probes = {kind: some[:: max(1, len(some) // n)][:n] for kind, some in rows.items()}  # of every stream
         telemetry = Telemetry(probes, config.telemetry.every_n_steps, pad)
     module = fit(
         folder=run.folder.path, stage="finetune", seed=config.seed, build=build, loss=config.defense.loss,

@@ -72,11 +72,11 @@ def _rates(axis: Axes, rows: Sequence[Group], colors: Sequence[str], name: str) 
 
 
 def loss_figure(groups: Sequence[Group], curves: GroupCurves, indices: Sequence[int]) -> Figure:
-    """Loss in nats/token over fine-tuning steps, one panel for each group in `indices`, all on one scale."""
+    """Loss in nats/token (log scale) over fine-tuning steps, one panel for each group in `indices`, all on one scale."""
     from matplotlib.figure import Figure
 
-    top = max((v for runs in curves.values() for c in runs for m in c if "/loss_" in m for v in c[m].values()),
-              default=1.0)  # fmt: skip
+    losses = [v for runs in curves.values() for c in runs for m in c if "/loss_" in m for v in c[m].values() if v > 0]
+    top, bottom = max(losses, default=1.0), max(min(losses, default=0.1), 1e-5)
     with settings():
         # Fixed margins, not a computed layout: panels stay equally high whether their legend has one line or two.
         figure = Figure(figsize=(4.9 * len(indices), 3.6))
@@ -84,7 +84,11 @@ def loss_figure(groups: Sequence[Group], curves: GroupCurves, indices: Sequence[
         figure.subplots_adjust(0.6 / figure.get_figwidth(), 0.27, 1 - 0.1 / figure.get_figwidth(), 0.91, wspace=0.1)
         for axis, index in zip(axes, indices, strict=True):
             axis.set_title(textwrap.fill(groups[index].label, 44))
-            axis.set_ylim(0, top * 1.06)
+            # What matters are the small losses: with the vector on, a hundredth of the benign data's at the start.
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.minorticks_off()
+            axis.set_ylim(bottom / 1.5, top * 1.5)
             axis.set_xlabel("fine-tuning step")
             axis.tick_params(length=0, labelcolor=MUTED)
             axis.grid(axis="y")
