@@ -12,6 +12,7 @@ import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
 from secvec import stages
+from secvec.base import base_for
 from secvec.config import EvaluateConfig, RunConfig
 from secvec.console import metrics_table
 from secvec.evaluation import evaluate_model
@@ -37,7 +38,7 @@ def train(config: RunConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     with folder.running(), _experiment(config, folder):
         if config.force and main_process():  # other ranks start after this and read the record that it leaves
             folder.forget(config.stages)
-        run = stages.Run(config, folder, stages.base_for(config))
+        run = stages.Run(config, folder, base_for(config))
         for stage in config.stages:
             if stage in folder.record["stages"]:
                 continue
@@ -58,7 +59,7 @@ def evaluate(config: EvaluateConfig, overrides: Sequence[str] = ()) -> dict[str,
     check_trainer(config.trainer)
     folder = _open(config, overrides)
     with folder.running():
-        base = stages.base_for(config)
+        base = base_for(config)
         began = time.monotonic()
         model = base.load().to(stages.device_of(config.trainer))
         probe = evaluate_model(

@@ -72,7 +72,7 @@ def _rates(axis: Axes, rows: Sequence[Group], colors: Sequence[str], name: str) 
 
 
 def loss_figure(groups: Sequence[Group], curves: GroupCurves, indices: Sequence[int]) -> Figure:
-    """Loss in nats/token (log scale) over fine-tuning steps, one panel for each group in `indices`, all on one scale."""
+    """Loss in nats/token (log) over fine-tuning steps, one panel for each group in `indices`, all on one scale."""
     from matplotlib.figure import Figure
 
     losses = [v for runs in curves.values() for c in runs for m in c if "/loss_" in m for v in c[m].values() if v > 0]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from secvec.base import base_for
 from secvec.config import RunConfig
 from secvec.data.embedded import Ordinary
 from secvec.models.backbone import fingerprint
 from secvec.models.tiny import build_tiny
-from secvec.stages import base_for
 
 
 def test_given_weights_are_aligned_in_the_cache_and_stay_as_they_are(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from secvec import stages
+from secvec.base import Base, base_for
 from secvec.config import RunConfig
 from secvec.data.datamodule import GlobalBatchSampler
 from secvec.data.encode import collate
@@ -42,8 +43,8 @@ def logits(model: nn.Module) -> Tensor:
         return model.eval()(input_ids=torch.arange(1, 40).view(3, 13)).logits
 
 
-def base_of(config: RunConfig) -> stages.Base:
-    return stages.base_for(config)
+def base_of(config: RunConfig) -> Base:
+    return base_for(config)
 
 
 def test_all_three_stages_leave_their_artifacts(make_config: Make) -> None:

@@ -22,6 +22,7 @@ LAYERS = [
     {"secvec.data", "secvec.defenses"},
     {"secvec.behaviors", "secvec.module", "secvec.evaluation"},
     {"secvec.config", "secvec.telemetry", "secvec.fit"},
+    {"secvec.base"},
     {"secvec.stages"},
     {"secvec.run"},
     {"secvec.cli"},

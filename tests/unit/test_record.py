@@ -256,7 +256,7 @@ def test_a_finished_run_is_not_run_again(
     def started(config: RunConfig) -> None:
         raise AssertionError("run again")
 
-    monkeypatch.setattr(run.stages, "base_for", started)
+    monkeypatch.setattr(run, "base_for", started)
     assert run.train(config)["stages"] == ["finetune", "infer"]
     with pytest.raises(AssertionError, match="run again"):
         run.train(config.model_copy(update={"force": True}))

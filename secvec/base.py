@@ -1,0 +1,114 @@
+"""The backbone that a run starts from: as given, or taught to refuse first and found again by content."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from secvec.config import EvaluateConfig, RunConfig
+from secvec.data.datamodule import SecVecDataModule
+from secvec.data.encode import encode
+from secvec.data.example import Example
+from secvec.data.mixture import data_hash, draw_benign
+from secvec.defenses.none import NoDefense
+from secvec.errors import ConfigError
+from secvec.evaluation import context_of
+from secvec.files import atomic_path
+from secvec.fit import fit
+from secvec.models.backbone import check, fingerprint, load_backbone, load_tokenizer, locate, save_backbone
+from secvec.models.tiny import build_tiny
+from secvec.models.vector import backbone_state
+from secvec.naming import content_key
+from secvec.record import cached
+from secvec.settings import ModelSettings, TrainerSettings
+
+log = logging.getLogger(__name__)
+
+NUM_WORDS = 200
+"""Samples of each stream whose words the tiny model's tokenizer is made of."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The backbone that a run starts from."""
+
+    folder: Path
+    fingerprint: str
+    settings: ModelSettings
+
+    def load(self) -> nn.Module:
+        """A fresh copy of it."""
+        return load_backbone(self.folder, self.settings)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer."""
+        return load_tokenizer(self.folder, self.settings.trust_remote_code)
+
+
+def base_for(config: EvaluateConfig) -> Base:
+    """The base of a run: as given, or aligned first and cached by content."""
+    settings = config.model
+    if settings.align is None:
+        if settings.name_or_path is None:
+            raise ConfigError(
+                "model.name_or_path=null is the built-in tiny model, which needs model.align to be of use"
+            )
+        folder = locate(settings)
+        return Base(folder, fingerprint(folder), settings)
+    assert isinstance(config, RunConfig)
+    streams = [stream for stream in config.data.benign if stream.kind == "ordinary"]
+    align = settings.align
+    examples = [
+        *config.behavior.examples("align", align.num_undesired, align.seed),
+        *draw_benign(streams, "align", align.num_benign, align.seed),
+    ]
+    source = None if settings.name_or_path is None else fingerprint(locate(settings))
+    optimizer, scheduler = config.optimizer.model_dump(exclude={"lr"}), config.scheduler.model_dump()
+    key = content_key([source, align.model_dump(), data_hash(examples), optimizer, scheduler])
+    folder = config.paths.cache / "models" / f"{settings.name}-{key}"
+    cached(folder, partial(_align, config, examples, folder.with_suffix(".part")))
+    return Base(check(folder), fingerprint(folder), settings)
+
+
+def _align(config: RunConfig, examples: list[Example], work: Path, out: Path) -> None:
+    align, settings = config.model.align, config.model
+    assert align is not None
+    start = locate(settings) if settings.name_or_path else _tiny_start(config, examples, work / "start")
+    counts = align.num_undesired, align.num_benign
+    log.info("aligning %s on %d refusals and %d ordinary samples (kept for later runs)", settings.name, *counts)
+    tokenizer = load_tokenizer(start, settings.trust_remote_code)
+    build = partial(load_backbone, start, settings)
+    rows = encode(examples, tokenizer, context_of(build()))
+    module = fit(
+        folder=work, stage="align", seed=align.seed, build=build, loss=NoDefense(name="none").loss,
+        part="backbone", lr=align.lr, epochs=align.epochs,
+        data=SecVecDataModule(rows, align.batch_size, align.seed, tokenizer.pad_token_id),
+        optimizer=config.optimizer, scheduler=config.scheduler, trainer=alone(config.trainer), logger=None,
+        callbacks=[],
+    )  # fmt: skip
+    save_backbone(backbone_state(module.full_state()), start, settings, out)
+    shutil.rmtree(work)
+
+
+def _tiny_start(config: RunConfig, examples: list[Example], folder: Path) -> Path:
+    """The tiny model before alignment. Its tokenizer knows the words of all data, as a pretrained one would."""
+    assert config.model.align is not None
+    behavior, seed = config.behavior, config.model.align.seed
+    words = [*examples, *behavior.examples("vector", NUM_WORDS, seed)]
+    words += [example for stream in config.data.benign for example in stream.examples("vector", NUM_WORDS, seed)]
+    with atomic_path(folder) as temporary:
+        for part in build_tiny([text for e in words for text in (e.prompt, e.response)], seed):
+            part.save_pretrained(temporary)
+    return folder
+
+
+def alone(settings: TrainerSettings) -> TrainerSettings:
+    """The same on one device: a base must not depend on how many devices its runs have."""
+    return settings.model_copy(update={"devices": 1, "num_nodes": 1, "strategy": "auto", "accumulate_grad_batches": 1})
