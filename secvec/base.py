@@ -16,7 +16,7 @@ from secvec.data.datamodule import SecVecDataModule
 from secvec.data.encode import encode
 from secvec.data.example import Example
 from secvec.data.mixture import data_hash, draw_benign
-from secvec.defenses.none import NoDefense
+from secvec.defenses.base import Defense
 from secvec.errors import ConfigError
 from secvec.evaluation import context_of
 from secvec.files import atomic_path
@@ -87,7 +87,7 @@ def _align(config: RunConfig, examples: list[Example], work: Path, out: Path) ->
     build = partial(load_backbone, start, settings)
     rows = encode(examples, tokenizer, context_of(build()))
     module = fit(
-        folder=work, stage="align", seed=align.seed, build=build, loss=NoDefense(name="none").loss,
+        folder=work, stage="align", seed=align.seed, build=build, loss=Defense(name="none").loss,
         part="backbone", lr=align.lr, epochs=align.epochs,
         data=SecVecDataModule(rows, align.batch_size, align.seed, tokenizer.pad_token_id),
         optimizer=config.optimizer, scheduler=config.scheduler, trainer=alone(config.trainer), logger=None,
