@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from secvec import stages
 from secvec.base import Base, base_for
-from secvec.config import RunConfig
+from secvec.config import EvaluateConfig, RunConfig
 from secvec.data.datamodule import GlobalBatchSampler
 from secvec.data.encode import collate
 from secvec.data.mixture import draw_benign
@@ -25,7 +25,7 @@ from secvec.losses import response_loss
 from secvec.models.backbone import load_backbone
 from secvec.models.vector import attach_frozen_vector, part_of, vector_off
 from secvec.module import SecVecModule, learning_rate_factor
-from secvec.run import train
+from secvec.run import evaluate, train
 
 Make = Callable[..., RunConfig]
 
@@ -327,3 +327,16 @@ def test_your_own_files_run_through_all_stages(make_config: Make, tmp_path: Path
         json.loads(r)["sensitive"] == (json.loads(r)["stream"] == "undesired")
         for r in (Path(config.run_dir) / "predictions.jsonl").open()
     )
+
+
+def test_evaluate_says_of_the_saved_backbone_what_infer_said(make_config: Make, tmp_path: Path) -> None:
+    config = make_config("defense=none")
+    trained = train(config)
+    wanted = {
+        "model": config.model.model_copy(update={"name_or_path": f"{config.run_dir}/backbone", "align": None}),
+        "run_dir": str(tmp_path / "evaluated"),
+    }
+    fields = {name: getattr(config, name) for name in EvaluateConfig.model_fields}
+    record = evaluate(EvaluateConfig.model_construct(**{**fields, **wanted}))
+    assert record["metrics"] == {k: v for k, v in trained["metrics"].items() if k.startswith("after/")}
+    assert record["status"] == "completed" and record["stage"] == "evaluate"
