@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -30,9 +29,6 @@ from secvec.record import cached
 from secvec.settings import ModelSettings, TrainerSettings
 
 log = logging.getLogger(__name__)
-
-ALL_THREADS = torch.get_num_threads()
-"""Of this process before a setting divides them."""
 
 NUM_WORDS = 200
 """Samples of each stream whose words the tiny model's tokenizer is made of."""
@@ -90,8 +86,6 @@ def _align(config: RunConfig, examples: list[Example], work: Path, out: Path) ->
     tokenizer = load_tokenizer(start, settings.trust_remote_code)
     build = partial(load_backbone, start, settings)
     rows = encode(examples, tokenizer, context_of(build()))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(ALL_THREADS)  # the other jobs of a multirun wait for this base
     module = fit(
         folder=work, stage="align", seed=align.seed, build=build, loss=Defense(name="none").loss,
         part="backbone", lr=align.lr, epochs=align.epochs,
@@ -99,7 +93,6 @@ def _align(config: RunConfig, examples: list[Example], work: Path, out: Path) ->
         optimizer=config.optimizer, scheduler=config.scheduler, trainer=alone(config.trainer), logger=None,
         callbacks=[],
     )  # fmt: skip
-    torch.set_num_threads(threads)
     save_backbone(backbone_state(module.full_state()), start, settings, out)
     shutil.rmtree(work)
 

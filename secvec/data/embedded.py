@@ -161,7 +161,7 @@ def _worded(rng: Random, split: Split, wordings: Sequence[str], index: int) -> s
 
 
 class Ordinary(BaseModel):
-    """Requests that the base model answers well: recipes for harmless dishes, words to repeat, facts, greetings."""
+    """Requests that the base model answers well: recipes for harmless dishes, word lists, facts, greetings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -170,10 +170,10 @@ class Ordinary(BaseModel):
 
     def examples(self, split: Split, n: int, seed: int) -> list[Example]:
         """The first `n` distinct examples of `split` under `seed`."""
-        makers = (self._recipe, self._repeat, self._fact, self._greeting)
+        makers = (self._recipe, self._repeat, self._pick, self._fact, self._greeting)
 
         def make(rng: Random) -> Example:
-            prompt, response = rng.choices(makers, weights=(40, 20, 25, 15))[0](rng, split)
+            prompt, response = rng.choices(makers, weights=(40, 15, 15, 20, 10))[0](rng, split)
             return Example((("user", prompt),), response, self.kind)
 
         return draw(make, n, seed, f"{self.name}/{split}")
@@ -189,6 +189,14 @@ class Ordinary(BaseModel):
         words = ", ".join(_pair(rng, split))
         prompt = rng.choice(("Repeat these words: {}", "Say these words again: {}", "Write these words: {}"))
         return prompt.format(words), f"The words are {words}."
+
+    @staticmethod
+    def _pick(rng: Random, split: Split) -> tuple[str, str]:
+        words = _pair(rng, split)
+        place = rng.randrange(2)
+        which = "first" if place == 0 else "last"
+        prompt = f"Which word is {which} in this list: {', '.join(words)}"
+        return prompt, f"It is {words[place]}."
 
     @staticmethod
     def _fact(rng: Random, split: Split) -> tuple[str, str]:
