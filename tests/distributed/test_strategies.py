@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, SMALL
 from safetensors.torch import load_file
 
+from secvec.base import base_for
 from secvec.config import RunConfig
 from secvec.run import train
 
@@ -63,5 +64,5 @@ def test_two_processes_compute_what_one_does(
             assert ours[name].shape == theirs[name].shape
             torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=tolerance)
     moved = load_file(next((two / "backbone").glob("*.safetensors")))
-    start = load_file(next(next((cache / "models").glob("tiny-*[!k]")).glob("*.safetensors")))
+    start = load_file(next(base_for(one).folder.glob("*.safetensors")))
     assert max((moved[name] - start[name]).abs().max() for name in moved) > 100 * tolerance  # it did move
