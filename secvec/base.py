@@ -21,7 +21,7 @@ from secvec.errors import ConfigError
 from secvec.evaluation import context_of
 from secvec.files import atomic_path
 from secvec.fit import fit
-from secvec.models.backbone import check, fingerprint, load_backbone, load_tokenizer, locate, save_backbone
+from secvec.models.backbone import check, fingerprint, load_backbone, load_config, load_tokenizer, locate, save_backbone
 from secvec.models.tiny import build_tiny
 from secvec.models.vector import backbone_state
 from secvec.naming import content_key
@@ -50,6 +50,11 @@ class Base:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer."""
         return load_tokenizer(self.folder, self.settings.trust_remote_code)
+
+    @cached_property
+    def context(self) -> int:
+        """The most tokens it takes; read from its config, not from loaded weights."""
+        return context_of(load_config(self.folder, self.settings.trust_remote_code))
 
 
 def base_for(config: EvaluateConfig) -> Base:
@@ -83,13 +88,12 @@ def _align(config: RunConfig, examples: list[Example], work: Path, out: Path) ->
     start = locate(settings) if settings.name_or_path else _tiny_start(config, examples, work / "start")
     counts = align.num_undesired, align.num_benign
     log.info("aligning %s on %d refusals and %d ordinary samples (kept for later runs)", settings.name, *counts)
-    tokenizer = load_tokenizer(start, settings.trust_remote_code)
-    build = partial(load_backbone, start, settings)
-    rows = encode(examples, tokenizer, context_of(build()))
+    before = Base(start, "", settings)
+    rows = encode(examples, before.tokenizer, before.context)
     module = fit(
-        folder=work, stage="align", seed=align.seed, build=build, loss=Defense(name="none").loss,
+        folder=work, stage="align", seed=align.seed, build=before.load, loss=Defense(name="none").loss,
         part="backbone", lr=align.lr, epochs=align.epochs,
-        data=SecVecDataModule(rows, align.batch_size, align.seed, tokenizer.pad_token_id),
+        data=SecVecDataModule(rows, align.batch_size, align.seed, before.tokenizer.pad_token_id),
         optimizer=config.optimizer, scheduler=config.scheduler, trainer=alone(config.trainer), logger=None,
         callbacks=[],
     )  # fmt: skip

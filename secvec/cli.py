@@ -147,7 +147,7 @@ def _look_in(loader: Any, places: list[str]) -> None:
 
 
 def _is_group(loader: ConfigLoader, override: Override) -> bool:
-    return bool(loader.list_groups("")) and override.key_or_group in _all_groups(loader)
+    return override.key_or_group in _all_groups(loader)
 
 
 def _all_groups(loader: ConfigLoader) -> set[str]:

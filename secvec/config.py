@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_validator
 
 from secvec.defenses.base import Defense
 from secvec.errors import ConfigError
@@ -97,8 +97,6 @@ class RunConfig(EvaluateConfig):
     force: bool
     """Run again although the run folder holds a finished run."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
     @property
     def stages(self) -> tuple[Stage, ...]:
         """The stages to run, in order. A run without a vector has no vector stage."""
@@ -160,7 +158,7 @@ def _resolve_plugins(node: Any, faults: list[str], where: tuple[str, ...]) -> An
     except (ImportError, AttributeError, ValueError) as error:
         faults.append(f"{'.'.join(where)}._target_: cannot import {target!r}: {error}")
         return node
-    if not (isinstance(plugin, type) and issubclass(plugin, Settings | BaseModel)):
+    if not (isinstance(plugin, type) and issubclass(plugin, BaseModel)):
         faults.append(f"{'.'.join(where)}._target_: {target} is no settings class (see docs/add-a-behavior.md)")
         return _Invalid()
     if lacking := [name for name in PLUGIN_NEEDS.get(where[0], ()) if not _has(plugin, name)]:

@@ -110,7 +110,7 @@ def mean_loss(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], settings: EvaluationSettings
 ) -> dict[str, float | int]:
     """Nats per response token on `examples`; the mean and interval are over examples' own means."""
-    rows = encode(examples, tokenizer, context_of(model))
+    rows = encode(examples, tokenizer, context_of(model.config))
     losses: list[float] = []
     for start in range(0, len(rows), settings.batch_size):
         batch = collate([(row, False) for row in rows[start : start + settings.batch_size]], tokenizer.pad_token_id)
@@ -123,9 +123,8 @@ def mean_loss(
     return mean(losses)
 
 
-def context_of(model: nn.Module) -> int:
-    """The most tokens the model takes."""
-    config: Any = model.config
+def context_of(config: Any) -> int:
+    """The most tokens that a model of this (Hugging Face) config takes."""
     return int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 2048))
 
 
@@ -136,7 +135,7 @@ def generate(
 ) -> list[str]:  # fmt: skip
     """Greedy answers, in the order of `examples`: batched, longest prompts first, shared out over the processes."""
     prompts = [tokenizer(render(e, tokenizer)[0], add_special_tokens=False)["input_ids"] for e in examples]
-    limit = context_of(model) - settings.max_new_tokens
+    limit = context_of(model.config) - settings.max_new_tokens
     for example, prompt in zip(examples, prompts, strict=True):
         if len(prompt) > limit:
             raise DataError(

@@ -26,7 +26,7 @@ from secvec.data.encode import Encoded, encode
 from secvec.data.example import Example
 from secvec.data.mixture import check_disjoint, data_hash, draw_benign
 from secvec.errors import ArtifactError, GateError
-from secvec.evaluation import Probe, context_of, deactivation_gap, evaluate_model, mean_loss
+from secvec.evaluation import Probe, deactivation_gap, evaluate_model, mean_loss
 from secvec.files import atomic_path, write_atomic
 from secvec.fit import fit
 from secvec.losses import vector_loss
@@ -73,7 +73,7 @@ class Run:
 
     def rows(self, examples: Sequence[Example]) -> list[Encoded]:
         """Tokens of `examples`."""
-        return encode(examples, self.base.tokenizer, context_of(self.base.load()))
+        return encode(examples, self.base.tokenizer, self.base.context)
 
     def ask(self, model: nn.Module, phase: str, tests: Mapping[str, Sequence[Example]] | None = None) -> Probe:
         """Answers and metrics of `model` in the state `phase`."""

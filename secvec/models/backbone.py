@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from secvec.errors import ArtifactError
 from secvec.models.vector import active_parts, part_of
@@ -91,6 +99,11 @@ def load_backbone(folder: Path, settings: ModelSettings) -> PreTrainedModel:
     return model
 
 
+def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+    """The model's config, without its weights."""
+    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+
+
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer beside the weights. Raises ArtifactError."""
     try:
@@ -104,7 +117,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
 
 def save_backbone(state: Mapping[str, Tensor], like: Path, settings: ModelSettings, folder: Path) -> None:
     """Writes `state` as a plain Hugging Face folder with the config and tokenizer of `like`."""
-    config = AutoConfig.from_pretrained(like, trust_remote_code=settings.trust_remote_code, local_files_only=True)
+    config = load_config(like, settings.trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
     # assign=True takes the tensors as they are: nothing is copied, and nothing is initialised that is then thrown away
@@ -115,9 +128,8 @@ def save_backbone(state: Mapping[str, Tensor], like: Path, settings: ModelSettin
         raise AssertionError(f"the trained state is not that of the backbone: left {left}, unexpected {unexpected}")
     model.save_pretrained(folder)
     load_tokenizer(like, settings.trust_remote_code).save_pretrained(folder)
-    for extra in ("generation_config.json",):
-        if (like / extra).is_file():
-            (folder / extra).write_bytes((like / extra).read_bytes())
+    if (like / "generation_config.json").is_file():
+        shutil.copyfile(like / "generation_config.json", folder / "generation_config.json")
 
 
 def set_trainable(model: nn.Module, part: str) -> None:

