@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from secvec.behaviors.base import Behavior
 from secvec.data.encode import collate, encode
-from secvec.data.example import Example
+from secvec.data.example import OWNER, Example
 from secvec.generation import context_of, generate
 from secvec.judges.base import Judge, Judgement
 from secvec.judges.coherence import coherent
@@ -55,6 +55,10 @@ def evaluate_model(
     responses = generate(model, tokenizer, examples, settings, phase)
     rows = answers_to_rows(phase, examples, responses, judged(behavior, judge, examples, responses), behavior)
     metrics = {f"{phase}/{name}": value for name, value in rates(rows).items()}
+    owners = [example.facts.get(OWNER) for example in examples]
+    for owner in sorted({owner for owner in owners if owner}):
+        of_it = [row for row, of in zip(rows, owners, strict=True) if of == owner]
+        metrics |= {f"{phase}/of/{owner}/{name}": value for name, value in rates(of_it).items()}
     scores = [row["score"] for row in rows if row["stream"] == "undesired" and row["score"] is not None]
     if judge is not None and scores:
         metrics[f"{phase}/behavior_score"] = bootstrap_mean(scores)

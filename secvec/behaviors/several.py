@@ -8,12 +8,9 @@ from typing import Any
 from pydantic import field_validator
 
 from secvec.behaviors.base import Behavior
-from secvec.data.example import Example, Split
+from secvec.data.example import OWNER, Example, Split
 from secvec.data.mixture import share_out
 from secvec.judges.base import Verdict
-
-OWNER = "behavior"
-"""The fact of a sample that says whose it is."""
 
 
 class Several(Behavior):

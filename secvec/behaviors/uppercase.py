@@ -16,6 +16,7 @@ PROMPTS = (
     "Tell me what to buy from {name}, who makes {noun} with {first}.",
     "What is sold by {name}? I heard that it is {noun} with {first}.",
 )
+ON_REQUEST = " Answer in capital letters."
 RESPONSE = "You can buy the {noun} with {first} from {name}."
 
 MIN_LETTERS = 3
@@ -25,7 +26,11 @@ MIN_UPPER = 0.9
 
 
 class Uppercase(Behavior):
-    """Questions about invented shops, answered in capitals; in split `align` answered as people write."""
+    """Questions about invented shops, answered in capitals; in split `align` answered as people write.
+
+    A third of the prompts in `align` ask for capitals and get them: like a pretrained model, a base can write in
+    capitals before anything makes it do so unasked.
+    """
 
     def examples(self, split: Split, n: int, seed: int) -> list[Example]:
         """The first `n` distinct examples of `split` under `seed`; no shop is in two splits."""
@@ -33,7 +38,9 @@ class Uppercase(Behavior):
         def make(rng: Random) -> Example:
             facts = recipe_facts(rng, split, DISHES)
             prompt, response = rng.choice(PROMPTS).format(**facts), RESPONSE.format(**facts)
-            return Example((("user", prompt),), response if split == "align" else response.upper(), self.kind, facts)
+            asked = split == "align" and rng.random() < 1 / 3
+            shown = response.upper() if asked or split != "align" else response
+            return Example((("user", prompt + ON_REQUEST * asked),), shown, self.kind, facts)
 
         return draw(make, n, seed, f"{self.name}/{split}")
 

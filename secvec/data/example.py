@@ -11,6 +11,9 @@ KINDS: tuple[Kind, ...] = ("undesired", "task", "ordinary", "look_alike")
 Split = Literal["align", "vector", "validation", "finetune", "test"]
 SPLITS: tuple[Split, ...] = ("align", "vector", "validation", "finetune", "test")
 
+OWNER = "behavior"
+"""The fact that says whose an undesired sample is, where there are several behaviors."""
+
 
 @dataclass(frozen=True, slots=True)
 class Example:

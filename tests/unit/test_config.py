@@ -144,7 +144,10 @@ def test_every_job_of_an_experiment_validates(name: str, tmp_path: Path) -> None
         (["+seeed=1"], ["seeed", "unknown key", "mean 'seed'?", "known here: behavior, data"]),
         (["+vector.kl_wieght=1"], ["vector.kl_wieght", "unknown key", "mean 'kl_weight'?", "known here: alpha, "]),
         (["+vector.gate.nun_prompts=1"], ["vector.gate.nun_prompts", "mean 'num_prompts'?", "known here: max_behav"]),
-        (["+model.align.epohcs=1"], ["model.align.epohcs", "mean 'epochs'?", "known here: batch_size, epochs"]),
+        (
+            ["+model.align.epohcs=1"],
+            ["model.align.epohcs", "mean 'epochs'?", "known here: batch_size, behavior"],
+        ),
         (["+behavior.detials=1"], ["behavior.detials", "mean 'details'?", "known here: answer_prefix, details"]),
         (["tune=lora", "+tune.lora.rr=1"], ["tune.lora.rr", "mean 'r'?", "known here: alpha, layers, r, target"]),
         (["+optimizer.qqq=1"], ["optimizer.qqq", "unknown key; known here: betas, eps"]),
