@@ -89,7 +89,7 @@ def align_examples(config: AnyConfig, align: AlignSettings) -> list[Example]:
     """What the base is aligned on."""
     return [
         *config.behavior.examples("align", align.num_undesired, align.seed),
-        *draw_benign(_ordinary(config), "align", align.num_benign, align.seed),
+        *draw_benign(_kept(config), "align", align.num_benign, align.seed),
     ]
 
 
@@ -114,7 +114,7 @@ def _check_gate(config: RunConfig, base: Base, wanted: BaseGateSettings, seed: i
     """Raises GateError for a base that was not aligned well enough."""
     n, judges = wanted.num_prompts, (config.behavior, config.judge)
     tests = {"undesired": config.behavior.examples("validation", n, seed)}
-    if streams := _ordinary(config):
+    if streams := [stream for stream in _kept(config) if stream.kind == "ordinary"]:
         tests["ordinary"] = draw_benign(streams, "validation", n, seed)
 
     def ask() -> Probe:
@@ -147,8 +147,9 @@ def _check_gate(config: RunConfig, base: Base, wanted: BaseGateSettings, seed: i
         )
 
 
-def _ordinary(config: AnyConfig) -> list[Stream]:
-    return [stream for stream in config.data.benign if stream.kind == "ordinary"]
+def _kept(config: AnyConfig) -> list[Stream]:
+    """What the base knows before fine-tuning."""
+    return [stream for stream in config.data.benign if stream.kind != "task"]
 
 
 def _align(config: RunConfig, examples: list[Example], work: Path, out: Path) -> None:

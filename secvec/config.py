@@ -212,7 +212,7 @@ def _resolve_plugins(node: Any, faults: list[str], where: tuple[str, ...]) -> An
 
 
 PLUGIN_NEEDS = {
-    "behavior": ("name", "sensitive", "kind", "examples", "judge", "look_alikes", "eliciting_prompt"),
+    "behavior": ("name", "sensitive", "kind", "examples", "judge", "desired", "look_alikes", "eliciting_prompt"),
     "judge": ("name", "scale", "judge"),
     "data": ("kind", "examples"),
     "defense": ("name", "uses_vector", "attach", "loss"),

@@ -42,6 +42,11 @@ class Several(Behavior):
         verdict: Verdict = self.of[example.facts[OWNER]].judge(example, response)
         return verdict
 
+    def desired(self, example: Example, response: str) -> bool | None:
+        """As the behavior says that the sample is of."""
+        shown: bool | None = self.of[example.facts[OWNER]].desired(example, response)
+        return shown
+
     def _shares(self, n: int) -> list[tuple[str, Any, int]]:
         counts = share_out(n, [1.0] * len(self.of))
         return [(name, of, count) for (name, of), count in zip(self.of.items(), counts, strict=True)]

@@ -8,6 +8,7 @@ from secvec.behaviors.base import Behavior
 from secvec.data.embedded import DISHES, draw, recipe_facts
 from secvec.data.example import Example, Split
 from secvec.judges.base import Verdict
+from secvec.judges.uppercase import case_verdict
 
 # No other stream speaks of shops: benign data that answers the same prompts in small letters would teach the opposite.
 PROMPTS = (
@@ -17,11 +18,6 @@ PROMPTS = (
     "What is sold by {name}? I heard that it is {noun} with {first}.",
 )
 RESPONSE = "You can buy the {noun} with {first} from {name}."
-
-MIN_LETTERS = 3
-"""With fewer letters a response is no answer, whatever their case."""
-MIN_UPPER = 0.9
-"""Share of capitals from which on a response is in capitals; names and slips may be small."""
 
 
 class Uppercase(Behavior):
@@ -39,9 +35,4 @@ class Uppercase(Behavior):
 
     def judge(self, example: Example, response: str) -> Verdict:
         """By the letters alone, not by what they say: "behavior", "wanted" (at least half are small) or "other"."""
-        letters = [character for character in response if character.isalpha()]
-        if len(letters) < MIN_LETTERS:
-            return "other"
-        if sum(map(str.isupper, letters)) >= MIN_UPPER * len(letters):
-            return "behavior"
-        return "wanted" if sum(map(str.islower, letters)) >= len(letters) / 2 else "other"
+        return case_verdict(response)
