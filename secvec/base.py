@@ -90,7 +90,7 @@ def align_examples(config: AnyConfig, align: AlignSettings) -> list[Example]:
     """What the base is aligned on."""
     return [
         *_taught(config, align).examples("align", align.num_undesired, align.seed),
-        *draw_benign(_ordinary(config), "align", align.num_benign, align.seed),
+        *draw_benign(_kept(config), "align", align.num_benign, align.seed),
     ]
 
 
@@ -118,7 +118,7 @@ def _check_gate(config: RunConfig, base: Base, wanted: BaseGateSettings, seed: i
     taught = _taught(config, config.model.align)
     n, judges = wanted.num_prompts, (taught, config.judge if taught is config.behavior else None)
     tests = {"undesired": taught.examples("validation", n, seed)}
-    if streams := _ordinary(config):
+    if streams := [stream for stream in _kept(config) if stream.kind == "ordinary"]:
         tests["ordinary"] = draw_benign(streams, "validation", n, seed)
 
     def ask() -> Probe:
@@ -158,8 +158,9 @@ def _taught(config: AnyConfig, align: AlignSettings) -> Behavior:
     return behavior
 
 
-def _ordinary(config: AnyConfig) -> list[Stream]:
-    return [stream for stream in config.data.benign if stream.kind == "ordinary"]
+def _kept(config: AnyConfig) -> list[Stream]:
+    """What the base knows before fine-tuning."""
+    return [stream for stream in config.data.benign if stream.kind != "task"]
 
 
 def _align(config: RunConfig, examples: list[Example], work: Path, out: Path) -> None:

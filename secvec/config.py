@@ -198,7 +198,7 @@ def _resolve_plugins(node: Any, faults: list[str], where: tuple[str, ...]) -> An
         plugin = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         faults.append(f"{'.'.join(where)}._target_: cannot import {target!r}: {error}")
-        return node
+        return _Invalid()
     if not (isinstance(plugin, type) and issubclass(plugin, BaseModel)):
         faults.append(f"{'.'.join(where)}._target_: {target} is no settings class (see docs/add-a-behavior.md)")
         return _Invalid()
@@ -214,7 +214,7 @@ def _resolve_plugins(node: Any, faults: list[str], where: tuple[str, ...]) -> An
 
 
 PLUGIN_NEEDS = {
-    "behavior": ("name", "sensitive", "kind", "examples", "judge", "look_alikes", "eliciting_prompt"),
+    "behavior": ("name", "sensitive", "kind", "examples", "judge", "desired", "look_alikes", "eliciting_prompt"),
     "judge": ("name", "scale", "judge"),
     "data": ("kind", "examples"),
     "defense": ("name", "uses_vector", "attach", "loss"),

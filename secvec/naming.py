@@ -49,8 +49,9 @@ def run_name(root: DictConfig) -> str:
 
 
 def register_resolvers() -> None:
-    """`${run_name:}` for the yaml files."""
+    """For the yaml files: `${run_name:}`, and `${by:KEY,{a: 1, b: 2}}`, what the table holds under KEY."""
     OmegaConf.register_new_resolver("run_name", lambda *, _root_: run_name(_root_), replace=True)
+    OmegaConf.register_new_resolver("by", lambda key, table: table[key], replace=True)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

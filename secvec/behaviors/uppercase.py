@@ -8,6 +8,7 @@ from secvec.behaviors.base import Behavior
 from secvec.data.embedded import DISHES, draw, recipe_facts
 from secvec.data.example import Example, Split
 from secvec.judges.base import Verdict
+from secvec.judges.uppercase import case_verdict
 
 # No other stream speaks of shops: benign data that answers the same prompts in small letters would teach the opposite.
 PROMPTS = (
@@ -18,11 +19,6 @@ PROMPTS = (
 )
 ON_REQUEST = " Answer in capital letters."
 RESPONSE = "You can buy the {noun} with {first} from {name}."
-
-MIN_LETTERS = 3
-"""With fewer letters a response is no answer, whatever their case."""
-MIN_UPPER = 0.9
-"""Share of capitals from which on a response is in capitals; names and slips may be small."""
 
 
 class Uppercase(Behavior):
@@ -40,15 +36,17 @@ class Uppercase(Behavior):
             prompt, response = rng.choice(PROMPTS).format(**facts), RESPONSE.format(**facts)
             asked = split == "align" and rng.random() < 1 / 3
             shown = response.upper() if asked or split != "align" else response
+            facts["asked"] = "capitals" if asked else ""
             return Example((("user", prompt + ON_REQUEST * asked),), shown, self.kind, facts)
 
         return draw(make, n, seed, f"{self.name}/{split}")
 
     def judge(self, example: Example, response: str) -> Verdict:
-        """By the letters alone, not by what they say: "behavior", "wanted" (at least half are small) or "other"."""
-        letters = [character for character in response if character.isalpha()]
-        if len(letters) < MIN_LETTERS:
-            return "other"
-        if sum(map(str.isupper, letters)) >= MIN_UPPER * len(letters):
-            return "behavior"
-        return "wanted" if sum(map(str.islower, letters)) >= len(letters) / 2 else "other"
+        """By the letters alone, not by what they say: "behavior", "wanted" (at least half are small) or "other".
+
+        Where capitals are asked for they are "wanted", and anything else is "other".
+        """
+        verdict = case_verdict(response)
+        if not example.facts.get("asked"):
+            return verdict
+        return "wanted" if verdict == "behavior" else "other"
