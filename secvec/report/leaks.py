@@ -28,7 +28,9 @@ def leak_table(comparison: Comparison) -> Table:
     for way, estimates in found.items():
         marks = ["worst" if e and e.mean == top > 0 else "" for e, top in zip(estimates, worst, strict=True)]
         leaks.append(_row(way, "leak_rate", estimates, marks))
-    desired = [_row(way, "desired_rate", some, [""] * len(some)) for way, some in _by_way(comparison, "desired").items()]
+    desired = [
+        _row(way, "desired_rate", some, [""] * len(some)) for way, some in _by_way(comparison, "desired").items()
+    ]
     sections = [("", leaks), ("Desired trait, asked in the same ways", desired)]
     return Table([column.label for column in columns], [(title, rows) for title, rows in sections if rows])
 
