@@ -26,7 +26,8 @@ _NUMBERS = _rows("two deux, three trois, four quatre, five cinq, six six, seven 
 # Nouns and colours whose plurals take an s in both languages. Nouns: English, French, gender.
 _NOUNS = _rows(
     "cat chat m, dog chien m, rabbit lapin m, book livre m, pen stylo m, bike vélo m, ball ballon m, bag sac m, "
-    "apple pomme f, flower fleur f, chair chaise f, lamp lampe f, cup tasse f, car voiture f, letter lettre f, key clé f"
+    "apple pomme f, flower fleur f, chair chaise f, lamp lampe f, cup tasse f, car voiture f, letter lettre f, "
+    "key clé f"
 )
 # English, French with masculine and with feminine nouns.
 _COLOURS = _rows(
@@ -35,8 +36,8 @@ _COLOURS = _rows(
 )
 # As asked, as told, in French.
 _VERBS = _rows(
-    "have has a, see sees voit, want wants veut, buy buys achète, sell sells vend, take takes prend, find finds trouve, "
-    "draw draws dessine"
+    "have has a, see sees voit, want wants veut, buy buys achète, sell sells vend, take takes prend, "
+    "find finds trouve, draw draws dessine"
 )
 _PLACES = _rows(
     "kitchen la cuisine, garden le jardin, house la maison, street la rue, park le parc, forest la forêt, "

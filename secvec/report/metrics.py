@@ -76,13 +76,15 @@ TWINS = {"behavior_rate_plus": "behavior_rate", "wanted_rate": "refusal_rate"}  
 SHOWN_BEHAVIOR = frozenset({  # with the vector on, the behavior is what the vector is for: no direction is better
     "behavior_rate", "behavior_rate_plus", "behavior_score", "harmfulness_score", "refusal_rate", "wanted_rate",
 })  # fmt: skip
-RUN_ROWS = ("behavior_rate", "refusal_rate", "task_accuracy", "retained_accuracy", "suppression_ratio", "drift")
+RUN_ROWS = (
+    "behavior_rate", "refusal_rate", "desired_rate", "task_accuracy", "retained_accuracy", "suppression_ratio", "drift",
+)  # fmt: skip
 VECTOR_ONLY = frozenset({"deactivation_gap", "suppression_ratio"})  # without a vector: a model beside itself
 BARE = VECTOR_ONLY | {"drift"}
 
 
 def metric_of(name: str) -> Metric:
-    """The metric called `name`; under each way of asking (`leak/...`, `desired/...`) it is a rate like the whole one."""
+    """The metric called `name`; a way of asking (`leak/...`, `desired/...`) has a rate like the whole one."""
     head, slash, _ = name.partition("/")
     return METRICS[f"{head}_rate" if slash else name]
 

@@ -218,6 +218,19 @@ def test_the_neighbours_of_impossible_combinations_are_possible() -> None:
     loaded("trainer=fsdp", "trainer.precision=bf16-true")
 
 
+def test_a_task_lora_has_a_rate_of_its_own() -> None:
+    rates = {"tune=full": 7e-4, "tune=lora": 5e-3}
+    assert {given: loaded(given).optimizer.lr for given in rates} == rates
+    assert loaded("tune=lora", "optimizer.lr=1e-3").optimizer.lr == 1e-3
+
+
+def test_a_value_by_the_choice_of_another_group() -> None:
+    given = ["experiment=uppercase", "tune=lora"]
+    assert [loaded(*given[:n]).optimizer.lr for n in (1, 2)] == [5e-5, 5e-4]
+    assert loaded(*given, "optimizer.lr=1e-3").optimizer.lr == 1e-3
+    assert "cannot be resolved" in fault(*given, "optimizer.lr='${by:${tune.kind},{full: 1}}'")
+
+
 def test_a_run_without_a_vector_needs_no_kl_data() -> None:
     loaded("defense=none", "data.benign=[]", "data.num_benign=0")
 
