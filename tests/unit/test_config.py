@@ -116,10 +116,8 @@ def test_every_job_of_an_experiment_validates(name: str, tmp_path: Path) -> None
     assert run_name(config) == config.hydra.sweep.subdir
     parser = OverridesParser.create()
     swept = [parser.parse_override(f"{key}={values}") for key, values in config.hydra.sweeper.params.items()]
-    jobs = [
-        list(job)
-        for job in product(*([f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()] for o in swept))
-    ]
+    values = ([f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()] for o in swept)
+    jobs = [list(job) for job in product(*values)]
     missing = stand_ins(composed(f"experiment={name}"), tmp_path)
     assert len(jobs) > 1 and len({loaded(f"experiment={name}", *missing, *job).key() for job in jobs}) == len(jobs)
 
