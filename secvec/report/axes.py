@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from os.path import commonprefix
 from typing import Literal
 
 from secvec.report.groups import Comparison, Group, plain, sortable
@@ -44,7 +45,15 @@ class Axis:
             number = json.loads(value)
             return str(number) if isinstance(number, int) else f"{number:g}"
         shown = plain(value) if value else "not set"
+        if value and len(shown) > LONGEST and self._shared:
+            shown = f"…{shown[len(self._shared) :]}"
         return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 1]}…"
+
+    @cached_property
+    def _shared(self) -> str:
+        """What all categories begin with, up to the end of a word: long names differ at their ends."""
+        start = commonprefix([plain(value) for value in self.values]) if len(self.values) > 1 else ""  # noqa: RUF071 (by character is what is meant)
+        return start[: max(start.rfind(mark) for mark in "-/. ") + 1]
 
 
 @dataclass(frozen=True)

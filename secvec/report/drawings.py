@@ -33,6 +33,7 @@ class Drawing:
     name: str
     about: str
     draw: Callable[[], Figure]
+    metric: str = ""  # its label, where the figure shows one
 
 
 def swept(sweep: Sweep | None, whole: bool) -> Iterator[Drawing]:
@@ -50,16 +51,16 @@ def _panels(sweep: Sweep, facet: Facet, name: str, whole: bool, number: str) -> 
     about += f", {facet.title}" if facet.title else ""
     called = f"sweep-{name}{number}"
     if sweep.kind == "lines":
-        yield Drawing(called, about, lambda: lines_figure(sweep, facet, name))
+        yield Drawing(called, about, lambda: lines_figure(sweep, facet, name), METRICS[name].label)
     elif sweep.kind == "bars":
-        yield Drawing(called, about, lambda: bars_figure(sweep, facet, name))
+        yield Drawing(called, about, lambda: bars_figure(sweep, facet, name), METRICS[name].label)
     elif whole:
         yield Drawing(called, about, lambda: heatmap_figure(sweep, facet, name, sweep.defenses))
     else:
         for place, defense in enumerate(sweep.defenses):
             if any(group.defense == defense for group in facet.groups):
                 draw = _heatmap(sweep, facet, name, defense)
-                yield Drawing(f"{called}-{place}", f"{about}, {defense}", draw)
+                yield Drawing(f"{called}-{place}", f"{about}, {defense}", draw, METRICS[name].label)
 
 
 def _heatmap(sweep: Sweep, facet: Facet, name: str, defense: str) -> Callable[[], Figure]:

@@ -174,16 +174,19 @@ def _html(page: dict[str, Any], report: Report) -> str:
             losses.append((group.label, Markup(inline_svg(drawn, f"f2-{index}", told))))
         else:
             losses.append((group.label, None))
-    inline = [
-        [Markup(inline_svg(one.draw(), f"f-{one.name}", one.about)) for one in found]
-        for found in (drawings.swept(report.sweep, whole=False), drawings.scatters(report.comparison)[:MOST_PANELS])
+    swept: dict[str, list[Markup]] = {}
+    for one in drawings.swept(report.sweep, whole=False):
+        swept.setdefault(one.metric, []).append(Markup(inline_svg(one.draw(), f"f-{one.name}", one.about)))
+    scatters = [
+        Markup(inline_svg(one.draw(), f"f-{one.name}", one.about))
+        for one in drawings.scatters(report.comparison)[:MOST_PANELS]
     ]
     env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
                       trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     script = Markup((Path(__file__).parent / "page.js").read_text(encoding="utf-8"))
     template = env.get_template("template.html.j2")
     return template.render(**page, headline=headline, losses=losses, series=SERIES, drawn=bool(report.curves),
-                           swept=inline[0], sweep=report.sweep, scatters=inline[1], script=script,
+                           swept=swept, sweep=report.sweep, scatters=scatters, script=script,
                            script_hash=base64.b64encode(sha256(script.encode()).digest()).decode())  # fmt: skip
 
 

@@ -34,11 +34,16 @@ def series_color(index: int) -> str:
     return SERIES[index % len(SERIES)]
 
 
+def better(metric: Metric) -> str:
+    """Which way the metric is better, with its arrow."""
+    words = {"low": "lower is better", "high": "higher is better"}
+    return f"{metric.arrow} {words.get(metric.better or '', '')}".strip()
+
+
 def direction(panel: Axes, metric: Metric, held: str) -> None:
     """The panel's title: the metric, which way is better, and what the panel holds fixed."""
-    better = {"low": "lower is better", "high": "higher is better"}.get(metric.better or "", "")
     panel.set_title("\n".join(filter(None, (metric.label, held))))
-    panel.set_title(f"{metric.arrow} {better}", loc="right", fontsize=9.5, color=MUTED, fontweight="normal")
+    panel.set_title(better(metric), loc="right", fontsize=9.5, color=MUTED, fontweight="normal")
 
 
 def spoken(label: str, found: Estimate, metric: Metric, mark: str = "") -> str:

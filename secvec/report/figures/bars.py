@@ -34,7 +34,7 @@ def bars_figure(sweep: Sweep, facet: Facet, name: str) -> Figure:
                 y = axis.place(value) + (index - (len(defenses) - 1) / 2) * thick
                 (bar,) = panel.barh([y], [found.mean], thick * 0.86, color=color, label=label)
                 label = "_"  # one entry in the legend
-                hover(bar, spoken(group.label, found, METRICS[name], "worst case" * (group is highest)))
+                hover(bar, spoken(group.label, found, METRICS[name], "worst case in this panel" * (group is highest)))
                 panel.plot([found.low, found.high], [y, y], color=INK, linewidth=1.1)
                 end = max(found.high, found.mean) + 0.015
                 panel.text(end, y, f"{found.mean:.2f}" + " worst" * (group is highest and len(groups) > 1), va="center",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from secvec.report.groups import Comparison, Group
 from secvec.report.metrics import METRICS
-from secvec.report.style import BASE, INK, MUTED, SURFACE, series_color, settings
+from secvec.report.style import BASE, INK, MUTED, SURFACE, direction, series_color, settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,9 +36,7 @@ def headline_figure(comparison: Comparison, names: Sequence[str] = HEADLINE) -> 
 
 def _rates(axis: Axes, rows: Sequence[Group], colors: Sequence[str], name: str) -> None:
     metric = METRICS[name]
-    better = {"low": "lower is better", "high": "higher is better"}.get(metric.better or "", "")
-    axis.set_title(metric.label)
-    axis.set_title(f"{metric.arrow} {better}", loc="right", fontsize=9.5, color=MUTED, fontweight="normal")
+    direction(axis, metric, "")
     axis.set_xlim(-0.03, 1.03)
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.set_yticks(range(len(rows)), [textwrap.fill(group.label, 20) for group in rows])

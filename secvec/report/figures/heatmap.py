@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from secvec.report.axes import Axis, Facet, Sweep
 from secvec.report.groups import Group
 from secvec.report.metrics import METRICS
-from secvec.report.style import GRID, INK, MUTED, direction, hover, settings, spoken
+from secvec.report.style import GRID, INK, MUTED, better, hover, settings, spoken
 from secvec.report.worst import by_defense, worst
 
 if TYPE_CHECKING:
@@ -25,21 +25,20 @@ def heatmap_figure(sweep: Sweep, facet: Facet, name: str, defenses: Sequence[str
     from matplotlib.figure import Figure
 
     x, y = sweep.axes
-    wide = max(2.6, 0.9 + 0.52 * min(len(x.values), READABLE + 6))
-    high = max(1.6, 0.36 * min(len(y.values), 24)) + 1.1
+    wide = max(4.6, 0.9 + 0.52 * min(len(x.values), READABLE + 6))
+    high = max(1.6, 0.4 * min(len(y.values), 24)) + 1.2
     margin = 0.075 * max(len(y.text(value)) for value in y.values)
     with settings():
         figure = Figure(figsize=((wide + 0.4) * len(defenses) + margin, high), layout="constrained")
         panels = figure.subplots(1, len(defenses), sharey=True, squeeze=False)[0]
         for panel, defense in zip(panels, defenses, strict=True):
             groups = by_defense(facet.groups).get(defense, [])
-            direction(panel, METRICS[name], "")
-            panel.set_title(textwrap.fill(defense, 30))
+            panel.set_title(textwrap.fill(defense, 40))
             _cells(panel, sweep, groups, name)
             panel.set_xlabel(x.key)
         panels[0].set_ylabel(y.key)
-        if facet.title:
-            figure.suptitle(facet.title, fontsize=10, color=MUTED)
+        about = f"{METRICS[name].label}, {better(METRICS[name])}" + f" · {facet.title}" * bool(facet.title)
+        figure.suptitle(textwrap.fill(about, 64), fontsize=10, color=MUTED)
     return figure
 
 
@@ -62,14 +61,14 @@ def _cells(panel: Axes, sweep: Sweep, groups: Sequence[Group], name: str) -> Non
                 panel.add_patch(hover(blank, f"{x.key}={x.text(a)}, {y.key}={y.text(b)}: not measured"))
                 continue
             patch = Rectangle(corner, 1, 1, facecolor=colors(0.05 + 0.8 * found.mean), edgecolor="none")
-            said = "worst case of the defense" if group is highest else ""
+            said = "worst case in this panel" if group is highest else ""
             panel.add_patch(hover(patch, spoken(group.label, found, metric, said)))
             if len(x.values) <= READABLE:
                 panel.text(column, row, f"{found.mean:.2f}", ha="center", va="center", fontsize=9,
                            color=LIGHT if found.mean > 0.62 else DARK)  # fmt: skip
             if group is highest:
-                panel.add_patch(Rectangle((column - 0.44, row - 0.44), 0.88, 0.88, fill=False, edgecolor=DARK,
-                                          linewidth=1.8, zorder=4))  # fmt: skip
+                panel.add_patch(Rectangle((column - 0.44, row - 0.44), 0.88, 0.88, fill=False, linewidth=1.8,
+                                          edgecolor=LIGHT if found.mean > 0.62 else DARK, zorder=4))  # fmt: skip
     _frame(panel, x, y)
     elsewhere = [g for g in groups if not (sweep.value(g, x) and sweep.value(g, y))]
     for group in elsewhere[:1]:  # the defense has no such setting: one value for the whole panel
@@ -81,6 +80,8 @@ def _cells(panel: Axes, sweep: Sweep, groups: Sequence[Group], name: str) -> Non
 def _frame(panel: Axes, x: Axis, y: Axis) -> None:
     panel.set_xlim(-0.5, len(x.values) - 0.5)
     panel.set_ylim(-0.5, len(y.values) - 0.5)
+    if not y.numeric:
+        panel.invert_yaxis()  # categories are read from the top, as in a matrix
     step = max(1, len(x.values) // 12) if x.numeric else 1
     texts = [x.text(value) for value in x.values]
     turned = 30 if max(map(len, texts)) > 6 else 0

@@ -66,7 +66,7 @@ def _line(panel: Axes, points: list[tuple[float, Group]], name: str, color: str,
         panel.plot([x, x], [e.low, e.high], color=color, linewidth=1.2, alpha=0.7, zorder=2)
         (dot,) = panel.plot([x], [e.mean], "o", color="none", markersize=13, zorder=4,
                             markeredgecolor=color if group is highest else "none")  # fmt: skip
-        hover(dot, spoken(group.label, e, METRICS[name], "worst case of the defense" * (group is highest)))
+        hover(dot, spoken(group.label, e, METRICS[name], "worst case in this panel" * (group is highest)))
 
 
 def _level(panel: Axes, group: Group, name: str, color: str, label: str) -> None:
