@@ -19,6 +19,7 @@ _IGNORED = re.compile(
     r"|out(put)?s?|output_.*|logg(er|ers|ing)|wandb|tensorboard|tracking|telemetry|sweep|overwrite|resume|force|num_(workers|threads)"
 )
 _OF_SEED = re.compile(r"-s\d+-[0-9a-f]{8}$")  # in a run folder's name
+_encode = json.JSONEncoder(sort_keys=True).encode
 WITH_VECTOR = ("vector_on", "vector_off", "active")
 _FIELDS = ("behavior", "model", "tune")
 
@@ -153,7 +154,7 @@ def _settings(run: Run) -> dict[str, str]:
             elif isinstance(value, Mapping) and value:
                 walk(value, f"{key}.")
             elif key not in flat:
-                flat[key] = json.dumps(value, sort_keys=True) if isinstance(value, (dict, list)) else json.dumps(value)
+                flat[key] = _encode(value)
 
     walk(run.record.get("config") or {}, "")
     return flat

@@ -74,7 +74,7 @@ class Run:
         value = number(cell.get("value"))
         if value is None:
             return None
-        low, high, n = (number(cell.get(name)) for name in ("ci_low", "ci_high", "n"))
+        low, high, n = number(cell.get("ci_low")), number(cell.get("ci_high")), number(cell.get("n"))
         # A number that is no mean over prompts (drift) is recorded with n = 1 and no interval.
         over_prompts = n is not None and not (n == 1 and low is None)
         return Reading(value, low, high, int(n) if n is not None and over_prompts else None)
@@ -93,6 +93,8 @@ class Run:
 
 def number(value: object) -> float | None:
     """A finite number, else None."""
+    if type(value) is float:  # nearly always, and this is called a million times
+        return value if math.isfinite(value) else None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(value)

@@ -72,7 +72,7 @@ def opened(browser: playwright.Browser) -> Iterator[Callable[..., playwright.Pag
 
 
 def test_complaints_and_requests_are_seen(browser: playwright.Browser, tmp_path: Path) -> None:
-    """The check itself: a page with a broken script, and one that asks for a picture, are told apart from a good one."""
+    """The check itself, on a page with a broken script that asks for a picture."""
     page = browser.new_page()
     seen: list[str] = []
     page.on("pageerror", lambda error: seen.append("error"))
@@ -106,7 +106,7 @@ def test_dark_is_dark_and_print_is_light(pages: dict[str, Path], opened: Callabl
         assert brightness(dark, what, "backgroundColor") < 150 < 600 < brightness(light, what, "backgroundColor")
     for what in ("body", "caption", "figure svg text"):
         of = "fill" if "text" in what else "color"
-        assert brightness(dark, what, of) > 450 > 250 > brightness(light, what, of), what
+        assert brightness(dark, what, of) > 450 > 320 > brightness(light, what, of), what
     dark.emulate_media(media="print", color_scheme="dark")
     assert brightness(dark, "body", "backgroundColor") > 700 and brightness(dark, "body", "color") < 250
     assert not dark.locator(".filter").first.is_visible() and dark.locator("table.runs").is_visible()
@@ -130,9 +130,9 @@ def test_the_runs_are_filtered_and_sorted(pages: dict[str, Path], opened: Callab
     head.locator("button").click()
     assert head.get_attribute("aria-sort") == "ascending"
     rising = column(4)
-    assert rising[:4] == sorted(rising[:4], key=float)
+    assert rising == sorted(rising, key=float) and len(set(rising)) > 3
     head.locator("button").press("Enter")  # by keyboard
-    assert head.get_attribute("aria-sort") == "descending" and column(4)[:4] == sorted(rising[:4], key=float)[::-1]
+    assert head.get_attribute("aria-sort") == "descending" and column(4) == rising[::-1]
     page.locator("table.runs thead th", has_text="Seed").locator("button").click()
     assert page.locator("table.runs [aria-sort]").count() == 1 and column(2) == ["0", "0", "1", "1", "2"]
 

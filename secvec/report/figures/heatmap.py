@@ -46,6 +46,7 @@ def _cells(panel: Axes, sweep: Sweep, groups: Sequence[Group], name: str) -> Non
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
+    # Not add_patch: it works out the limits of the data anew for each of many cells, and they are known.
     x, y = sweep.axes
     metric, highest = METRICS[name], worst(groups)
     # Deep color: much of what is unwanted in orange, much of what is wanted in blue.
@@ -58,16 +59,16 @@ def _cells(panel: Axes, sweep: Sweep, groups: Sequence[Group], name: str) -> Non
             corner = (column - 0.5, row - 0.5)
             if group is None or found is None:
                 blank = Rectangle(corner, 1, 1, facecolor="none", edgecolor=GRID, hatch="////", linewidth=0)
-                panel.add_patch(hover(blank, f"{x.key}={x.text(a)}, {y.key}={y.text(b)}: not measured"))
+                panel.add_artist(hover(blank, f"{x.key}={x.text(a)}, {y.key}={y.text(b)}: not measured"))
                 continue
             patch = Rectangle(corner, 1, 1, facecolor=colors(0.05 + 0.8 * found.mean), edgecolor="none")
             said = "worst case in this panel" if group is highest else ""
-            panel.add_patch(hover(patch, spoken(group.label, found, metric, said)))
+            panel.add_artist(hover(patch, spoken(group.label, found, metric, said)))
             if len(x.values) <= READABLE:
                 panel.text(column, row, f"{found.mean:.2f}", ha="center", va="center", fontsize=9,
                            color=LIGHT if found.mean > 0.62 else DARK)  # fmt: skip
             if group is highest:
-                panel.add_patch(Rectangle((column - 0.44, row - 0.44), 0.88, 0.88, fill=False, linewidth=1.8,
+                panel.add_artist(Rectangle((column - 0.44, row - 0.44), 0.88, 0.88, fill=False, linewidth=1.8,
                                           edgecolor=LIGHT if found.mean > 0.62 else DARK, zorder=4))  # fmt: skip
     _frame(panel, x, y)
     elsewhere = [g for g in groups if not (sweep.value(g, x) and sweep.value(g, y))]
