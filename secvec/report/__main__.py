@@ -1,4 +1,4 @@
-"""Command line: `python -m secvec.report DIR [DIR...] [--figures DIR]`."""
+"""Command line: `python -m secvec.report DIR [DIR...] [--figures DIR] [--tables DIR]`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m secvec.report", description="Compare finished runs.")
     parser.add_argument("dirs", nargs="+", type=Path, metavar="DIR", help="folder with runs; the first gets the report")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="also write the figures there, as .svg and .png")
+    parser.add_argument("--tables", type=Path, metavar="DIR", help="also write the tables there: .csv, .tex and .md")
     given = parser.parse_args(argv)
-    from secvec.report.render import read, save_figures, write
+    from secvec.report.render import read, save_figures, save_tables, write
 
     try:
         report = read(given.dirs)
         path = write(report)
         drawn = save_figures(report, given.figures) if given.figures else []
+        drawn += save_tables(report, given.tables) if given.tables else []
     except SecVecError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from typing import Any
 
 from secvec.report.estimate import Estimate, estimate
@@ -17,17 +18,24 @@ _IGNORED = re.compile(
     r"(.*_)?seeds?|runs?|run_(name|id|dir)|stages?|experiment(_name)?|hydra|(.*_)?(dirs?|roots?|files?)|(?!name_or_)(.*_)?paths?"
     r"|out(put)?s?|output_.*|logg(er|ers|ing)|wandb|tensorboard|tracking|telemetry|sweep|overwrite|resume|force|num_(workers|threads)"
 )
+_OF_SEED = re.compile(r"-s\d+-[0-9a-f]{8}$")  # in a run folder's name
+_encode = json.JSONEncoder(sort_keys=True).encode
 WITH_VECTOR = ("vector_on", "vector_off", "active")
 _FIELDS = ("behavior", "model", "tune")
 
 
 @dataclass(frozen=True)
 class Group:
-    """A column of the tables: the runs whose metrics under `phase` are averaged ("base" or "after")."""
+    """A column of the tables: the runs whose metrics under `phase` are averaged ("base" or "after").
+
+    `values` are JSON texts, one for each of the comparison's keys; "" where the runs have no such setting.
+    """
 
     label: str
     runs: tuple[Run, ...]
     phase: str = "after"
+    values: tuple[str, ...] = ()
+    _estimates: dict[tuple[str, str], Estimate | None] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def defense(self) -> str:
@@ -39,19 +47,24 @@ class Group:
         """Behavior and model: base values and floors may be compared only within one scope."""
         return self.runs[0].field("behavior"), self.runs[0].model
 
-    @property
+    @cached_property
     def setting(self) -> dict[str, str]:
         """All that the group's runs share besides the defense."""
         return {key: value for key, value in _settings(self.runs[0]).items() if key.split(".")[0] != "defense"}
 
-    @property
+    @cached_property
     def has_vector(self) -> bool:
         """Whether a vector was on in any run."""
         return any(run.has_vector for run in self.runs)
 
     def estimate(self, name: str, phase: str | None = None) -> Estimate | None:
         """The mean over seeds of metric `name` in `phase` (default: the group's own)."""
-        phase = phase or self.phase
+        asked = name, phase or self.phase
+        if asked not in self._estimates:
+            self._estimates[asked] = self._measure(*asked)
+        return self._estimates[asked]
+
+    def _measure(self, name: str, phase: str) -> Estimate | None:
         if phase == "base" and name in BARE:
             return None
         if not self.has_vector and (phase in WITH_VECTOR or name in VECTOR_ONLY):
@@ -86,11 +99,11 @@ def compare(runs: Iterable[Run | Mapping[str, Any]]) -> Comparison:
     parts: dict[tuple[str, ...], list[Run]] = {}
     for run in done:
         parts.setdefault((run.defense, *(settings[id(run)].get(key, "") for key in keys)), []).append(run)
-    order = sorted(parts, key=lambda part: (part[0] != "none", part[0], *map(_sortable, part[1:])))
+    order = sorted(parts, key=lambda part: (part[0] != "none", part[0], *map(sortable, part[1:])))
     groups = []
     for part in order:
-        told = [f"{short[key]}={_plain(value)}" for key, value in zip(keys, part[1:], strict=True) if value]
-        groups.append(Group(" · ".join([part[0], *told]), tuple(parts[part])))
+        told = [f"{short[key]}={plain(value)}" for key, value in zip(keys, part[1:], strict=True) if value]
+        groups.append(Group(" · ".join([part[0], *told]), tuple(parts[part]), values=part[1:]))
 
     scopes = list(dict.fromkeys(group.scope for group in groups))
     varying = [i for i in range(2) if len({scope[i] for scope in scopes}) > 1]
@@ -107,46 +120,59 @@ def _telling_keys(runs: Sequence[Run], settings: Mapping[int, Mapping[str, str]]
     A key that says nothing beyond the defense and the keys already taken does not refine the split: it is left out.
     """
     chosen = {str(o).lstrip("+~").split("=", 1)[0] for run in runs for o in run.record.get("overrides") or []}
-    every = {key for run in runs for key in settings[id(run)]}
-    ranked = sorted(every, key=lambda k: (k not in _FIELDS, k not in chosen, k.count("."), k))
+    every = {key for of_run in settings.values() for key in of_run}
+    # An override of a whole node (scheduler=linear) names the node's choice.
+    by_choice = {key: key not in chosen and key.removesuffix(".name") not in chosen for key in every}
+    ranked = sorted(every, key=lambda k: (k not in _FIELDS, by_choice[k], k.count("."), k))
     kept: list[str] = []
-    parts = 0
-
-    def split(keys: Sequence[str]) -> int:
-        return len({(r.defense, *(settings[id(r)].get(k, "") for k in keys)) for r in runs})
-
-    parts = split(kept)
+    parts: list[Any] = [run.defense for run in runs]  # of each run
     for key in ranked:
-        if split([*kept, key]) > parts:
+        finer = [(part, settings[id(run)].get(key, "")) for part, run in zip(parts, runs, strict=True)]
+        if len(set(finer)) > len(set(parts)):
+            numbers = {part: number for number, part in enumerate(dict.fromkeys(finer))}
+            parts = [numbers[part] for part in finer]
             kept.append(key)
-            parts = split(kept)
     return tuple(kept)
+
+
+@cache
+def _ignored(name: str) -> bool:
+    return _IGNORED.fullmatch(name.lower()) is not None
 
 
 def _settings(run: Run) -> dict[str, str]:
     """Top-level fields and the flattened config as JSON texts, without what is ignored."""
     flat = {name: json.dumps(run.record[name]) for name in _FIELDS if run.record.get(name) is not None}
 
-    def walk(node: object, path: tuple[str, ...]) -> None:
-        if path and _IGNORED.fullmatch(path[-1].lower()):
-            return
-        if isinstance(node, Mapping) and node:
-            for key, value in node.items():
-                walk(value, (*path, str(key)))
-        elif path and ".".join(path) not in flat:
-            flat[".".join(path)] = json.dumps(node, sort_keys=True)
+    def walk(node: Mapping[str, Any], before: str) -> None:
+        for name, value in node.items():
+            key = f"{before}{name}"
+            if key == "vector.path" and isinstance(value, str):
+                flat[key] = json.dumps(_vector_of(value))
+            elif _ignored(name):
+                continue
+            elif isinstance(value, Mapping) and value:
+                walk(value, f"{key}.")
+            elif key not in flat:
+                flat[key] = _encode(value)
 
-    walk(run.record.get("config") or {}, ())
+    walk(run.record.get("config") or {}, "")
     return flat
 
 
-def _plain(value: str) -> str:
+def _vector_of(path: str) -> str:
+    """Which vector was taken over: its run without seed and key, so that one vector per seed is one setting."""
+    folder = path.rstrip("/").removesuffix("/vector")
+    return _OF_SEED.sub("", folder.rpartition("/")[2])
+
+
+def plain(value: str) -> str:
     """A JSON text without the quotes of a string."""
     loaded = json.loads(value)
     return loaded if isinstance(loaded, str) else value
 
 
-def _sortable(value: str) -> tuple[int, float, str]:
+def sortable(value: str) -> tuple[int, float, str]:
     """Numbers by size, then texts."""
     loaded = json.loads(value) if value else ""
     number = isinstance(loaded, (int, float)) and not isinstance(loaded, bool)

@@ -34,7 +34,8 @@ def table(data: Table, corner: str, about: bool = False) -> list[str]:
             label = f"{line.label} {line.arrow}".strip() + (f" ({line.about})" if about else "")
             rows.append([escape(label), *cells])
     out = grid([corner, *map(escape, data.columns)], rows)
-    return [*out, DAGGER, ""] if data.footnote else out
+    out += [DAGGER, ""] if data.footnote else []
+    return [*out, escape(data.left_out), ""] if data.left_out else out
 
 
 def samples(sets: Sequence[SampleSet]) -> list[str]:
@@ -63,11 +64,17 @@ def render(page: dict[str, Any]) -> str:
     out = [f"# {page['title']}", "", escape(page["sentence"]), ""]
     out += [f"- {name}: {escape(value)}" for name, value in page["provenance"]] + [""]
     out += [f"> {escape(warning)}\n" for warning in page["warnings"]]
+    out += [escape(page["shown_note"]), ""] if page["shown_note"] else []
     if page["failures"]:
         out += ["## Runs that failed", ""]
         rows = [[escape(run.name), run.field("status"), escape(why)] for run, why in page["failures"]]
         out += grid(["Run", "Status", "Error"], rows)
-    out += ["## Results", "", escape(page["reading"]), "", *table(page["main"], "Metric")] if page["groups"] else []
+        out += [escape(page["failures_left_out"]), ""] if page["failures_left_out"] else []
+    out += (
+        ["## Results", "", escape(page["reading"]), "", *table(page["main"], page["corner"])] if page["groups"] else []
+    )
+    if page["worst"].sections:
+        out += ["## Worst case", "", escape(page["worst_reading"]), "", *table(page["worst"], "Defense")]
     if page["paired"].sections:
         out += ["## Paired differences", "", escape(page["paired_reading"]), "", *table(page["paired"], "Metric")]
     if page["leaks"].sections:

@@ -15,6 +15,7 @@ from secvec.report.records import load_predictions, number
 from secvec.report.tables import Cell, Row, Table, main_rows
 
 ALPHA, DRAWS, SEED = 0.05, 10_000, 0
+MOST = 40  # contrasts that are tested: each reads all answers of its runs
 READING = (
     "The defense minus the reference, on the same prompts of the same seeds, after fine-tuning with no vector on. "
     f"Difference: mean over seeds; its 95 % bootstrap interval draws the prompts anew within each seed ({DRAWS:,} "
@@ -127,17 +128,37 @@ def difference(name: str, of: Outcomes, reference: Outcomes) -> Difference | Non
 
 def contrasts(comparison: Comparison) -> Iterator[tuple[Group, Group]]:
     """(group, reference) where only the defense differs; the reference is `none`, without it the first by name."""
-    settings = [group.setting for group in comparison.groups]
-    for group, setting in zip(comparison.groups, settings, strict=True):
-        reference = comparison.groups[settings.index(setting)]  # the groups are in order, `none` first
+    references: dict[frozenset[tuple[str, str]], Group] = {}
+    for group in comparison.groups:
+        reference = references.setdefault(frozenset(group.setting.items()), group)  # in order, `none` first
         if reference.defense != group.defense:
             yield group, reference
+
+
+def reading(comparison: Comparison) -> str:
+    """How the table is to be read, and how many contrasts it leaves out."""
+    count = sum(1 for _ in contrasts(comparison))
+    chosen = (
+        f" Tested are the first {MOST} of {count:,} contrasts in the order of their settings, as many of every "
+        "defense, whatever they show."
+    )
+    return READING + chosen * (count > MOST)
+
+
+def _tested(pairs: Sequence[tuple[Group, Group]]) -> list[tuple[Group, Group]]:
+    """The first contrasts of every defense in turn, until there are `MOST`; in the order given."""
+    turns: dict[str, int] = {}
+    ranked = []
+    for index, (group, _) in enumerate(pairs):
+        turns[group.defense] = turns.get(group.defense, 0) + 1
+        ranked.append((turns[group.defense], index))
+    return [pairs[index] for index in sorted(index for _, index in sorted(ranked)[:MOST])]
 
 
 def paired_table(comparison: Comparison) -> Table:
     """One section for each contrast, one row for each metric of the main table; no section without shared prompts."""
     names = [name for name in main_rows(comparison) if name in COUNTED]
-    pairs = list(contrasts(comparison))
+    pairs = _tested(list(contrasts(comparison)))
     counted = {label: outcomes(group) for label, group in {g.label: g for pair in pairs for g in pair}.items()}
     found: list[tuple[str, list[Difference]]] = []
     for group, reference in pairs:

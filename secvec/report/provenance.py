@@ -59,14 +59,13 @@ def warnings(runs: Sequence[Run], comparison: Comparison) -> list[str]:
         found.append("Some runs used code with uncommitted changes.")
     seeds = {group.label: {run.seed for run in group.runs} for group in comparison.groups}
     if len({frozenset(s) for s in seeds.values()}) > 1:
-        each = "; ".join(f"{label}: {', '.join(map(str, sorted(s)))}" for label, s in seeds.items())
+        each = "; ".join(several([f"{label}: {', '.join(map(str, sorted(s)))}" for label, s in seeds.items()], 8))
         found.append(f"The groups do not have the same seeds ({each}).")
     if seeds and max(map(len, seeds.values())) == 1:
         found.append("One seed only: the intervals tell of the prompts drawn, not of the spread between trainings.")
-    for run in done:
-        if not run.has("after/"):
-            found.append(f"{run.name} has no metrics after fine-tuning (stage: {run.field('stage')}).")
-    return found
+    bare = [run for run in done if not run.has("after/")]
+    lines = [f"{run.name} has no metrics after fine-tuning (stage: {run.field('stage')})." for run in bare]
+    return found + several(lines, 8)
 
 
 def failures(runs: Iterable[Run]) -> list[tuple[Run, str]]:
@@ -93,4 +92,9 @@ def _pairs(run: Run, name: str) -> str:
 
 
 def _distinct(values: Iterable[str]) -> str:
-    return " / ".join(sorted(set(values)))
+    return " / ".join(several(sorted(set(values)), 12))
+
+
+def several(texts: Sequence[str], most: int) -> list[str]:
+    """The first `most` texts, and how many more there are."""
+    return [*texts[:most], *([f"and {len(texts) - most:,} more"] if len(texts) > most else [])]

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class Run:
         value = number(cell.get("value"))
         if value is None:
             return None
-        low, high, n = (number(cell.get(name)) for name in ("ci_low", "ci_high", "n"))
+        low, high, n = number(cell.get("ci_low")), number(cell.get("ci_high")), number(cell.get("n"))
         # A number that is no mean over prompts (drift) is recorded with n = 1 and no interval.
         over_prompts = n is not None and not (n == 1 and low is None)
         return Reading(value, low, high, int(n) if n is not None and over_prompts else None)
@@ -82,7 +83,7 @@ class Run:
         """Whether any metric under `prefix` was measured."""
         return any(key.startswith(prefix) for key in self.record.get("metrics") or {})
 
-    @property
+    @cached_property
     def has_vector(self) -> bool:
         """Whether a vector was on at any time. A run without one records `active/*` as a copy of `after/*`."""
         names = [key.removeprefix("active/") for key in self.record.get("metrics") or {} if key.startswith("active/")]
@@ -92,6 +93,8 @@ class Run:
 
 def number(value: object) -> float | None:
     """A finite number, else None."""
+    if type(value) is float:  # nearly always, and this is called a million times
+        return value if math.isfinite(value) else None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(value)
@@ -117,7 +120,8 @@ def _load_record(path: Path) -> dict[str, Any]:
     """One record; DataError names the file and the line of what is wrong with it."""
     remedy = "mend it, or delete the run folder and run it again"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        # NaN and infinities are not JSON and no measurement: they are read as null.
+        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except json.JSONDecodeError as error:
         where = f"{path}: line {error.lineno}, column {error.colno}"
         raise DataError(f"{where}: not valid JSON ({error.msg}); {remedy}") from error

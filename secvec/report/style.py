@@ -5,13 +5,20 @@ from __future__ import annotations
 import io
 import re
 from contextlib import AbstractContextManager
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from secvec.files import write_atomic
+from secvec.report.estimate import Estimate
+from secvec.report.metrics import Metric
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    Drawn = TypeVar("Drawn", bound=Artist)
 
 INK, MUTED, GRID, SURFACE, BASE = "#1c2128", "#59636e", "#d8dee4", "#fefefe", "#6e7782"
 # Okabe and Ito: told apart with the common color-vision deficiencies. The yellow is left out, it fails on white.
@@ -25,6 +32,40 @@ _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--rule", SURFACE: "--card",
 def series_color(index: int) -> str:
     """The color of the `index`-th group."""
     return SERIES[index % len(SERIES)]
+
+
+def better(metric: Metric) -> str:
+    """Which way the metric is better, with its arrow."""
+    words = {"low": "lower is better", "high": "higher is better"}
+    return f"{metric.arrow} {words.get(metric.better or '', '')}".strip()
+
+
+def direction(panel: Axes, metric: Metric, held: str) -> None:
+    """The panel's title: the metric, which way is better, and what the panel holds fixed."""
+    panel.set_title("\n".join(filter(None, (metric.label, held))))
+    panel.set_title(better(metric), loc="right", fontsize=9.5, color=MUTED, fontweight="normal")
+
+
+def spoken(label: str, found: Estimate, metric: Metric, mark: str = "") -> str:
+    """A point in words, for those who hover over it or have it read to them."""
+    interval = f" [{metric.text(found.low)}, {metric.text(found.high)}]" if found.kind != "none" else ""
+    said = f"{label}: {metric.label.lower()} {metric.text(found.mean)}{interval}, {len(found.by_seed)} seed(s)"
+    return f"{said}, {mark}" if mark else said
+
+
+def hover(artist: Drawn, text: str) -> Drawn:
+    """Gives the artist a title in SVG; matplotlib has no way for one, so it travels in the id, as hex digits."""
+    artist.set_gid(f"title-{text.encode().hex()}")
+    return artist
+
+
+def _titled(svg: str) -> str:
+    """The SVG with the texts of `hover` as title elements."""
+
+    def title(found: re.Match[str]) -> str:
+        return f"<g><title>{escape(bytes.fromhex(found[1]).decode())}</title>"
+
+    return re.sub(r'<g id="title-([0-9a-f]*)">', title, svg)
 
 
 def settings(fonttype: Literal["path", "none"] = "path") -> AbstractContextManager[None]:
@@ -63,13 +104,11 @@ def settings(fonttype: Literal["path", "none"] = "path") -> AbstractContextManag
 
 def inline_svg(figure: Figure, name: str, description: str) -> str:
     """The figure as an SVG element for the page; ids start with `name`, which must be unique in the page."""
-    from html import escape
-
     buffer = io.StringIO()
     none = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with settings("none"):
         figure.savefig(buffer, format="svg", transparent=True, metadata=none)
-    text = buffer.getvalue()
+    text = _titled(buffer.getvalue())
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.S)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href=", "href=")
@@ -86,4 +125,5 @@ def save(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     with settings():
         figure.savefig(buffer, format=path.suffix[1:], dpi=160, facecolor="white", bbox_inches="tight", metadata=none)
-    write_atomic(path, buffer.getvalue())
+    drawn = buffer.getvalue()
+    write_atomic(path, _titled(drawn.decode()) if path.suffix == ".svg" else drawn)

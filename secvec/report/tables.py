@@ -55,10 +55,30 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Sections of rows under the same columns; a section without a title has no heading line."""
+    """Sections of rows under the same columns; one without a title has no heading line. `left_out`: what is missing."""
 
     columns: Sequence[str]
     sections: list[tuple[str, list[Row]]] = field(default_factory=list)
+    left_out: str = ""
+
+    def capped(self, most: int) -> Table:
+        """The first `most` rows; `left_out` then says how many there are in all."""
+        count = sum(len(rows) for _, rows in self.sections)
+        if count <= most:
+            return self
+        kept, room = [], most
+        for title, rows in self.sections:
+            if room > 0:
+                kept.append((title, rows[:room]))
+            room -= len(rows)
+        return Table(self.columns, kept, f"The first {most:,} of {count:,} rows.")
+
+    def turned(self) -> Table:
+        """Rows as columns and columns as rows: for more columns than fit. A section's title goes before its labels."""
+        lines = [(title, row) for title, rows in self.sections for row in rows]
+        names = [f"{title}: {row.label} {row.arrow}".removeprefix(": ").strip() for title, row in lines]
+        rows = [Row(column, [row.cells[i] for _, row in lines]) for i, column in enumerate(self.columns)]
+        return Table(names, [("", rows)] if lines else [])
 
     @property
     def footnote(self) -> bool:
@@ -143,8 +163,8 @@ def mechanism_table(comparison: Comparison) -> Table:
     return Table([g.label for g in groups], [(title, lines) for title, lines in kept if lines])
 
 
-def run_table(runs: Sequence[Run], comparison: Comparison, root: Path) -> Table:
-    """One row for each run, failed ones too; values after fine-tuning."""
+def run_table(runs: Sequence[Run], comparison: Comparison, root: Path, of: int | None = None) -> Table:
+    """One row for each run, failed ones too; values after fine-tuning. `of`: how many there are, if not all."""
     label = {id(run): group.label for group in comparison.groups for run in group.runs}
     names = [n for n in RUN_ROWS if n not in OPTIONAL or any(run.reading(qualified("after", n)) for run in runs)]
     rows = []
@@ -155,11 +175,13 @@ def run_table(runs: Sequence[Run], comparison: Comparison, root: Path) -> Table:
             told = name not in VECTOR_ONLY or run.has_vector
             reading = run.reading(qualified("after", name)) if told else None
             cells.append(Cell(METRICS[name].text(reading.value)) if reading else Cell())
-        cells.append(_wall(run))
+        commit = run.field("commit", ABSENT)[:7] + " changed" * bool(run.record.get("dirty"))
+        cells += [_wall(run), Cell(commit)]
         folder = folder_of(run, root)
         rows.append(Row(folder, cells, about="" if Path(folder).name == run.name else f"run {run.name}"))
     titles = [f"{METRICS[n].label} {METRICS[n].arrow}".strip() for n in names]
-    return Table(["Defense", "Seed", "Status", *titles, "Wall time, s"], [("", rows)])
+    left_out = f"The first {len(runs):,} of {of:,} runs; report.csv has all." if of and of > len(runs) else ""
+    return Table(["Defense", "Seed", "Status", *titles, "Wall time, s", "Commit"], [("", rows)], left_out)
 
 
 def _wall(run: Run) -> Cell:

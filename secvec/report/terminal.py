@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from secvec.report.provenance import failures
+from secvec.report.provenance import failures, several
 from secvec.report.render import Report
 from secvec.report.tables import main_table
 
@@ -15,8 +15,9 @@ def show(report: Report) -> None:
 
     console = Console()
     if report.comparison.groups:
-        data = main_table(report.comparison)
-        out = Table(title="After fine-tuning: mean over seeds, 95 % interval", title_justify="left")
+        data = main_table(report.shown)
+        which = ", worst case of each defense" if report.many else ""
+        out = Table(title=f"After fine-tuning{which}: mean over seeds, 95 % interval", title_justify="left")
         out.add_column("Metric", no_wrap=True)
         for name in data.columns:
             out.add_column(Text(name), justify="right")
@@ -27,5 +28,6 @@ def show(report: Report) -> None:
         console.print(out)
     else:
         console.print("No run was completed.")
-    for run, why in failures(report.runs):
-        console.print(Text(f"{run.field('status')}: {run.name}: {why}"))
+    lines = [f"{run.field('status')}: {run.name}: {why}" for run, why in failures(report.runs)]
+    for line in several(lines, 20):
+        console.print(Text(line))

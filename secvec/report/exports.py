@@ -1,0 +1,104 @@
+"""Every run as a line of CSV, and the tables as files: CSV, LaTeX (booktabs) and Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from secvec.files import write_atomic
+from secvec.report import markdown
+from secvec.report.groups import Comparison, plain
+from secvec.report.records import Run
+from secvec.report.tables import Cell, Table, folder_of
+
+_SPECIAL = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "↓": r"$\downarrow$", "↑": r"$\uparrow$",
+    "→": r"$\rightarrow$", "×": r"$\times$", "†": r"$^\dagger$", "·": r"$\cdot$", "÷": r"$\div$", "–": "--",
+    "…": r"\ldots{}", "<": r"$<$", ">": r"$>$", "|": r"$|$",
+}  # fmt: skip
+
+
+def runs_csv(runs: Sequence[Run], comparison: Comparison, root: Path) -> str:
+    """All runs, one line each: what they are, the settings that vary, every metric with its interval and n."""
+    names = sorted({name for run in runs for name in run.record.get("metrics") or {}})
+    values = {id(run): group.values for group in comparison.groups for run in group.runs}
+    about = ("status", "stage", "defense", "behavior", "model", "tune", "seed", "commit", "dirty", "created", "error")
+    keys = [(index, key) for index, key in enumerate(comparison.keys) if key not in about]
+    head = ["run", "folder", *about, *(key for _, key in keys)]
+    head += [f"{name}{part}" for name in names for part in ("", " low", " high", " n")]
+    buffer = io.StringIO()
+    out = csv.writer(buffer, lineterminator="\n")
+    out.writerow(head)
+    for run in runs:
+        mine = values.get(id(run))
+        line: list[object] = [run.name, folder_of(run, root), *(run.record.get(name) for name in about)]
+        line += [plain(mine[index]) if mine and mine[index] else "" for index, _ in keys]
+        for name in names:
+            found = run.reading(name)
+            line += [found.value, found.low, found.high, found.n] if found else ["", "", "", ""]
+        out.writerow(["" if value is None else value for value in line])
+    return buffer.getvalue()
+
+
+def save_tables(tables: Mapping[str, tuple[str, str, Table]], folder: Path) -> list[Path]:
+    """Write each table, given as name -> (title, head of its first column, table), in the three forms; the paths."""
+    written = []
+    for name, (title, corner, table) in tables.items():
+        texts = {".csv": tidy(table), ".tex": latex(table, corner, title),
+                 ".md": "\n".join(markdown.table(table, corner))}  # fmt: skip
+        for suffix, text in texts.items():
+            path = folder / f"{name}{suffix}"
+            path.unlink(missing_ok=True)
+            if table.sections:  # an empty one is no table; one of an earlier report is not left to be taken for it
+                write_atomic(path, text)
+                written.append(path)
+    return written
+
+
+def tidy(table: Table) -> str:
+    """One line for each cell, as programs for statistics like it; values are rounded as shown (report.csv: in full)."""
+    buffer = io.StringIO()
+    out = csv.writer(buffer, lineterminator="\n")
+    out.writerow(["section", "row", "column", "value", "low", "high", "count", "interval_over", "mark"])
+    for title, rows in table.sections:
+        for row in rows:
+            for column, c in zip(table.columns, row.cells, strict=True):
+                low, _, high = c.interval.strip("[]").partition(", ")
+                over = ("prompts" if c.own else "seeds") if c.interval else ""
+                mark = ", ".join(filter(None, ["best" * c.best, c.mark]))
+                out.writerow(
+                    [title, f"{row.label} {row.arrow}".strip(), column, c.value, low, high, c.count, over, mark]
+                )
+    return buffer.getvalue()
+
+
+def latex(table: Table, corner: str, title: str) -> str:
+    """A `table` environment with booktabs rules; needs \\usepackage{booktabs} and nothing else."""
+    lines = ["% needs \\usepackage{booktabs}", "\\begin{table}", f"\\caption{{{tex(title)}}}"]
+    lines += [f"\\begin{{tabular}}{{l{'r' * len(table.columns)}}}", "\\toprule", _line([corner, *table.columns])]
+    for section, rows in table.sections:
+        lines.append("\\midrule")
+        lines += [f"\\multicolumn{{{len(table.columns) + 1}}}{{l}}{{\\textit{{{tex(section)}}}}} \\\\"] * bool(section)
+        lines += [_line([f"{row.label} {row.arrow}".strip()], map(_cell, row.cells)) for row in rows]
+    lines += ["\\bottomrule", "\\end{tabular}"]
+    lines += [f"\\par\\footnotesize {tex(markdown.DAGGER)}"] * table.footnote
+    return "\n".join([*lines, "\\end{table}", ""])
+
+
+def _line(texts: Iterable[str], cells: Iterable[str] = ()) -> str:
+    return " & ".join([*map(tex, texts), *cells]) + r" \\"
+
+
+def _cell(c: Cell) -> str:
+    # In braces: a row that opened with a bracket would be an argument of the line break before it.
+    shown = rf"\textbf{{{tex(c.text)}}}" if c.best else tex(c.text)
+    return f"{{{shown}}}" if shown.startswith("[") else shown
+
+
+def tex(text: str) -> str:
+    """Text that LaTeX shows as it is, on one line."""
+    return "".join(_SPECIAL.get(character, character) for character in re.sub(r"\s+", " ", text))
