@@ -16,6 +16,10 @@ NOT_IN_KEY = {"stage", "paths", "logger", "run_dir", "sweep", "force", "plan"}
 """Settings that do not shape results: where things go, which part is run."""
 
 
+VARIES = "SECVEC_VARIES"
+"""Environment variable in which the launcher gives a job the overrides, one a line, that other jobs do not share."""
+
+
 def _alike(content: Any) -> Any:
     """The same number written in another way (2, 2.0) is the same content."""
     if isinstance(content, dict):
