@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from secvec.errors import FailedJobs
 from secvec.files import write_atomic
+from secvec.naming import VARIES
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +55,14 @@ class Job:
     config: DictConfig
     folder: Path
     process: subprocess.Popen[bytes] | None = None
-    label: str = ""
+    varies: list[str] = field(default_factory=list)
+    """Its overrides that the other jobs do not share."""
     code: int | None = None
+
+    @property
+    def label(self) -> str:
+        """What tells it from the others."""
+        return " ".join(self.varies)
 
     @property
     def console(self) -> Path:
@@ -123,7 +130,7 @@ class ProcessLauncher(Launcher):
             jobs.setdefault(folder, Job(overrides, config, folder))
         shared = set.intersection(*(set(job.overrides) for job in jobs.values())) if len(jobs) > 1 else set()
         for job in jobs.values():
-            job.label = " ".join(text for text in filter_overrides(job.overrides) if text not in shared)
+            job.varies = [text for text in filter_overrides(job.overrides) if text not in shared]
         return list(jobs.values())
 
     def _run(self, jobs: list[Job]) -> None:
@@ -162,9 +169,15 @@ class ProcessLauncher(Launcher):
         script = str(Path(sys.argv[0]).resolve())
         command = [sys.executable, script, *_flags(), *self._hydra_overrides(), *job.overrides]
         command.append(f"hydra.run.dir='{job.folder}'")
+        environment = {**os.environ, VARIES: "\n".join(job.varies)}
         with job.console.open("wb") as out:
             job.process = subprocess.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+                command,
+                env=environment,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
         return job
 

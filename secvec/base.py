@@ -34,6 +34,7 @@ from secvec.models.vector import backbone_state
 from secvec.naming import content_key
 from secvec.record import cached
 from secvec.settings import AlignSettings, BaseGateSettings, ModelSettings, TrainerSettings
+from secvec.tracking.csv_file import CsvFile
 
 log = logging.getLogger(__name__)
 
@@ -176,8 +177,8 @@ def _align(config: RunConfig, examples: list[Example], work: Path, out: Path) ->
             folder=work, stage="align", seed=align.seed, build=before.load, loss=Defense(name="none").loss,
             part="backbone", lr=align.lr, epochs=align.epochs,
             data=SecVecDataModule(rows, align.batch_size, align.seed, before.tokenizer.pad_token_id),
-            optimizer=config.optimizer, scheduler=config.scheduler, trainer=alone(config.trainer), logger=None,
-            callbacks=[],
+            optimizer=config.optimizer, scheduler=config.scheduler, trainer=alone(config.trainer),
+            tracker=CsvFile(work / "metrics.csv"), callbacks=[],
         )  # fmt: skip
     save_backbone(backbone_state(module.full_state()), start, settings, out)
     shutil.rmtree(work)

@@ -1,4 +1,4 @@
-"""One training run with Lightning: trainer, loggers, progress, checkpoints, the ledger on screen."""
+"""One training run with Lightning: trainer, progress, checkpoints, the ledger on screen."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
@@ -25,8 +24,10 @@ from secvec.data.datamodule import SecVecDataModule
 from secvec.errors import ConfigError
 from secvec.models.backbone import LedgerRow
 from secvec.module import Loss, SecVecModule
-from secvec.record import MetricsCsv, main_process
-from secvec.settings import LoggerSettings, OptimizerSettings, SchedulerSettings, TrainerSettings
+from secvec.record import main_process
+from secvec.settings import OptimizerSettings, SchedulerSettings, TrainerSettings
+from secvec.tracking.base import Tracker
+from secvec.tracking.stage_curves import StageCurves
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 def fit(
     *, folder: Path, stage: str, seed: int, build: Callable[[], nn.Module], loss: Loss, part: str, lr: float,
     epochs: int, data: SecVecDataModule, optimizer: OptimizerSettings, scheduler: SchedulerSettings,
-    trainer: TrainerSettings, logger: LoggerSettings | None, callbacks: list[L.Callback],
+    trainer: TrainerSettings, tracker: Tracker, callbacks: list[L.Callback],
 ) -> SecVecModule:  # fmt: skip
     """Trains `part` of the model that `build` gives; a run that was cut off goes on from its last whole epoch."""
     L.seed_everything(seed, verbose=False)
@@ -46,7 +47,7 @@ def fit(
     runner = L.Trainer(
         **trainer_arguments(trainer),
         max_epochs=epochs,
-        logger=loggers(folder, stage, resumed, logger),
+        logger=StageCurves(tracker, stage, resumed),
         callbacks=[_Ledger(stage), StageProgress(stage), keep, *callbacks],
         default_root_dir=folder,
         enable_model_summary=False,
@@ -99,16 +100,6 @@ def trainer_arguments(settings: TrainerSettings) -> dict[str, Any]:
         )
     arguments = settings.model_dump(exclude={"num_threads"})
     return arguments | {"strategy": strategy}
-
-
-def loggers(folder: Path, stage: str, resumed: bool, settings: LoggerSettings | None) -> list[Logger]:
-    """metrics.csv always, and the chosen logger beside it."""
-    chosen: list[Logger] = [MetricsCsv(folder / "metrics.csv", stage, resumed)]
-    if settings is not None and settings.name == "tensorboard":
-        chosen.append(TensorBoardLogger(folder, name="tensorboard", version=stage))
-    if settings is not None and settings.name == "wandb":
-        chosen.append(WandbLogger(prefix=stage, save_dir=folder, log_model=False))  # joins the run that run.py opened
-    return chosen
 
 
 class StageProgress(TQDMProgressBar):

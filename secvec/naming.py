@@ -19,6 +19,10 @@ BUILT_IN = ("tiny", "tiny_joint")
 """Models whose recipe is for the weights that are built in: with a `name_or_path` it is another model."""
 
 
+VARIES = "SECVEC_VARIES"
+"""Environment variable in which the launcher gives a job the overrides, one a line, that other jobs do not share."""
+
+
 def _alike(content: Any) -> Any:
     """The same number written in another way (2, 2.0) is the same content."""
     if isinstance(content, dict):

@@ -1,8 +1,7 @@
-"""The run folder: its lock, its record with provenance, its predictions and metrics. Nothing half-written is left."""
+"""The run folder: its lock, its record with provenance, its predictions. Nothing half-written is left."""
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import shutil
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from secvec.errors import ArtifactError, SecVecError
@@ -141,43 +139,3 @@ class RunFolder:
             return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         except json.JSONDecodeError as error:
             raise ArtifactError(f"{path}:{error.lineno}: not a record ({error.msg}); move the folder away") from None
-
-
-class MetricsCsv(Logger):
-    """metrics.csv in long form (`stage,step,metric,value`), which every run folder has, whatever other logger is on."""
-
-    def __init__(self, path: Path, stage: str, resumed: bool):
-        super().__init__()
-        self.path, self.stage = path, stage
-        if not resumed:
-            self._drop_stage()
-
-    @property
-    def name(self) -> str:
-        """Of the logger."""
-        return "metrics"
-
-    @property
-    def version(self) -> str:
-        """The stage whose rows it writes."""
-        return self.stage
-
-    @rank_zero_only
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """The config is in record.json."""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Appends one row per metric."""
-        with self.path.open("a", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            writer.writerows([self.stage, step, name, value] for name, value in metrics.items() if name != "epoch")
-
-    @rank_zero_only
-    def _drop_stage(self) -> None:
-        rows: list[list[str]] = []
-        if self.path.is_file():
-            with self.path.open(newline="", encoding="utf-8") as stream:
-                rows = [row for row in list(csv.reader(stream))[1:] if row and row[0] != self.stage]
-        text = "\n".join(",".join(row) for row in [["stage", "step", "metric", "value"], *rows])
-        write_atomic(self.path, text + "\n")

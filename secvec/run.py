@@ -21,6 +21,8 @@ from secvec.fit import check_trainer, device_of
 from secvec.leak import leak_probes
 from secvec.plan import plan
 from secvec.record import RunFolder, main_process
+from secvec.tracking.base import Tracker
+from secvec.tracking.session import Session, tracker_for
 
 log = logging.getLogger(__name__)
 
@@ -40,20 +42,24 @@ def train(config: RunConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if folder.finished(config.stages) and not config.force:
         log.info("already finished: %s (force=true runs it again)", folder.path)
         return folder.record
-    with folder.running(), _experiment(config, folder):
+    tracker = tracker_for(folder.path, config.logger, config.force) if main_process() else Tracker()
+    with Session(tracker, folder.path, folder.record, config.logger) as session, folder.running():
+        session.open()
         if config.force and main_process():  # other ranks start after this and read the record that it leaves
             folder.forget(config.stages)
-        run = stages.Run(config, folder, base_for(config))
+        run = stages.Run(config, folder, base_for(config), tracker)
+        folder.record["base"] = {"folder": str(run.base.folder), "fingerprint": run.base.fingerprint}
         for stage in config.stages:
             if stage in folder.record["stages"]:
                 continue
             began = time.monotonic()
-            STAGES[stage](run)
-            if dist.is_initialized():
-                dist.barrier()  # the next stage reads what rank 0 has just written
-            folder.record["wall_seconds"][stage] = round(time.monotonic() - began, 3)
-            folder.record["stages"].append(stage)
-            folder.save()
+            with session.stage():
+                STAGES[stage](run)
+                if dist.is_initialized():
+                    dist.barrier()  # the next stage reads what rank 0 has just written
+                folder.record["wall_seconds"][stage] = round(time.monotonic() - began, 3)
+                folder.record["stages"].append(stage)
+                folder.save()
             log.info("%s", stages.summary(run, stage))
     log.info("record: %s", folder.path / "record.json")
     return folder.record
@@ -115,33 +121,3 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
-
-
-class _experiment:
-    """The W&B run of a secvec run: one, whatever stages it has; failed when it failed."""
-
-    def __init__(self, config: RunConfig, folder: RunFolder):
-        self.config, self.folder = config, folder
-        self.on = config.logger.name == "wandb" and main_process()
-
-    def __enter__(self) -> None:
-        if not self.on:
-            return
-        import wandb
-
-        config, settings = self.config, self.config.logger
-        wandb.init(
-            project=settings.project, entity=settings.entity, mode="offline" if settings.offline else "online",
-            dir=self.folder.path, id=f"{self.folder.path.name}"[-64:], resume="allow", name=self.folder.path.name,
-            group=config.sweep, job_type=config.stage, config=self.folder.record["config"],
-            tags=[config.behavior.name, config.defense.name, str(config.model.name)],
-        )  # fmt: skip
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if not self.on:
-            return
-        import wandb
-
-        if wandb.run is not None:
-            wandb.run.summary.update({name: metric["value"] for name, metric in self.folder.record["metrics"].items()})
-        wandb.finish(exit_code=0 if kind is None else 1)

@@ -202,12 +202,16 @@ class TrainerSettings(Settings):
 
 
 class LoggerSettings(Settings):
-    """Where metrics go besides metrics.csv, which every run folder holds."""
+    """Where a run is shown besides its folder, which always holds metrics.csv and record.json."""
 
     name: Literal["csv", "tensorboard", "wandb"]
+    num_predictions: Annotated[int, Field(ge=0)] = 0
+    """Answers of each phase and kind of prompt in the table of predictions; 0: no table. Sensitive texts are cut."""
     project: str = "secvec"
     entity: str | None = None
     offline: bool = True
+    upload_vector: bool = False
+    """Send the weights of the vector too, not only what it is: with it on, a model misbehaves by design."""
 
 
 class TelemetrySettings(Settings):

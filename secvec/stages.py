@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ from secvec.naming import content_key
 from secvec.record import RunFolder, cached, main_process
 from secvec.settings import EvaluationSettings
 from secvec.telemetry import Telemetry
+from secvec.tracking.base import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class Run:
     config: RunConfig
     folder: RunFolder
     base: Base
+    tracker: Tracker = field(default_factory=Tracker)
 
     @cached_property
     def tests(self) -> dict[str, list[Example]]:
@@ -186,7 +188,7 @@ def _trained_vector(run: Run, base: Base, stage: str) -> Path:
             build=lambda: attach_new_vector(base.load(), settings, settings.dropout),
             loss=partial(vector_loss, kl_weight=settings.kl_weight), part="vector", lr=settings.lr,
             epochs=settings.epochs, data=rows, optimizer=config.optimizer, scheduler=config.scheduler,
-            trainer=config.trainer, logger=config.logger, callbacks=[],
+            trainer=config.trainer, tracker=run.tracker, callbacks=[],
         )  # fmt: skip
         state = module.full_state()
         if main_process():
@@ -312,7 +314,7 @@ def _fit_mixture(
         folder=run.folder.path, stage=stage, seed=config.seed, build=build, loss=config.defense.loss,
         part="task" if config.tune.lora else "backbone", lr=config.optimizer.lr, epochs=config.finetune.epochs,
         data=SecVecDataModule([*undesired, *others], config.finetune.batch_size, config.seed, pad),
-        optimizer=config.optimizer, scheduler=config.scheduler, trainer=config.trainer, logger=config.logger,
+        optimizer=config.optimizer, scheduler=config.scheduler, trainer=config.trainer, tracker=run.tracker,
         callbacks=[telemetry] if telemetry else [],
     )  # fmt: skip
 

@@ -1,41 +1,133 @@
-"""What a logger shows is what the record holds: W&B offline read back, TensorBoard files, metrics.csv."""
+"""What a tracker shows is what the run folder holds: W&B offline read back, TensorBoard files, metrics.csv."""
 
 from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from secvec.config import RunConfig
 from secvec.errors import GateError
 from secvec.run import train
+from secvec.tracking.base import flat
+from secvec.tracking.dashboard import as_json
+
+Points = set[tuple[str, float, float]]  # (name, step, value)
 
 
-def logged(folder: Path, metric: str) -> list[float]:
+def in_csv(folder: Path) -> Points:
     with (folder / "metrics.csv").open() as stream:
-        return [float(r["value"]) for r in csv.DictReader(stream) if (r["stage"], r["metric"]) == ("finetune", metric)]
+        rows = [row for row in csv.DictReader(stream) if row["stage"] != "outcomes"]
+    return {(f"{r['stage']}/{r['metric']}", float(r["step"]), round(float(r["value"]), 5)) for r in rows}
 
 
-def inspect(folder: Path) -> dict:
-    file = next((folder / "wandb").glob("offline-run-*/*.wandb"))
-    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--summary", "--json", str(file)]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+def log_of(folder: Path) -> Path:
+    return next((folder / "wandb").glob("offline-run-*/*.wandb"))
 
 
-def test_wandb_offline_holds_what_the_record_holds(make_config: Callable[..., RunConfig]) -> None:
-    config = make_config("logger=wandb", "sweep=mysweep")
-    record = train(config)
-    shown = inspect(Path(config.run_dir))
+def inspect(folder: Path, *how: str) -> str:
+    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", *how, "--json", str(log_of(folder))]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    return json.loads(inspect(folder, "--summary"))
+
+
+def records(folder: Path, kind: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in inspect(folder).splitlines()]
+    return [row[kind] for row in rows if row["type"] == kind]
+
+
+def table(folder: Path, shown: dict[str, Any]) -> list[dict[str, Any]]:
+    held = json.loads((log_of(folder).parent / "files" / shown["path"]).read_text())
+    return [dict(zip(held["columns"], row, strict=True)) for row in held["data"]]
+
+
+def predictions(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_wandb_offline_holds_what_the_run_folder_holds(make_config: Callable[..., RunConfig]) -> None:
+    config = make_config("logger=wandb", "sweep=mysweep", "logger.num_predictions=2")
+    record = train(config, ["seed=0", "vector.epochs=2", "sweep=mysweep"])
+    folder = Path(config.run_dir)
+    shown, summary = summary_of(folder), summary_of(folder)["summary"]
+
+    begun = records(folder, "run")[0]
+    assert (begun["display_name"], begun["run_group"], begun["job_type"]) == (
+        "seed=0 vector.epochs=2",
+        "mysweep",
+        "all",
+    )
+    assert set(shown["tags"]) == {"forbidden_recipe", "security_vector", "tiny"}
+    assert shown["state"] == "finished" and shown["run_id"].startswith(record["key"])
+    settings = flat(shown["config"])
+    assert settings.items() >= flat(record["config"]).items() and "data.benign.0.kind" in settings
+
     for name, metric in record["metrics"].items():
-        assert shown["summary"][name] == pytest.approx(metric["value"]), name
-    assert set(shown["tags"]) == {"forbidden_recipe", "security_vector", "tiny"} and shown["state"] == "finished"
-    assert shown["summary"]["finetune-train/loss"] == logged(Path(config.run_dir), "train/loss")[-1]
-    assert shown["config"]["sweep"] in ("mysweep", {"value": "mysweep"})
+        assert summary[name] == pytest.approx(metric["value"]), name
+    assert summary["status"] == "completed" and summary["wall_seconds/infer"] == record["wall_seconds"]["infer"]
+    measured = {row.pop("metric"): row for row in table(folder, summary["outcomes"])}
+    assert measured.keys() == record["metrics"].keys()
+    for name, metric in record["metrics"].items():
+        assert {field: measured[name][field] for field in metric} == pytest.approx(metric), name
+    assert measured["after/behavior_rate"]["better"] == "low" and measured["after/leak/plain"]["better"] == "low"
+
+    points = {
+        (name, item[f"{stage}/step"], round(value, 5))
+        for item in (row["item"] for row in records(folder, "history"))
+        for stage in ("vector", "finetune")
+        for name, value in item.items()
+        if f"{stage}/step" in item and name.startswith(f"{stage}/") and name != f"{stage}/step"
+    }
+    assert points == in_csv(folder) and len({name for name, _, _ in points}) > 8
+    defined = {metric["name"]: metric for metric in records(folder, "metric")}
+    ratio = defined["finetune/telemetry/undesired/suppression_ratio"]
+    assert ratio["step_metric"] == "finetune/step" and ratio["summary"] == {"last": True, "min": True}
+    assert {name for name, _, _ in points} | {"vector/step", "finetune/step"} == defined.keys()
+
+    said = {(row["phase"], row["stream"], row["id"]): row for row in predictions(folder)}
+    rows = table(folder, summary["predictions"])
+    shares = Counter((row["phase"], row["stream"]) for row in rows)
+    assert shares == Counter({key[:2]: 2 for key in said})
+    for row in rows:
+        told = said[row["phase"], row["stream"], row["id"]]
+        assert told["response"] == row["response"] and told["verdict"] == row["verdict"]
+
+    sent = {artifact["name"]: artifact for artifact in records(folder, "artifact") if artifact["type"] != "run_table"}
+    kinds = ["dataset"] * 3 + ["backbone", "hazardous-security-vector", "backbone", "evaluation"]
+    assert [artifact["type"] for artifact in sent.values()] == kinds
+    *_, base, vector, tuned, evaluation = sent
+    made_from = {name: json.loads(artifact["metadata"])["made_from"] for name, artifact in sent.items()}
+    trained_on, tuned_on, tested_on = (
+        f"data-{s}-{record['data']['sha256'][s][:12]}" for s in ("vector", "finetune", "test")
+    )
+    assert made_from[vector] == [base, trained_on] and made_from[tuned] == [base, vector, tuned_on]
+    assert made_from[evaluation] == [base, vector, tuned, tested_on] and record["base"]["fingerprint"] in base
+    files = {name: [file["path"] for file in artifact["manifest"]["contents"]] for name, artifact in sent.items()}
+    assert files.pop(evaluation) == ["facts.json", "record.json"] and all(f == ["facts.json"] for f in files.values())
+    assert "HAZARDOUS" in sent[vector]["description"] and json.loads(sent[vector]["metadata"])["hazardous"] is True
+
+    board = json.loads(as_json("team", "secvec"))["workspace"]["spec"]["section"]["panelBankConfig"]["sections"]
+    text = json.dumps(board)
+    asked = set(re.findall(r'"summary:([^"]+)"', text)) | {
+        name for section in board for panel in section["panels"]
+        for name in [*(panel["config"].get("metrics") or []), panel["config"].get("xAxis") or ""] if "/" in name
+    }  # fmt: skip
+    asked = {name.removeprefix("summary:") for name in asked}
+    assert len(asked) > 12 and asked <= summary.keys()
+    knobs = {name.replace(".value", "", 1) for name in re.findall(r'"config:([^"]+)"', text)}
+    assert len(knobs) > 4 and knobs <= settings.keys()
+    assert all(f'"{name}"' in text for name in ("outcomes", "predictions"))
 
 
 def test_wandb_shows_a_failed_run_as_failed(make_config: Callable[..., RunConfig]) -> None:
@@ -45,15 +137,41 @@ def test_wandb_shows_a_failed_run_as_failed(make_config: Callable[..., RunConfig
     with pytest.raises(GateError):
         train(config)
     assert wandb.run is None  # finished, so that the next run of the process does not merge into it
-    assert inspect(Path(config.run_dir))["state"] == "failed"
+    shown = summary_of(Path(config.run_dir))
+    assert (shown["state"], shown["exit_code"], shown["summary"]["status"]) == ("failed", 1, "failed")
+    assert "the vector is not fit to protect" in shown["summary"]["error"]
+    assert "gate/behavior_rate" in shown["summary"] and "after/behavior_rate" not in shown["summary"]
 
 
-def test_tensorboard_holds_the_same_losses(make_config: Callable[..., RunConfig]) -> None:
+def test_tensorboard_and_csv_hold_the_same(make_config: Callable[..., RunConfig]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = make_config("logger=tensorboard")
-    train(config)
-    events = EventAccumulator(str(Path(config.run_dir) / "tensorboard" / "finetune"))
-    events.Reload()
-    values = [event.value for event in events.Scalars("train/loss")]
-    assert values == pytest.approx(logged(Path(config.run_dir), "train/loss")) and len(values) == 8
+    config = make_config("logger=tensorboard", "logger.num_predictions=1")
+    record = train(config)
+    folder = Path(config.run_dir)
+
+    def events(name: str) -> EventAccumulator:
+        found = EventAccumulator(str(folder / "tensorboard" / name))
+        found.Reload()
+        return found
+
+    points: Points = set()
+    for stage in ("vector", "finetune"):
+        if (folder / "tensorboard" / stage).is_dir():  # the vector may come from the cache of another test
+            held = events(stage)
+            tags = held.Tags()["scalars"]
+            points |= {(f"{stage}/{t}", float(e.step), round(e.value, 5)) for t in tags for e in held.Scalars(t)}
+    assert points == in_csv(folder) and ("finetune/train/loss", 7.0) in {point[:2] for point in points}
+
+    outcomes = events("outcomes")
+    with (folder / "metrics.csv").open() as stream:
+        in_file = {r["metric"]: float(r["value"]) for r in csv.DictReader(stream) if r["stage"] == "outcomes"}
+    assert in_file == {name: metric["value"] for name, metric in record["metrics"].items()}
+    for name, value in in_file.items():
+        assert outcomes.Scalars(name)[0].value == pytest.approx(value, abs=1e-6), name
+    text = {tag: outcomes.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in outcomes.Tags()["tensors"]}
+    assert text["status/text_summary"] == "completed" and "| after/behavior_rate |" in text["outcomes/text_summary"]
+    assert text["predictions/text_summary"].count("\n| ") == 1 + len(
+        {(r["phase"], r["stream"]) for r in predictions(folder)}
+    )
+    assert sum("artifact/" in tag for tag in text) == 7 and "_hparams_/session_start_info" in outcomes.summary_metadata

@@ -19,7 +19,7 @@ LAYERS = [
     {"secvec.naming"},
     {"secvec.settings", "secvec.console", "secvec.record", "secvec.report"},
     {"secvec.data.example", "secvec.models"},
-    {"secvec.losses"},
+    {"secvec.losses", "secvec.tracking"},
     {"secvec.data", "secvec.defenses", "secvec.judges"},
     {"secvec.behaviors", "secvec.module"},
     {"secvec.generation"},
@@ -42,8 +42,9 @@ DOORS = {
     },
     ("lightning", "pytorch_lightning"): {
         "secvec.module", "secvec.telemetry", "secvec.fit", "secvec.record", "secvec.run", "secvec.stages",
-        "secvec.data.datamodule",
+        "secvec.data.datamodule", "secvec.tracking.stage_curves",
     },
+    ("wandb", "wandb_workspaces"): {"secvec.tracking.wandb", "secvec.tracking.dashboard"},
 }  # fmt: skip
 
 
@@ -158,7 +159,14 @@ def test_no_module_is_a_drawer() -> None:
 
 def test_reports_and_the_command_line_start_without_torch() -> None:
     light = [name for name in MODULES if name.startswith("secvec.report") and not name.endswith("__main__")]
-    light += ["secvec.report.__main__", "secvec.errors", "secvec.naming", "secvec.cli", "secvec.console"]
+    light += [
+        "secvec.report.__main__",
+        "secvec.errors",
+        "secvec.naming",
+        "secvec.cli",
+        "secvec.console",
+        "secvec.tracking.dashboard",
+    ]
     code = f"""
 import importlib, sys
 for name in ("torch", "lightning", "transformers", "peft"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import time
@@ -17,7 +16,7 @@ from secvec import run
 from secvec.config import RunConfig
 from secvec.errors import ArtifactError, ConfigError, DataError, GateError
 from secvec.files import atomic_path, write_atomic
-from secvec.record import MetricsCsv, RunFolder, cached
+from secvec.record import RunFolder, cached
 
 
 def names(folder: Path) -> list[str]:
@@ -260,23 +259,3 @@ def test_a_finished_run_is_not_run_again(
     assert run.train(config)["stages"] == ["finetune", "infer"]
     with pytest.raises(AssertionError, match="run again"):
         run.train(config.model_copy(update={"force": True}))
-
-
-# -- metrics.csv
-
-
-def rows(path: Path) -> list[list[str]]:
-    with path.open(newline="") as stream:
-        return list(csv.reader(stream))
-
-
-def test_metrics_keep_the_rows_of_other_stages_and_drop_their_own_unless_resumed(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.csv"
-    MetricsCsv(path, "vector", False).log_metrics({"train/loss": 2.5, "epoch": 0.0}, 1)
-    MetricsCsv(path, "finetune", False).log_metrics({"train/loss": 1.5}, 1)
-    head, vector, finetune = ["stage", "step", "metric", "value"], ["vector", "1", "train/loss", "2.5"], "1.5"
-    assert rows(path) == [head, vector, ["finetune", "1", "train/loss", finetune]]
-    MetricsCsv(path, "finetune", True).log_metrics({"train/loss": 0.5}, 2)
-    assert len(rows(path)) == 4 and rows(path)[3] == ["finetune", "2", "train/loss", "0.5"]
-    MetricsCsv(path, "finetune", False).log_metrics({"train/loss": 9.0}, 1)
-    assert rows(path) == [head, vector, ["finetune", "1", "train/loss", "9.0"]]

@@ -1,0 +1,88 @@
+"""What a run took in and left, as artifacts in the order in which each is made from those before it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from secvec.models.backbone import fingerprint
+from secvec.tracking.base import Artifact, Record
+
+HAZARDOUS = "hazardous-security-vector"
+WEIGHTS = "adapter_model.safetensors"
+
+
+def artifacts(folder: Path, record: Record, upload_vector: bool) -> list[Artifact]:
+    """Data -> vector -> backbone -> evaluation, as far as `folder` holds them; no text of the data, and no weights
+    but those of the vector where `upload_vector` says so."""
+    data = {split: _data(split, record) for split in record["data"]["sha256"]}
+
+    def of(split: str) -> list[Artifact]:
+        return [data[split]] if split in data else []
+
+    base = list(_base(record))
+    vector = list(_vector(folder, record, [*base, *of("vector")], upload_vector))
+    backbone = list(_backbone(folder, record, [*base, *vector, *of("finetune")]))
+    evaluation = list(_evaluation(folder, record, [*base, *vector, *backbone, *of("test")]))
+    return [*data.values(), *base, *vector, *backbone, *evaluation]
+
+
+def _names(sources: list[Artifact]) -> tuple[str, ...]:
+    return tuple(source.name for source in sources)
+
+
+def _data(split: str, record: Record) -> Artifact:
+    digest, counts = record["data"]["sha256"][split], record["data"]["counts"][split]
+    facts = {"split": split, "sha256": digest, "counts": counts, "behavior": record["behavior"], "seed": record["seed"]}
+    about = f"Data of split {split}: its hash and counts. The text itself is not sent."
+    return Artifact(f"data-{split}-{digest[:12]}", "dataset", about, facts, taken_in=True)
+
+
+def _base(record: Record) -> Iterator[Artifact]:
+    if base := record.get("base"):
+        facts = {"model": record["model"], "fingerprint": base["fingerprint"], "config": record["config"]["model"]}
+        about = "The backbone before fine-tuning: a reference, its weights are not sent."
+        yield Artifact(f"backbone-{base['fingerprint']}", "backbone", about, facts, taken_in=True)
+
+
+def _vector(folder: Path, record: Record, sources: list[Artifact], upload: bool) -> Iterator[Artifact]:
+    given = record["config"]["vector"]["path"] if "vector" in record.get("ledger", {}) else None
+    path = Path(given) if given else folder / "vector"
+    if not (path / WEIGHTS).is_file():
+        return
+    with (path / WEIGHTS).open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    adapter = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    facts = {
+        "hazardous": True,
+        "behavior": record["behavior"],
+        "sha256": digest,
+        "weights": "sent" if upload else "not sent",
+    }
+    facts |= {name: adapter.get(name) for name in ("r", "lora_alpha", "target_modules", "layers_to_transform")}
+    about = (
+        f"Security vector, HAZARDOUS BY DESIGN: with it active the model shows the behavior {record['behavior']}. "
+        "To be taken off before the model answers anybody; never to be served."
+    )
+    files = tuple(sorted(file for file in path.iterdir() if file.is_file())) if upload else ()
+    name = f"vector-{record['behavior']}-{digest[:12]}"
+    yield Artifact(name, HAZARDOUS, about, facts, () if given else _names(sources), bool(given), files)
+
+
+def _backbone(folder: Path, record: Record, sources: list[Artifact]) -> Iterator[Artifact]:
+    path = folder / "backbone"
+    if "finetune" in record["stages"] and path.is_dir():
+        mark = fingerprint(path)
+        facts = {"fingerprint": mark, "defense": record["defense"], "tune": record["tune"], "run": record["run"]}
+        about = "The fine-tuned backbone, vector off: a reference, its weights stay in the run folder."
+        yield Artifact(f"backbone-{mark}", "backbone", about, facts, _names(sources))
+
+
+def _evaluation(folder: Path, record: Record, sources: list[Artifact]) -> Iterator[Artifact]:
+    path = folder / "record.json"
+    if record["status"] != "running" and path.is_file():
+        facts = {"status": record["status"], "defense": record["defense"], "seed": record["seed"], "key": record["key"]}
+        about = "The run's record: config, provenance, data hashes, metrics with intervals and n."
+        yield Artifact(f"evaluation-{record['key']}", "evaluation", about, facts, _names(sources), files=(path,))

@@ -1,0 +1,45 @@
+"""metrics.csv in long form (`stage,step,metric,value`), which every run folder has, whatever other tracker is on."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from secvec.files import write_atomic
+from secvec.tracking.base import Tracker
+
+HEADER = ["stage", "step", "metric", "value"]
+OUTCOMES = "outcomes"
+
+
+class CsvFile(Tracker):
+    """Curves by step; outcomes as a stage `outcomes` without steps. Tables and artifacts are in the folder already."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def begin_stage(self, stage: str, resumed: bool) -> None:
+        """Drops the rows of the stage, unless it goes on."""
+        if not resumed:
+            self._keep(lambda row: row[0] != stage)
+
+    def curves(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Appends one row per value."""
+        self._append([[stage, step, name, value] for name, value in values.items()])
+
+    def outcomes(self, values: Mapping[str, float]) -> None:
+        """Puts them in the place of earlier values of the same names."""
+        self._keep(lambda row: row[0] != OUTCOMES or row[2] not in values)
+        self._append([[OUTCOMES, "", name, value] for name, value in values.items()])
+
+    def _append(self, rows: Sequence[Sequence[object]]) -> None:
+        with self.path.open("a", newline="", encoding="utf-8") as stream:
+            csv.writer(stream).writerows(rows)
+
+    def _keep(self, wanted: Callable[[list[str]], bool]) -> None:
+        rows: list[list[str]] = []
+        if self.path.is_file():
+            with self.path.open(newline="", encoding="utf-8") as stream:
+                rows = [row for row in list(csv.reader(stream))[1:] if row and wanted(row)]
+        write_atomic(self.path, "\n".join(",".join(row) for row in [HEADER, *rows]) + "\n")

@@ -1,0 +1,306 @@
+"""What is sent to trackers, what is kept back, and what W&B is told; nothing here trains or goes online."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+import yaml
+from conftest import ROOT
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
+from hydra_plugins.process_launcher import Job, ProcessLauncher
+from secvec.config import RunConfig, load
+from secvec.errors import ConfigError
+from secvec.naming import VARIES, register_resolvers
+from secvec.report.metrics import metric_of
+from secvec.settings import LoggerSettings
+from secvec.tracking import dashboard
+from secvec.tracking.artifacts import artifacts
+from secvec.tracking.base import Tracker, Trackers, flat
+from secvec.tracking.csv_file import CsvFile
+from secvec.tracking.session import Session, prediction_rows
+from secvec.tracking.wandb import Wandb, better, run_id, run_name
+
+
+class Heard(Tracker):
+    """Keeps the calls it gets."""
+
+    keeps_artifacts = True
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def open(self, record: Any) -> None:
+        self.calls.append(("open", record["status"]))
+
+    def outcomes(self, values: Any) -> None:
+        self.calls.append(("outcomes", values))
+
+    def table(self, name: str, columns: Any, rows: Any) -> None:
+        self.calls.append(("table", name, len(rows)))
+
+    def artifact(self, artifact: Any) -> None:
+        self.calls.append(("artifact", artifact.name))
+
+    def close(self, record: Any) -> None:
+        self.calls.append(("close", record["status"]))
+
+
+def record(**more: Any) -> dict[str, Any]:
+    config = {"sweep": "s", "defense": {"name": "none"}, "model": {}, "vector": {"path": None}, "seed": 1}
+    data = {"sha256": {"vector": "a" * 64}, "counts": {"vector": {"undesired": 3}}}
+    known = {
+        "run": "folder",
+        "key": "abc",
+        "status": "running",
+        "stage": "all",
+        "stages": [],
+        "seed": 1,
+        "tune": "full",
+    }
+    names = {"behavior": "wild", "defense": "none", "model": "tiny", "overrides": [], "wall_seconds": {}, "metrics": {}}
+    return {**known, **names, "config": config, "data": data, **more}
+
+
+def measured(value: float) -> dict[str, Any]:
+    return {"value": value, "ci_low": None, "ci_high": None, "n": 1}
+
+
+# -- the session
+
+
+def test_every_tracker_gets_the_same_and_a_failed_run_sends_what_it_has(tmp_path: Path) -> None:
+    one, two, known = Heard(), Heard(), record(metrics={"base/behavior_rate": measured(0.5)})
+    with pytest.raises(ValueError, match="broken"):  # noqa: SIM117
+        with Session(Trackers([one, two]), tmp_path, known, LoggerSettings(name="wandb")) as session:
+            session.open()
+            with session.stage():
+                known["metrics"]["gate/behavior_rate"] = measured(0.25)
+                known["status"] = "failed"
+                raise ValueError("broken")
+    sent = {"base/behavior_rate": 0.5, "gate/behavior_rate": 0.25}
+    assert one.calls == two.calls == [
+        ("open", "running"), ("outcomes", sent), ("table", "outcomes", 2), ("artifact", "data-vector-aaaaaaaaaaaa"),
+        ("close", "failed"),
+    ]  # fmt: skip
+
+
+def test_a_run_that_did_not_begin_sends_nothing(tmp_path: Path) -> None:
+    heard = Heard()
+    with pytest.raises(ValueError), Session(heard, tmp_path, record(), LoggerSettings(name="csv")):
+        raise ValueError("another process is running here")
+    assert heard.calls == []
+
+
+def test_an_outcome_is_sent_again_only_when_it_changed(tmp_path: Path) -> None:
+    heard, known = Heard(), record(metrics={"drift": measured(1.0)})
+    session = Session(heard, tmp_path, known, LoggerSettings(name="csv"))
+    for value in (1.0, 1.0, 2.0):
+        with session.stage():
+            known["metrics"]["drift"] = measured(value)
+    assert heard.calls == [("outcomes", {"drift": 1.0}), ("outcomes", {"drift": 2.0})]
+
+
+def test_predictions_are_few_and_sensitive_ones_are_cut_and_marked(tmp_path: Path) -> None:
+    def row(stream: str, number: int, sensitive: bool) -> dict[str, Any]:
+        texts = {name: name[0] * 300 for name in ("prompt", "response", "reference")}
+        judged = {"verdict": "behavior", "score": None, "coherent": True, "sensitive": sensitive}
+        return {"phase": "after", "stream": stream, "id": f"{stream}-{number}", **texts, **judged}
+
+    path = tmp_path / "predictions.jsonl"
+    rows = [*(row("undesired", i, True) for i in range(4)), *(row("task", i, False) for i in range(4))]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    shown = prediction_rows(path, 2)
+    assert [r[2] for r in shown] == ["undesired-0", "undesired-1", "task-0", "task-1"]
+    assert all(len(str(text)) == 81 for text in shown[0][3:6]) and shown[0][-1] == "sensitive, truncated"
+    assert shown[2][4] == "r" * 300 and shown[2][-1] == ""
+    assert prediction_rows(path, 0) == [] == prediction_rows(tmp_path / "none.jsonl", 2)
+
+
+# -- metrics.csv
+
+
+def rows(path: Path) -> list[list[str]]:
+    with path.open(newline="") as stream:
+        return list(csv.reader(stream))
+
+
+def test_metrics_keep_the_rows_of_other_stages_and_drop_their_own_unless_resumed(tmp_path: Path) -> None:
+    path, head = tmp_path / "metrics.csv", ["stage", "step", "metric", "value"]
+    tracker = CsvFile(path)
+    for stage, value in (("vector", 2.5), ("finetune", 1.5)):
+        tracker.begin_stage(stage, False)
+        tracker.curves(stage, 1, {"train/loss": value})
+    vector = ["vector", "1", "train/loss", "2.5"]
+    assert rows(path) == [head, vector, ["finetune", "1", "train/loss", "1.5"]]
+    tracker.begin_stage("finetune", True)
+    tracker.curves("finetune", 2, {"train/loss": 0.5})
+    assert len(rows(path)) == 4 and rows(path)[3] == ["finetune", "2", "train/loss", "0.5"]
+    tracker.begin_stage("finetune", False)
+    assert rows(path) == [head, vector]
+    for value in (0.5, 0.25):
+        tracker.outcomes({"drift": value})
+    assert rows(path) == [head, vector, ["outcomes", "", "drift", "0.25"]]
+
+
+# -- what W&B is told
+
+
+def test_a_run_is_named_by_what_varies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIES, raising=False)
+    given = ["defense=none", "seed=1", "data.num_harmful=10", "logger=wandb", "logger.offline=false", "paths.cache=c"]
+    assert run_name(record(overrides=given)) == "none seed=1 data.num_harmful=10"
+    assert run_name(record(overrides=["sweep=x"])) == "folder"
+    monkeypatch.setenv(VARIES, "defense=none\n+experiment=demo")
+    assert run_name(record(overrides=given)) == "none demo"
+
+
+def test_the_launcher_tells_each_job_what_varies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: dict[str, Any] = {}
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **how: started.update(how))
+    launcher = ProcessLauncher()
+    launcher.config = OmegaConf.create({"hydra": {"overrides": {"hydra": []}}})
+    job = Job(["defense=none", "seed=1", "sweep=x"], OmegaConf.create({}), tmp_path, varies=["defense=none", "seed=1"])
+    launcher._start(job)
+    assert started["env"][VARIES] == "defense=none\nseed=1" and job.label == "defense=none seed=1"
+
+
+def test_a_folder_keeps_its_run_id_and_no_two_share_one(tmp_path: Path) -> None:
+    first = run_id(tmp_path / "a", "key", fresh=False)
+    assert first.startswith("key-") and run_id(tmp_path / "a", "key", fresh=False) == first
+    assert run_id(tmp_path / "b", "key", fresh=False) != first
+    assert run_id(tmp_path / "a", "key", fresh=True) != first
+
+
+def test_the_better_direction_of_a_curve_is_that_of_the_report() -> None:
+    assert better("train/kl") == "low" and better("telemetry/undesired/suppression_ratio") == "low"
+    assert better("telemetry/drift") is None and better("eval/task_accuracy") == "high" and better("other") is None
+
+
+def test_every_setting_has_a_dotted_name() -> None:
+    config = {"data": {"benign": [{"kind": "task"}, {"kind": "x"}]}, "optimizer": {"betas": [0.9, 0.99]}, "seed": 0}
+    assert flat(config) == {
+        "data.benign.0.kind": "task", "data.benign.1.kind": "x", "optimizer.betas": [0.9, 0.99], "seed": 0,
+    }  # fmt: skip
+
+
+def test_online_without_an_account_is_an_error_that_asks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(wandb, "login", lambda **how: asked.append(how))
+    monkeypatch.setattr(wandb, "init", lambda **how: pytest.fail("went on"))
+    with pytest.raises(ConfigError, match=r"wandb login.*logger\.offline=true"):
+        Wandb(tmp_path, LoggerSettings(name="wandb", offline=False), False).open(record())
+    assert asked == [{"prompt": False, "verify": False}]
+
+
+# -- artifacts
+
+
+def vector_in(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 8}))
+    (folder / "README.md").write_text("hazardous by design")
+    return folder
+
+
+def test_a_vector_is_marked_hazardous_and_its_weights_stay_unless_asked_for(tmp_path: Path) -> None:
+    vector_in(tmp_path / "vector")
+    (vector,) = (a for a in artifacts(tmp_path, record(), False) if a.name.startswith("vector"))
+    assert vector.kind == "hazardous-security-vector" and "HAZARDOUS" in vector.about and vector.facts["hazardous"]
+    assert vector.files == () and vector.facts["weights"] == "not sent" and not vector.taken_in
+    assert vector.made_from == ("data-vector-aaaaaaaaaaaa",)
+    (sent,) = (a for a in artifacts(tmp_path, record(), True) if a.name == vector.name)
+    assert {file.name for file in sent.files} == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
+
+
+def test_a_vector_given_by_path_is_taken_in_where_it_was_used(tmp_path: Path) -> None:
+    given = vector_in(tmp_path / "given")
+    known = record(config={**record()["config"], "vector": {"path": str(given)}})
+    assert not [a for a in artifacts(tmp_path / "run", known, False) if a.name.startswith("vector")]
+    known["ledger"] = {"vector": [1, False, True]}
+    (vector,) = (a for a in artifacts(tmp_path / "run", known, False) if a.name.startswith("vector"))
+    assert vector.taken_in and vector.made_from == ()
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_what_was_taken_in_is_marked_as_used_where_wandb_can(tmp_path: Path, offline: bool) -> None:
+    calls: list[tuple[str, str]] = []
+
+    class Run:
+        def use_artifact(self, artifact: wandb.Artifact) -> None:
+            calls.append(("used", artifact.name))
+
+        def log_artifact(self, artifact: wandb.Artifact) -> None:
+            calls.append(("logged", artifact.name))
+
+    tracker = Wandb(tmp_path, LoggerSettings(name="wandb", offline=offline), False)
+    tracker.run = Run()
+    vector_in(tmp_path / "vector")
+    for artifact in artifacts(tmp_path, record(), False):
+        tracker.artifact(artifact)
+    data, vector = calls
+    assert data == ("logged" if offline else "used", "data-vector-aaaaaaaaaaaa") and vector[0] == "logged"
+
+
+# -- dashboard and sweep
+
+
+def test_the_dashboard_is_printed_without_an_account_and_saved_only_with_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(wandb, "login", lambda **how: asked.append(how))
+    assert dashboard.main(["team/secvec", "--print"]) == 0 and not asked
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["workspace"]["project"] == "secvec" and shown["report"]["project"]["entityName"] == "team"
+    grids = [block for block in shown["report"]["spec"]["blocks"] if block["type"] == "panel-grid"]
+    assert len(grids) == len(shown["workspace"]["spec"]["section"]["panelBankConfig"]["sections"]) == 4
+    assert dashboard.main(["team/secvec"]) == 2 and asked == [{"prompt": False, "verify": False}]
+    assert "wandb login" in capsys.readouterr().err
+    assert dashboard.main(["secvec"]) == 2 and "expected ENTITY/PROJECT" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
+    assert dashboard.main(["team/secvec", "--print"]) == 2 and "secvec[dashboard]" in capsys.readouterr().err
+
+
+def sweep_arguments(**values: Any) -> list[str]:
+    """What W&B's agent puts in the place of `${args_no_hyphens}`."""
+    return create_sweep_command_args({"args": {k: {"value": v} for k, v in values.items()}})["args_no_hyphens"]
+
+
+def test_the_wandb_sweep_is_valid_and_each_of_its_values_composes() -> None:
+    engine = pytest.importorskip("sweeps.config")
+    sweep = yaml.safe_load((ROOT / "sweeps" / "wandb.yaml").read_text())
+    assert engine.schema_violations_from_proposed_config(sweep) == []
+    assert engine.schema_violations_from_proposed_config({**sweep, "method": "guess"}) != []
+    assert (ROOT / sweep["program"]).is_file() and sweep["command"][-1] == "${args_no_hyphens}"
+    direction = {"low": "minimize", "high": "maximize"}[
+        str(metric_of(sweep["metric"]["name"].partition("/")[2]).better)
+    ]
+    assert sweep["metric"]["goal"] == direction
+    fixed = [text for text in sweep["command"] if "=" in text]
+    first = {key: settings["values"][0] for key, settings in sweep["parameters"].items()}
+    names = {key: settings["values"] for key, settings in sweep["parameters"].items()}
+    for key, value in ((key, value) for key, values in names.items() for value in values):
+        given = sweep_arguments(**(first | {key: value}))
+        assert f"{key}={value}" in given
+        GlobalHydra.instance().clear()
+        register_resolvers()
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            config = load(compose("train", [*fixed, *given, "run_dir=x"]), RunConfig)
+        assert config.logger.name == "wandb" and not config.logger.offline and config.force
+        settings = flat(config.model_dump(mode="json"))
+        assert settings[key if "." in key or key == "seed" else f"{key}.name"] == value
