@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from secvec.base import Base, asked_once
+from secvec.base import Base, asked_once, source_of
 from secvec.behaviors.base import Behavior
 from secvec.config import AnyConfig, RunConfig
 from secvec.console import metrics_table
@@ -31,10 +31,11 @@ from secvec.errors import ArtifactError, GateError
 from secvec.evaluation import Metrics, Probe, deactivation_gap, evaluate_model, kl_to_base, mean_loss, perplexity
 from secvec.files import atomic_path, write_atomic
 from secvec.fit import device_of, fit
+from secvec.generation import Source
 from secvec.judges.base import Judge
 from secvec.leak import leak_probes
 from secvec.losses import vector_loss
-from secvec.models.backbone import check, save_backbone
+from secvec.models.backbone import check, fingerprint, save_backbone
 from secvec.models.vector import (
     attach_frozen_vector,
     attach_new_vector,
@@ -79,20 +80,22 @@ class Run:
         """Tokens of `examples`."""
         return encoded(examples, self.base.tokenizer, self.base.context, self.config.paths.cache)
 
-    def ask(self, model: nn.Module, phase: str, tests: Mapping[str, Sequence[Example]] | None = None) -> Probe:
-        """Answers and metrics of `model` in the state `phase`."""
+    def ask(
+        self, model: nn.Module, phase: str, source: Source, tests: Mapping[str, Sequence[Example]] | None = None
+    ) -> Probe:
+        """Answers and metrics of `model` in the state `phase`; `source` writes what it answers."""
         tests = self.tests if tests is None else tests
         with self._asking():
-            return evaluate_model(self.placed(model), self.base.tokenizer, tests, *self._how, phase)
+            return evaluate_model(self.placed(model), self.base.tokenizer, tests, *self._how, phase, source)
 
-    def ask_all(self, model: nn.Module, phase: str) -> Probe:
+    def ask_all(self, model: nn.Module, phase: str, source: Source) -> Probe:
         """Answers and metrics, and the leak probes."""
-        return self.ask(model, phase) + self.leaks(model, phase)
+        return self.ask(model, phase, source) + self.leaks(model, phase, source)
 
-    def leaks(self, model: nn.Module, phase: str) -> Probe:
+    def leaks(self, model: nn.Module, phase: str, source: Source) -> Probe:
         """The leak probes of `model`."""
         with self._asking():
-            return leak_probes(model, self.base.tokenizer, self.tests["undesired"], *self._how, phase)
+            return leak_probes(model, self.base.tokenizer, self.tests["undesired"], *self._how, phase, source)
 
     @property
     def _how(self) -> tuple[Behavior, Judge | None, EvaluationSettings]:
@@ -171,8 +174,9 @@ def vector(run: Run) -> None:
     trained = _trained_once(config.paths.cache / "vectors" / f"{config.behavior.name}-{key}", train)
 
     model = attach_frozen_vector(base.load(), trained)
-    gate = run.ask(model, "gate", {"undesired": held_out})
-    probe = run.ask(model, "vector_on")
+    source = source_of(config, base, trained)
+    gate = run.ask(model, "gate", source, {"undesired": held_out})
+    probe = run.ask(model, "vector_on", source)
     with vector_off(model):
         off = mean_loss(model, base.tokenizer, run.tests["undesired"], config.evaluation)
     run.keep(probe, Probe(gate.metrics | {"vector_off/behavior_loss": off}, []))
@@ -295,11 +299,13 @@ def infer(run: Run) -> None:
     backbone = run.folder.path / "backbone"
     if not backbone.is_dir():
         raise ArtifactError(f"no fine-tuned backbone in {backbone}: run stage=finetune with the same settings first")
-    tuned = Base(check(backbone), "", run.base.settings)
-    run.keep(asked_once(run.config, run.base, run.tests, lambda: run.ask_all(run.base.load(), "base")))
+    tuned = Base(check(backbone), fingerprint(backbone), run.base.settings)
+    base, source = source_of(run.config, run.base), source_of(run.config, tuned)
+    run.keep(asked_once(run.config, run.base, run.tests, lambda: run.ask_all(run.base.load(), "base", base)))
     model = tuned.load()
-    after = run.ask(model, "after")
-    run.keep(Probe(_distance_from_base(run, model, after), []), run.leaks(model, "after"))
+    after = run.ask(model, "after", source)
+    run.keep(Probe(_distance_from_base(run, model, after), []), run.leaks(model, "after", source))
+    del model  # room for the next
     adapter = _vector_for(run)
     if adapter is None:
         active = Probe(
@@ -307,7 +313,8 @@ def infer(run: Run) -> None:
             [row | {"phase": "active"} for row in after.predictions],
         )
     else:
-        active = run.ask(attach_frozen_vector(tuned.load(), adapter), "active")
+        with_vector = source_of(run.config, tuned, adapter)
+        active = run.ask(attach_frozen_vector(tuned.load(), adapter), "active", with_vector)
     run.keep(active, after, Probe(deactivation_gap(active.predictions, after.predictions), []))
 
 
