@@ -213,16 +213,16 @@ class EvaluationSettings(Settings):
 
 
 class GenerationSettings(Settings):
-    """What writes the answers. Engines differ in rounding alone, where they run at the same dtype."""
+    """What writes the answers. Engines differ in rounding alone, that of vLLM's dtype included."""
 
     name: Literal["auto", "hf", "vllm"]
     """`hf`: transformers with the model in memory; `auto`: vLLM where it is installed and there is a GPU, else `hf`."""
-    dtype: Literal["float32", "bfloat16"]
-    """Of the weights in vLLM."""
+    dtype: Literal["bfloat16", "float16"]
+    """Of the weights in vLLM, whose LoRA kernels take no float32."""
     tensor_parallel_size: Count
     """GPUs that share the weights in vLLM."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)]
-    """Share of each GPU's memory that vLLM takes."""
+    """Share of the memory free on each GPU that vLLM takes."""
 
 
 class PathSettings(Settings):

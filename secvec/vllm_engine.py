@@ -1,6 +1,6 @@
 """vLLM as the writer of answers: the only file that touches it. It loads saved folders; losses stay with torch's model.
 
-Names and arguments are those of vLLM 0.33. It runs in a process of its own (vLLM's default), whose end frees the GPU.
+Names and arguments are those of vLLM 0.32 and 0.33. It has a process of its own (its default), whose end frees the GPU.
 """
 
 from __future__ import annotations
