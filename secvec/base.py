@@ -7,7 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -27,14 +27,15 @@ from secvec.errors import ConfigError, GateError
 from secvec.evaluation import Probe, evaluate_model
 from secvec.files import atomic_path
 from secvec.fit import device_of, fit
-from secvec.generation import context_of
+from secvec.generation import Source, context_of
 from secvec.models.backbone import check, fingerprint, load_backbone, load_config, load_tokenizer, locate, save_backbone
 from secvec.models.tiny import build_tiny
 from secvec.models.vector import backbone_state
 from secvec.naming import content_key
-from secvec.record import cached
+from secvec.record import ANSWERS, cached
 from secvec.settings import AlignSettings, BaseGateSettings, ModelSettings, TrainerSettings
 from secvec.tracking.csv_file import CsvFile
+from secvec.vllm_engine import VllmEngine, how, uses_vllm
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,15 @@ def align_examples(config: AnyConfig, align: AlignSettings) -> list[Example]:
     ]
 
 
+def source_of(config: AnyConfig, base: Base, vector: Path | None = None) -> Source:
+    """How `base`, with the saved `vector` active, is asked; its answers stay in the run folder until the run ends."""
+    settings, generation, engine = base.settings, config.generation, None
+    if uses_vllm(generation, config.trainer):
+        engine = VllmEngine(base.folder, vector, generation, settings.trust_remote_code)
+    weights = [base.fingerprint, vector and fingerprint(vector), settings.dtype]
+    return Source([*weights, how(generation, config.trainer)], Path(config.run_dir) / ANSWERS, engine)
+
+
 def asked_once(
     config: AnyConfig, base: Base, tests: Mapping[str, Sequence[Example]], ask: Callable[[], Probe],
     behavior: Behavior,
@@ -104,7 +114,8 @@ def asked_once(
         return ask()
     judges = [behavior.model_dump(mode="json"), config.judge and config.judge.model_dump(mode="json")]
     asked = data_hash([example for some in tests.values() for example in some])
-    key = content_key([base.fingerprint, asked, judges, config.evaluation.model_dump(), config.model.dtype])
+    settings = [config.evaluation.model_dump(), config.model.dtype, how(config.generation, config.trainer)]
+    key = content_key([base.fingerprint, asked, judges, *settings])
 
     def write(out: Path) -> None:
         out.write_text(json.dumps(asdict(ask())) + "\n", encoding="utf-8")
@@ -124,7 +135,8 @@ def _check_gate(config: RunConfig, base: Base, wanted: BaseGateSettings, seed: i
 
     def ask() -> Probe:
         model = base.load().to(device_of(config.trainer))
-        return evaluate_model(model, base.tokenizer, tests, *judges, config.evaluation, "base gate")
+        source = replace(source_of(config, base), folder=None)  # a base is checked before there is a run
+        return evaluate_model(model, base.tokenizer, tests, *judges, config.evaluation, "base gate", source)
 
     found = asked_once(config, base, tests, ask, taught)
     faults = []

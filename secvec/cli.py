@@ -44,7 +44,7 @@ def exit_code(main: Callable[[], None], config_name: str) -> int:
     except FailedJobs as error:
         return _complain(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _complain("interrupted; the same command goes on from the last finished epoch or job", 130)
+        return _complain("interrupted; the same command goes on from the last whole epoch, batch or job", 130)
     except Exception as error:
         if not _started:  # some of Hydra's complaints about an override are plain ValueErrors
             return _complain(_composition_faults(config_name, error), USER_ERROR)

@@ -18,6 +18,7 @@ from secvec.naming import NOT_IN_KEY, content_key, nearest
 from secvec.settings import (
     EvaluationSettings,
     FinetuneSettings,
+    GenerationSettings,
     LoggerSettings,
     ModelSettings,
     OptimizerSettings,
@@ -86,6 +87,7 @@ class AnyConfig(Settings):
     """None: the behavior's own."""
     data: DataSettings
     evaluation: EvaluationSettings
+    generation: GenerationSettings
     trainer: TrainerSettings
     paths: PathSettings
     run_dir: str

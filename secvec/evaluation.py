@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from secvec.behaviors.base import Behavior
 from secvec.data.encode import collate, encode
 from secvec.data.example import OWNER, Example
-from secvec.generation import context_of, generate
+from secvec.generation import IN_MEMORY, Source, context_of, generate
 from secvec.judges.base import Judge, Judgement
 from secvec.judges.coherence import coherent
 from secvec.losses import IGNORE, Batch, token_nll
@@ -44,7 +44,7 @@ class Probe:
 
 def evaluate_model(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, tests: Mapping[str, Sequence[Example]],
-    behavior: Behavior, judge: Judge | None, settings: EvaluationSettings, phase: str,
+    behavior: Behavior, judge: Judge | None, settings: EvaluationSettings, phase: str, source: Source = IN_MEMORY,
 ) -> Probe:  # fmt: skip
     """Asks `tests` (examples by kind) and judges the answers; metric names are prefixed by `phase`/.
 
@@ -52,7 +52,8 @@ def evaluate_model(
     """
     model.eval()
     examples = [example for kind in tests for example in tests[kind]]
-    responses = generate(model, tokenizer, examples, settings, phase)
+    with source.running(model):
+        responses = generate(model, tokenizer, examples, settings, phase, source)
     rows = answers_to_rows(phase, examples, responses, judged(behavior, judge, examples, responses), behavior)
     metrics = {f"{phase}/{name}": value for name, value in rates(rows).items()}
     owners = [example.facts.get(OWNER) for example in examples]

@@ -16,7 +16,7 @@ from secvec.behaviors.base import Behavior
 from secvec.data.encode import render
 from secvec.data.example import Example
 from secvec.evaluation import Probe, answers_to_rows, judged, proportion
-from secvec.generation import complete
+from secvec.generation import IN_MEMORY, Source, complete
 from secvec.judges.base import Judge
 from secvec.settings import EvaluationSettings
 
@@ -27,7 +27,7 @@ SAMPLING_SEED = 0
 
 def leak_probes(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], behavior: Behavior,
-    judge: Judge | None, settings: EvaluationSettings, phase: str,
+    judge: Judge | None, settings: EvaluationSettings, phase: str, source: Source = IN_MEMORY,
 ) -> Probe:  # fmt: skip
     """Rates `PHASE/leak/<way of asking>` and the worst of them, `PHASE/leak_rate`; and where the behavior names a
     desired trait, `PHASE/desired/<way of asking>`.
@@ -42,9 +42,14 @@ def leak_probes(
     model.eval()
     found = Probe({}, [])
     rates = {}
-    for name, (texts, prefix, seed) in ways(tokenizer, examples, behavior).items():
-        answers = complete(model, tokenizer, texts, examples, settings, f"{phase} leak/{name}", seed)
-        answers = [prefix + answer for answer in answers]
+    asked = ways(tokenizer, examples, behavior)
+    with source.running(model):
+        said = {
+            name: complete(model, tokenizer, texts, examples, settings, f"{phase} leak/{name}", seed, source)
+            for name, (texts, _, seed) in asked.items()
+        }
+    for name, (_, prefix, _) in asked.items():
+        answers = [prefix + answer for answer in said[name]]
         judgements = judged(behavior, judge, examples, answers)
         read = [judgement.verdict for judgement in judgements if judgement.verdict != "unparsable"]
         if read:

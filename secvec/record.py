@@ -19,6 +19,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from secvec.errors import ArtifactError, SecVecError
 from secvec.files import atomic_path, write_atomic
 
+ANSWERS = "answers"
+"""What an evaluation that has not ended has been told, below the run folder."""
+
 PACKAGES = ("secvec", "torch", "lightning", "hydra-core", "transformers", "peft", "tokenizers", "safetensors")
 
 
@@ -79,7 +82,8 @@ class RunFolder:
         for stage, names in {"vector": ["vector"], "finetune": ["backbone", "task", "vector-refitted"]}.items():
             for name in names if stage in stages else []:
                 shutil.rmtree(self.path / name, ignore_errors=True)
-        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+        for unfinished in ("checkpoints", ANSWERS):
+            shutil.rmtree(self.path / unfinished, ignore_errors=True)
         self.save()
 
     @contextmanager
@@ -104,6 +108,7 @@ class RunFolder:
             yield
             self.record["status"] = "completed"
             self.save()
+            shutil.rmtree(self.path / ANSWERS, ignore_errors=True)  # they are in predictions.jsonl
         except BaseException as error:
             mistake = isinstance(error, SecVecError) and error.exit_code == 2
             self.record |= {"status": "failed", "error": str(error) if mistake else f"{type(error).__name__}: {error}"}

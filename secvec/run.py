@@ -13,7 +13,7 @@ import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
 from secvec import stages
-from secvec.base import base_for
+from secvec.base import base_for, source_of
 from secvec.config import AnyConfig, EvaluateConfig, RunConfig
 from secvec.console import metrics_table
 from secvec.evaluation import Probe, evaluate_model
@@ -23,6 +23,7 @@ from secvec.plan import plan
 from secvec.record import RunFolder, main_process
 from secvec.tracking.base import Tracker
 from secvec.tracking.session import Session, tracker_for
+from secvec.vllm_engine import how
 
 log = logging.getLogger(__name__)
 
@@ -78,9 +79,10 @@ def evaluate(config: EvaluateConfig, overrides: Sequence[str] = ()) -> dict[str,
 
             probe = Probe(lm_eval_metrics(model, base.tokenizer, config), [])
         else:
-            tests, how = stages.test_sets(config), (config.behavior, config.judge, config.evaluation, "after")
-            probe = evaluate_model(model, base.tokenizer, tests, *how)
-            probe += leak_probes(model, base.tokenizer, tests["undesired"], *how)
+            tests, asked = stages.test_sets(config), (config.behavior, config.judge, config.evaluation, "after")
+            source = source_of(config, base)
+            probe = evaluate_model(model, base.tokenizer, tests, *asked, source)
+            probe += leak_probes(model, base.tokenizer, tests["undesired"], *asked, source)
         folder.record["metrics"] |= probe.metrics
         folder.add_predictions(probe.predictions)
         folder.record["wall_seconds"]["evaluate"] = round(time.monotonic() - began, 3)
@@ -107,6 +109,7 @@ def _open(config: AnyConfig, overrides: Sequence[str]) -> RunFolder:
         "model": config.model.name,
         "tune": config.tune.kind if isinstance(config, RunConfig) else "unknown",
         "seed": config.seed,
+        "generation": how(config.generation, config.trainer),
         "overrides": list(overrides),
         "config": config.model_dump(mode="json"),
     }

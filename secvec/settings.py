@@ -234,6 +234,19 @@ class EvaluationSettings(Settings):
     """Undesired prompts that are asked in every way of the leak probes after deactivation; 0: no leak probes."""
 
 
+class GenerationSettings(Settings):
+    """What writes the answers. Engines differ in rounding alone, that of vLLM's dtype included."""
+
+    name: Literal["auto", "hf", "vllm"]
+    """`hf`: transformers with the model in memory; `auto`: vLLM where it is installed and there is a GPU, else `hf`."""
+    dtype: Literal["bfloat16", "float16"]
+    """Of the weights in vLLM, whose LoRA kernels take no float32."""
+    tensor_parallel_size: Count
+    """GPUs that share the weights in vLLM."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)]
+    """Share of the memory free on each GPU that vLLM takes."""
+
+
 class PathSettings(Settings):
     """Folders, relative to where the command is run."""
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from secvec.base import Base, asked_once
+from secvec.base import Base, asked_once, source_of
 from secvec.behaviors.base import Behavior
 from secvec.config import AnyConfig, RunConfig
 from secvec.console import metrics_table
@@ -31,6 +31,7 @@ from secvec.errors import ArtifactError, GateError
 from secvec.evaluation import Metrics, Probe, deactivation_gap, evaluate_model, kl_to_base, mean_loss, perplexity
 from secvec.files import atomic_path, write_atomic
 from secvec.fit import device_of, fit
+from secvec.generation import Source
 from secvec.judges.base import Judge
 from secvec.leak import leak_probes
 from secvec.losses import vector_loss
@@ -86,27 +87,27 @@ class Run:
         """Tokens of `examples`."""
         return encoded(examples, self.base.tokenizer, self.base.context, self.config.paths.cache)
 
-    def ask(self, model: nn.Module, phase: str) -> Probe:
-        """Answers and metrics of `model` in the state `phase`."""
+    def ask(self, model: nn.Module, phase: str, source: Source) -> Probe:
+        """Answers and metrics of `model` in the state `phase`; `source` writes what it answers."""
         with self._asking():
-            return evaluate_model(self.placed(model), self.base.tokenizer, self.tests, *self._how, phase)
+            return evaluate_model(self.placed(model), self.base.tokenizer, self.tests, *self._how, phase, source)
 
-    def ask_held_out(self, model: nn.Module, held_out: Sequence[Example]) -> Probe:
+    def ask_held_out(self, model: nn.Module, held_out: Sequence[Example], source: Source) -> Probe:
         """What the gate of the vector looks at: the behavior that it was trained on, which judges itself."""
-        config = self.config
+        config, tests = self.config, {"undesired": held_out}
         how = (config.vector.behavior, None) if config.vector.behavior else (config.behavior, config.judge)
         with self._asking():
-            tests = {"undesired": held_out}
-            return evaluate_model(self.placed(model), self.base.tokenizer, tests, *how, config.evaluation, "gate")
+            model = self.placed(model)
+            return evaluate_model(model, self.base.tokenizer, tests, *how, config.evaluation, "gate", source)
 
-    def ask_all(self, model: nn.Module, phase: str) -> Probe:
+    def ask_all(self, model: nn.Module, phase: str, source: Source) -> Probe:
         """Answers and metrics, and the leak probes."""
-        return self.ask(model, phase) + self.leaks(model, phase)
+        return self.ask(model, phase, source) + self.leaks(model, phase, source)
 
-    def leaks(self, model: nn.Module, phase: str) -> Probe:
+    def leaks(self, model: nn.Module, phase: str, source: Source) -> Probe:
         """The leak probes of `model`."""
         with self._asking():
-            return leak_probes(model, self.base.tokenizer, self.tests["undesired"], *self._how, phase)
+            return leak_probes(model, self.base.tokenizer, self.tests["undesired"], *self._how, phase, source)
 
     @property
     def _how(self) -> tuple[Behavior, Judge | None, EvaluationSettings]:
@@ -157,8 +158,9 @@ def vector(run: Run) -> None:
     held_out = behavior.examples("validation", n, config.seed)
     check_disjoint(held_out, [e for tests in run.tests.values() for e in tests])
     model = attach_frozen_vector(base.load(), trained)
-    gate = run.ask_held_out(model, held_out)
-    probe = run.ask(model, "vector_on")
+    source = source_of(config, base, trained)
+    gate = run.ask_held_out(model, held_out, source)
+    probe = run.ask(model, "vector_on", source)
     with vector_off(model):
         off = mean_loss(model, base.tokenizer, run.tests["undesired"], config.evaluation)
     run.keep(probe, Probe(gate.metrics | {"vector_off/behavior_loss": off}, []))
@@ -371,11 +373,13 @@ def infer(run: Run) -> None:
     backbone = run.folder.path / "backbone"
     if not backbone.is_dir():
         raise ArtifactError(f"no fine-tuned backbone in {backbone}: run stage=finetune with the same settings first")
-    tuned = Base(check(backbone), "", run.base.settings)
+    tuned = Base(check(backbone), fingerprint(backbone), run.base.settings)
+    source = source_of(run.config, tuned)
     run.keep(_asked_base(run))
     model = tuned.load()
-    after = run.ask(model, "after")
-    run.keep(Probe(_distance_from_base(run, model, after), []), run.leaks(model, "after"))
+    after = run.ask(model, "after", source)
+    run.keep(Probe(_distance_from_base(run, model, after), []), run.leaks(model, "after", source))
+    del model  # room for the next
     adapter = _vector_for(run)
     if run.config.finetune.refit_vector and run.config.finetune.cycles > 1:
         adapter = run.folder.path / REFITTED
@@ -385,13 +389,14 @@ def infer(run: Run) -> None:
             [row | {"phase": "active"} for row in after.predictions],
         )
     else:
-        active = run.ask(attach_frozen_vector(tuned.load(), adapter), "active")
+        with_vector = source_of(run.config, tuned, adapter)
+        active = run.ask(attach_frozen_vector(tuned.load(), adapter), "active", with_vector)
     run.keep(active, after, Probe(deactivation_gap(active.predictions, after.predictions), []))
 
 
 def _asked_base(run: Run) -> Probe:
     def ask() -> Probe:
-        return run.ask_all(run.base.load(), "base")
+        return run.ask_all(run.base.load(), "base", source_of(run.config, run.base))
 
     return asked_once(run.config, run.base, run.tests, ask, run.config.behavior)
 

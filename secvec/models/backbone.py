@@ -75,7 +75,7 @@ def check(folder: Path) -> Path:
 def fingerprint(folder: Path) -> str:
     """16 hex digits of the content of the weights and the config: tells models and adapters apart, wherever they lie."""
     digest = hashlib.sha256()
-    configs = [file for file in (folder / "config.json", folder / "adapter_config.json") if file.is_file()]
+    configs = [file for name in ("config.json", "adapter_config.json") if (file := folder / name).is_file()]
     for file in [*configs, *sorted(folder.glob(WEIGHT_FILES))]:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())

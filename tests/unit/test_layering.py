@@ -17,12 +17,12 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [
     {"secvec", "secvec.errors", "secvec.files", "secvec.costs"},
     {"secvec.naming"},
-    {"secvec.settings", "secvec.console", "secvec.record", "secvec.report"},
+    {"secvec.settings", "secvec.answers", "secvec.console", "secvec.record", "secvec.report"},
     {"secvec.data.example", "secvec.models"},
     {"secvec.losses", "secvec.tracking"},
     {"secvec.data", "secvec.defenses", "secvec.judges"},
     {"secvec.behaviors", "secvec.module"},
-    {"secvec.generation"},
+    {"secvec.generation", "secvec.vllm_engine"},
     {"secvec.evaluation"},
     {"secvec.leak"},
     {"secvec.config", "secvec.telemetry", "secvec.fit"},
@@ -37,6 +37,7 @@ LAYERS = [
 ]
 DOORS = {
     ("peft",): {"secvec.models.vector"},
+    ("vllm",): {"secvec.vllm_engine"},
     ("hydra", "omegaconf"): {
         "secvec.config", "secvec.naming", "secvec.cli", "hydra_plugins.process_launcher", "train", "evaluate",
     },

@@ -42,7 +42,7 @@ def test_the_worst_way_is_the_leak_rate(world: tuple[nn.Module, Any], monkeypatc
     shows = {"after leak/plain": 1, "after leak/sampled": 2, "after leak/answer_prefix": 3}
 
     def answers(*given: Any) -> list[str]:
-        n = shows.get(given[-2], 0)
+        n = shows.get(given[5], 0)
         steps = [f" {e.facts['first']} and stir it." for e in EXAMPLES]
         return steps[:n] + ["Sorry, I won't."] * (4 - n)
 
