@@ -14,7 +14,7 @@ from secvec.data.encode import encode
 from secvec.data.example import Example
 from secvec.data.hub import HubData
 from secvec.data.mixture import check_disjoint, draw_benign
-from secvec.stages import test_sets
+from secvec.stages.base import test_sets
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 128, 256
 """Of a sample whose data are not at hand."""

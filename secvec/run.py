@@ -12,7 +12,6 @@ from typing import Any
 import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
-from secvec import stages
 from secvec.base import base_for, source_of
 from secvec.config import AnyConfig, EvaluateConfig, RunConfig
 from secvec.console import metrics_table
@@ -21,13 +20,17 @@ from secvec.fit import check_trainer, device_of
 from secvec.leak import leak_probes
 from secvec.plan import plan
 from secvec.record import RunFolder, main_process
+from secvec.stages.base import Run, summary, test_sets
+from secvec.stages.finetune import finetune
+from secvec.stages.infer import infer
+from secvec.stages.vector import vector
 from secvec.tracking.base import Tracker
 from secvec.tracking.session import Session, tracker_for
 from secvec.vllm_engine import how
 
 log = logging.getLogger(__name__)
 
-STAGES = {"vector": stages.vector, "finetune": stages.finetune, "infer": stages.infer}
+STAGES = {"vector": vector, "finetune": finetune, "infer": infer}
 
 
 def train(config: RunConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -48,7 +51,7 @@ def train(config: RunConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
         session.open()
         if config.force and main_process():  # other ranks start after this and read the record that it leaves
             folder.forget(config.stages)
-        run = stages.Run(config, folder, base_for(config), tracker)
+        run = Run(config, folder, base_for(config), tracker)
         folder.record["base"] = {"folder": str(run.base.folder), "fingerprint": run.base.fingerprint}
         for stage in config.stages:
             if stage in folder.record["stages"]:
@@ -61,7 +64,7 @@ def train(config: RunConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
                 folder.record["wall_seconds"][stage] = round(time.monotonic() - began, 3)
                 folder.record["stages"].append(stage)
                 folder.save()
-            log.info("%s", stages.summary(run, stage))
+            log.info("%s", summary(run, stage))
     log.info("record: %s", folder.path / "record.json")
     return folder.record
 
@@ -79,7 +82,7 @@ def evaluate(config: EvaluateConfig, overrides: Sequence[str] = ()) -> dict[str,
 
             probe = Probe(lm_eval_metrics(model, base.tokenizer, config), [])
         else:
-            tests, asked = stages.test_sets(config), (config.behavior, config.judge, config.evaluation, "after")
+            tests, asked = test_sets(config), (config.behavior, config.judge, config.evaluation, "after")
             source = source_of(config, base)
             probe = evaluate_model(model, base.tokenizer, tests, *asked, source)
             probe += leak_probes(model, base.tokenizer, tests["undesired"], *asked, source)

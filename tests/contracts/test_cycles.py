@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from secvec import stages
 from secvec.base import base_for
 from secvec.config import RunConfig
 from secvec.errors import ConfigError
 from secvec.models.backbone import fingerprint
 from secvec.run import train
+from secvec.stages.base import Run
+from secvec.stages.finetune import REFITTED, mixture
 from tests.contracts.test_stages import same, weights
 
 Make = Callable[..., RunConfig]
@@ -31,8 +32,8 @@ def test_cycles_go_on_from_each_other_on_new_samples(make_config: Make, tmp_path
     cycles = Path(both.paths.cache) / "cycles"
     (kept,) = (folder for folder in cycles.iterdir() if folder.is_dir())
     assert same(weights(kept / "backbone"), backbone(first)) and not same(backbone(first), backbone(both))
-    run = stages.Run(both, None, base_for(both))  # type: ignore[arg-type]
-    one, two = (stages._mixture(run, turn) for turn in (0, 1))
+    run = Run(both, None, base_for(both))  # type: ignore[arg-type]
+    one, two = (mixture(run, turn) for turn in (0, 1))
     assert [len(some["undesired"] + some["benign"]) for some in (one, two)] == [48, 48]
     assert not {e.prompt for some in one.values() for e in some} & {e.prompt for some in two.values() for e in some}
     record = json.loads((Path(both.run_dir) / "record.json").read_text())
@@ -46,11 +47,11 @@ def test_a_vector_may_be_trained_anew_for_each_cycle(make_config: Make) -> None:
     refitted = make_config("finetune.cycles=2", "defense=refitted_vector", run="refitted")
     train(kept), train(refitted)
     folder = Path(refitted.run_dir)
-    old, new = folder / "vector", folder / stages.REFITTED
+    old, new = folder / "vector", folder / REFITTED
     meta = [json.loads((path / "secvec.json").read_text())["backbone"] for path in (old, new)]
     assert meta[0] == base_for(refitted).fingerprint != meta[1]  # of the backbone after the first cycle
     assert fingerprint(old) == fingerprint(Path(kept.run_dir) / "vector") != fingerprint(new)
-    assert not same(backbone(kept), backbone(refitted)) and not (Path(kept.run_dir) / stages.REFITTED).exists()
+    assert not same(backbone(kept), backbone(refitted)) and not (Path(kept.run_dir) / REFITTED).exists()
 
 
 def test_nothing_is_trained_anew_without_a_vector(make_config: Make) -> None:

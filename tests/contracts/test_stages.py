@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from secvec import stages
 from secvec.base import Base, base_for
 from secvec.config import AnyConfig, EvaluateConfig, RunConfig
 from secvec.data.datamodule import GlobalBatchSampler
@@ -26,6 +25,7 @@ from secvec.models.backbone import load_backbone
 from secvec.models.vector import attach_frozen_vector, part_of, vector_off
 from secvec.module import SecVecModule, learning_rate_factor
 from secvec.run import evaluate, train
+from secvec.stages.base import Run
 
 Make = Callable[..., RunConfig]
 
@@ -116,7 +116,7 @@ def test_no_defense_is_bitwise_the_training_of_the_bare_model(make_config: Make)
     base = base_of(config)
     train(config)
     undesired = config.behavior.examples("finetune", 24, config.seed)
-    run = stages.Run(config, None, base)  # type: ignore[arg-type]
+    run = Run(config, None, base)  # type: ignore[arg-type]
     rows = run.rows([*undesired, *draw_benign(config.data.benign, "finetune", 24, config.seed)])
     model = base.load().train()
     optimizer = torch.optim.AdamW(

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from secvec import stages
 from secvec.base import align_examples, base_for
 from secvec.config import RunConfig
-from secvec.data.encode import collate
+from secvec.data.encode import collate, with_loss_on_prompts
 from secvec.defenses.base import Defense
 from secvec.losses import IGNORE
 from secvec.models.backbone import fingerprint
 from secvec.run import train
+from secvec.stages.base import Run
 
 Make = Callable[..., RunConfig]
 
@@ -57,10 +57,10 @@ def test_dropout_goes_on_in_the_frozen_vector_only_where_it_is_asked_for(make_co
 
 def test_the_loss_runs_over_the_prompt_too(make_config: Make) -> None:
     config = make_config()
-    run = stages.Run(config, None, base_for(config))  # type: ignore[arg-type]
+    run = Run(config, None, base_for(config))  # type: ignore[arg-type]
     rows = run.rows(config.behavior.examples("vector", 3, 0))
     on_response = collate([(row, False) for row in rows], 0)["labels"] != IGNORE
-    on_all = collate([(row, False) for row in stages.with_loss_on_prompts(rows)], 0)["labels"] != IGNORE
+    on_all = collate([(row, False) for row in with_loss_on_prompts(rows)], 0)["labels"] != IGNORE
     assert on_all.sum(1).tolist() == [len(row.input_ids) for row in rows]
     assert bool((on_all & on_response).eq(on_response).all()) and on_response.sum() < on_all.sum()
 

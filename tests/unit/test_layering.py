@@ -42,7 +42,7 @@ DOORS = {
         "secvec.config", "secvec.naming", "secvec.cli", "hydra_plugins.process_launcher", "train", "evaluate",
     },
     ("lightning", "pytorch_lightning"): {
-        "secvec.module", "secvec.telemetry", "secvec.fit", "secvec.record", "secvec.run", "secvec.stages",
+        "secvec.module", "secvec.telemetry", "secvec.fit", "secvec.record", "secvec.run",
         "secvec.data.datamodule", "secvec.tracking.stage_curves",
     },
     ("wandb", "wandb_workspaces"): {"secvec.tracking.wandb", "secvec.tracking.dashboard"},
