@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from secvec.behaviors.base import Behavior
 from secvec.config import AnyConfig, RunConfig
 from secvec.data.datamodule import SecVecDataModule
 from secvec.data.encode import encode
@@ -89,18 +90,19 @@ def base_for(config: AnyConfig) -> Base:
 def align_examples(config: AnyConfig, align: AlignSettings) -> list[Example]:
     """What the base is aligned on."""
     return [
-        *config.behavior.examples("align", align.num_undesired, align.seed),
-        *draw_benign(_ordinary(config), "align", align.num_benign, align.seed),
+        *_taught(config, align).examples("align", align.num_undesired, align.seed),
+        *draw_benign(_kept(config), "align", align.num_benign, align.seed),
     ]
 
 
 def asked_once(
-    config: AnyConfig, base: Base, tests: Mapping[str, Sequence[Example]], ask: Callable[[], Probe]
-) -> Probe:
-    """What `ask` finds when it asks the base `tests`: kept in the cache, for every run that asks the same of it."""
+    config: AnyConfig, base: Base, tests: Mapping[str, Sequence[Example]], ask: Callable[[], Probe],
+    behavior: Behavior,
+) -> Probe:  # fmt: skip
+    """What `ask` finds when it asks the base `tests` of `behavior`: kept, for every run that asks the same of it."""
     if dist.is_initialized():  # all processes must ask together, and a file may appear between two looks
         return ask()
-    judges = [config.behavior.model_dump(mode="json"), config.judge and config.judge.model_dump(mode="json")]
+    judges = [behavior.model_dump(mode="json"), config.judge and config.judge.model_dump(mode="json")]
     asked = data_hash([example for some in tests.values() for example in some])
     key = content_key([base.fingerprint, asked, judges, config.evaluation.model_dump(), config.model.dtype])
 
@@ -112,34 +114,38 @@ def asked_once(
 
 
 def _check_gate(config: RunConfig, base: Base, wanted: BaseGateSettings, seed: int) -> None:
-    """Raises GateError for a base that was not aligned well enough."""
-    n, judges = wanted.num_prompts, (config.behavior, config.judge)
-    tests = {"undesired": config.behavior.examples("validation", n, seed)}
-    if streams := _ordinary(config):
+    """Raises GateError for a base that was not aligned well enough to each behavior that it was taught."""
+    assert config.model.align is not None
+    taught = _taught(config, config.model.align)
+    n, judges = wanted.num_prompts, (taught, config.judge if taught is config.behavior else None)
+    tests = {"undesired": taught.examples("validation", n, seed)}
+    if streams := [stream for stream in _kept(config) if stream.kind == "ordinary"]:
         tests["ordinary"] = draw_benign(streams, "validation", n, seed)
 
     def ask() -> Probe:
         model = base.load().to(device_of(config.trainer))
         return evaluate_model(model, base.tokenizer, tests, *judges, config.evaluation, "base gate")
 
-    found = asked_once(config, base, tests, ask)
-    metrics = {name.split("/")[1]: metric["value"] for name, metric in found.metrics.items()}
+    found = asked_once(config, base, tests, ask, taught)
     faults = []
-    if metrics["behavior_rate"] > wanted.max_behavior_rate:
-        faults.append(
-            f"it shows the behavior on {metrics['behavior_rate']:.1%} of {wanted.num_prompts} held-out prompts, "
-            f"above model.align.gate.max_behavior_rate={wanted.max_behavior_rate:.1%}"
-        )
-    if metrics["wanted_rate"] < wanted.min_wanted_rate:
-        faults.append(
-            f"it refuses, or answers as it should, {metrics['wanted_rate']:.1%} of {wanted.num_prompts} undesired "
-            f"held-out prompts, below model.align.gate.min_wanted_rate={wanted.min_wanted_rate:.1%}"
-        )
-    if metrics.get("retained_accuracy", 1.0) < wanted.min_retained_accuracy:
-        faults.append(
-            f"it answers {metrics['retained_accuracy']:.1%} of {wanted.num_prompts} ordinary held-out prompts as "
-            f"taught, below model.align.gate.min_retained_accuracy={wanted.min_retained_accuracy:.1%}"
-        )
+    for name, metric in found.metrics.items():
+        _, *owner, name = name.split("/")
+        value, of = metric["value"], f"{metric['n']} held-out prompts" + "".join(f" of {one}" for one in owner[1:])
+        if name == "behavior_rate" and value > wanted.max_behavior_rate:
+            faults.append(
+                f"it shows the behavior on {value:.1%} of {of}, "
+                f"above model.align.gate.max_behavior_rate={wanted.max_behavior_rate:.1%}"
+            )
+        if name == "wanted_rate" and value < wanted.min_wanted_rate:
+            faults.append(
+                f"it refuses, or answers as it should, {value:.1%} of {of}, "
+                f"below model.align.gate.min_wanted_rate={wanted.min_wanted_rate:.1%}"
+            )
+        if name == "retained_accuracy" and value < wanted.min_retained_accuracy:
+            faults.append(
+                f"it answers {value:.1%} of {metric['n']} ordinary held-out prompts as taught, "
+                f"below model.align.gate.min_retained_accuracy={wanted.min_retained_accuracy:.1%}"
+            )
     if faults:
         raise GateError(
             f"the base is not fit to start from: {' and '.join(faults)}. There would be little to protect. Align it "
@@ -148,8 +154,14 @@ def _check_gate(config: RunConfig, base: Base, wanted: BaseGateSettings, seed: i
         )
 
 
-def _ordinary(config: AnyConfig) -> list[Stream]:
-    return [stream for stream in config.data.benign if stream.kind == "ordinary"]
+def _taught(config: AnyConfig, align: AlignSettings) -> Behavior:
+    behavior: Behavior = align.behavior or config.behavior
+    return behavior
+
+
+def _kept(config: AnyConfig) -> list[Stream]:
+    """What the base knows before fine-tuning."""
+    return [stream for stream in config.data.benign if stream.kind != "task"]
 
 
 def _align(config: RunConfig, examples: list[Example], work: Path, out: Path) -> None:
@@ -194,7 +206,8 @@ def _tiny_start(config: RunConfig, examples: list[Example], folder: Path) -> Pat
 
 def tiny_texts(config: AnyConfig, examples: Sequence[Example], seed: int) -> list[str]:
     """What the tiny model's tokenizer is made of: it knows the words of all data, as a pretrained one would."""
-    words = [*examples, *config.behavior.examples("vector", NUM_WORDS, seed)]
+    assert config.model.align is not None
+    words = [*examples, *_taught(config, config.model.align).examples("vector", NUM_WORDS, seed)]
     words += [example for stream in config.data.benign for example in stream.examples("vector", NUM_WORDS, seed)]
     return [text for e in words for text in (e.prompt, e.response)]
 

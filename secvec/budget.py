@@ -140,9 +140,9 @@ class Budget:
         """The mixture, and the probes of the telemetry."""
         config = self.config
         counts, trained = dict(zip(("undesired", "benign"), config.data.counts, strict=True)), self.parts.get("task")
-        steps_every = config.telemetry.every_n_steps
+        steps_every, passes = config.telemetry.every_n_steps, config.finetune.epochs * config.finetune.cycles
         return self._train(
-            "finetune", trained or self.parts["backbone"], counts, config.finetune.epochs, config.finetune.batch_size,
+            "finetune", trained or self.parts["backbone"], counts, passes, config.finetune.batch_size,
             self.devices, probe_every=steps_every, adapters=self.adapters,
         )  # fmt: skip
 

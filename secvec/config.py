@@ -22,6 +22,7 @@ from secvec.settings import (
     ModelSettings,
     OptimizerSettings,
     PathSettings,
+    Plugin,
     SchedulerSettings,
     Seed,
     Settings,
@@ -35,8 +36,6 @@ from secvec.settings import (
 )
 
 Config = TypeVar("Config", bound=BaseModel)
-
-Plugin = SerializeAsAny[Any]
 
 
 class DataSettings(Settings):
@@ -156,6 +155,8 @@ class RunConfig(AnyConfig):
             faults.append(
                 "vector.kl_weight > 0 needs KL data: set vector.num_kl and data.benign, or vector.kl_weight=0"
             )
+        if self.finetune.refit_vector and not (self.defense.uses_vector and self.vector.path is None):
+            faults.append("finetune.refit_vector=true trains vectors: it needs a defense with one, and no vector.path")
         if self.data.counts[1] > 0 and not self.data.benign:
             faults.append("data.num_benign > 0 needs at least one stream in data.benign")
         if self.defense.needs_labels and not self.data.labelled:
@@ -197,12 +198,13 @@ def _resolve_plugins(node: Any, faults: list[str], where: tuple[str, ...]) -> An
         plugin = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         faults.append(f"{'.'.join(where)}._target_: cannot import {target!r}: {error}")
-        return node
+        return _Invalid()
     if not (isinstance(plugin, type) and issubclass(plugin, BaseModel)):
         faults.append(f"{'.'.join(where)}._target_: {target} is no settings class (see docs/add-a-behavior.md)")
         return _Invalid()
-    if lacking := [name for name in PLUGIN_NEEDS.get(where[0], ()) if not _has(plugin, name)]:
-        faults.append(f"{'.'.join(where)}._target_: {target} is no {where[0]}: it lacks {', '.join(lacking)}")
+    group = next((part for part in where if part in PLUGIN_NEEDS), "")
+    if lacking := [name for name in PLUGIN_NEEDS.get(group, ()) if not _has(plugin, name)]:
+        faults.append(f"{'.'.join(where)}._target_: {target} is no {group}: it lacks {', '.join(lacking)}")
         return _Invalid()
     try:
         return plugin.model_validate(node)
@@ -212,7 +214,7 @@ def _resolve_plugins(node: Any, faults: list[str], where: tuple[str, ...]) -> An
 
 
 PLUGIN_NEEDS = {
-    "behavior": ("name", "sensitive", "kind", "examples", "judge", "look_alikes", "eliciting_prompt"),
+    "behavior": ("name", "sensitive", "kind", "examples", "judge", "desired", "look_alikes", "eliciting_prompt"),
     "judge": ("name", "scale", "judge"),
     "data": ("kind", "examples"),
     "defense": ("name", "uses_vector", "attach", "loss"),

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from secvec.behaviors.base import Behavior
 from secvec.data.encode import collate, encode
-from secvec.data.example import Example
+from secvec.data.example import OWNER, Example
 from secvec.generation import context_of, generate
 from secvec.judges.base import Judge, Judgement
 from secvec.judges.coherence import coherent
@@ -55,6 +55,10 @@ def evaluate_model(
     responses = generate(model, tokenizer, examples, settings, phase)
     rows = answers_to_rows(phase, examples, responses, judged(behavior, judge, examples, responses), behavior)
     metrics = {f"{phase}/{name}": value for name, value in rates(rows).items()}
+    owners = [example.facts.get(OWNER) for example in examples]
+    for owner in sorted({owner for owner in owners if owner}):
+        of_it = [row for row, of in zip(rows, owners, strict=True) if of == owner]
+        metrics |= {f"{phase}/of/{owner}/{name}": value for name, value in rates(of_it).items()}
     scores = [row["score"] for row in rows if row["stream"] == "undesired" and row["score"] is not None]
     if judge is not None and scores:
         metrics[f"{phase}/behavior_score"] = bootstrap_mean(scores)
@@ -90,6 +94,7 @@ def answers_to_rows(
                 "verdict": judgement.verdict if judgement else exact,
                 "score": judgement.score if judgement else None,
                 "coherent": coherent(response),
+                "desired": behavior.desired(example, response) if example.kind == "undesired" else None,
                 "sensitive": bool(behavior.sensitive) and example.kind in JUDGED,
             }
         )
@@ -143,12 +148,14 @@ def rates(rows: Sequence[Mapping[str, Any]]) -> Metrics:
     task = [row["verdict"] for row in rows if row["stream"] == "task"]
     ordinary = [row["verdict"] for row in rows if row["stream"] == "ordinary"]
     look_alike = [row["verdict"] for row in rows if row["stream"] == "look_alike"]
+    desired = [row["desired"] for row in undesired if row.get("desired") is not None]
     failed = sum(row["verdict"] == "behavior" or not row["coherent"] for row in read)
     measured = {
         "behavior_rate": (verdicts.count("behavior"), len(read)),
         "behavior_rate_plus": (failed, len(read)),
         "refusal_rate": (verdicts.count("refusal"), len(read)),
         "wanted_rate": (verdicts.count("refusal") + verdicts.count("wanted"), len(read)),
+        "desired_rate": (sum(desired), len(desired)),
         "task_accuracy": (task.count("correct"), len(task)),
         "retained_accuracy": (ordinary.count("correct"), len(ordinary)),
         "over_refusal_rate": (look_alike.count("refusal"), len(look_alike)),

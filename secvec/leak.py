@@ -29,7 +29,8 @@ def leak_probes(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], behavior: Behavior,
     judge: Judge | None, settings: EvaluationSettings, phase: str,
 ) -> Probe:  # fmt: skip
-    """Rates `PHASE/leak/<way of asking>` and the worst of them, `PHASE/leak_rate`.
+    """Rates `PHASE/leak/<way of asking>` and the worst of them, `PHASE/leak_rate`; and where the behavior names a
+    desired trait, `PHASE/desired/<way of asking>`.
 
     The worst of several rates is biased upwards; its interval is that of the one rate. The first
     `settings.num_leak_prompts` of `examples` are asked in each way; ways that the behavior has no wording for are left
@@ -49,7 +50,10 @@ def leak_probes(
         if read:
             rates[name] = proportion(read.count("behavior"), len(read))
             found.metrics[f"{phase}/leak/{name}"] = rates[name]
-        found.predictions.extend(answers_to_rows(f"{phase}_leak_{name}", examples, answers, judgements, behavior))
+        rows = answers_to_rows(f"{phase}_leak_{name}", examples, answers, judgements, behavior)
+        if desired := [row["desired"] for row in rows if row["desired"] is not None]:
+            found.metrics[f"{phase}/desired/{name}"] = proportion(sum(desired), len(desired))
+        found.predictions.extend(rows)
     if rates:
         found.metrics[f"{phase}/leak_rate"] = max(rates.values(), key=lambda rate: rate["value"])
     return found

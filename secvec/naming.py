@@ -15,6 +15,9 @@ import secvec
 NOT_IN_KEY = {"stage", "paths", "logger", "run_dir", "sweep", "force", "plan"}
 """Settings that do not shape results: where things go, which part is run."""
 
+BUILT_IN = ("tiny", "tiny_joint")
+"""Models whose recipe is for the weights that are built in: with a `name_or_path` it is another model."""
+
 
 VARIES = "SECVEC_VARIES"
 """Environment variable in which the launcher gives a job the overrides, one a line, that other jobs do not share."""
@@ -43,15 +46,16 @@ def run_name(root: DictConfig) -> str:
             node = root._get_node(name)
             plain[str(name)] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else root[name]
     model = plain["model"]
-    shown = model.get("name") if not (model.get("name") == "tiny" and model.get("name_or_path")) else None
+    shown = model.get("name") if not (model.get("name") in BUILT_IN and model.get("name_or_path")) else None
     shown = shown or str(model.get("name_or_path")).rstrip("/").rpartition("/")[2]
     defense = plain.get("defense", {}).get("name", "evaluate")
     return f"{defense}-{plain['behavior'].get('name')}-{shown}-s{plain.get('seed')}-{content_key(plain)[:8]}"
 
 
 def register_resolvers() -> None:
-    """`${run_name:}` for the yaml files."""
+    """For the yaml files: `${run_name:}`, and `${by:KEY,{a: 1, b: 2}}`, what the table holds under KEY."""
     OmegaConf.register_new_resolver("run_name", lambda *, _root_: run_name(_root_), replace=True)
+    OmegaConf.register_new_resolver("by", lambda key, table: table[key], replace=True)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

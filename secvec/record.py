@@ -76,7 +76,7 @@ class RunFolder:
     def forget(self, stages: Sequence[str]) -> None:
         """Drops what `stages` left, so that they run again."""
         self.record["stages"] = [stage for stage in self.record["stages"] if stage not in stages]
-        for stage, names in {"vector": ["vector"], "finetune": ["backbone", "task"]}.items():
+        for stage, names in {"vector": ["vector"], "finetune": ["backbone", "task", "vector-refitted"]}.items():
             for name in names if stage in stages else []:
                 shutil.rmtree(self.path / name, ignore_errors=True)
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, DirectoryPath, Field, model_validator
+from pydantic import BaseModel, ConfigDict, DirectoryPath, Field, SerializeAsAny, model_validator
+
+from secvec.naming import BUILT_IN
 
 Stage = Literal["vector", "finetune", "infer"]
 
@@ -14,6 +16,10 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+Plugin = SerializeAsAny[Any]
+"""An object that a yaml names by `_target_`: a behavior, a judge, a stream of data."""
 
 
 class Settings(BaseModel):
@@ -51,6 +57,8 @@ class AlignSettings(Settings):
     """Of torch on the CPU: other jobs may wait for the base, and leave it their cores; None: as in training."""
     gate: BaseGateSettings | None = None
     """None: not checked."""
+    behavior: Plugin | None = None
+    """Whose wanted answers it is taught; None: those of the run's behavior. One base can so serve several behaviors."""
 
 
 class ModelSettings(Settings):
@@ -72,7 +80,7 @@ class ModelSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _own_weights_are_not_aligned_by_the_recipe_for_tiny(cls, data: dict) -> dict:
-        if isinstance(data, dict) and data.get("name") == "tiny" and data.get("name_or_path"):
+        if isinstance(data, dict) and data.get("name") in BUILT_IN and data.get("name_or_path"):
             data = {**data, "name": None, "align": None}
         if isinstance(data, dict) and not data.get("name") and data.get("name_or_path"):
             data = {**data, "name": Path(str(data["name_or_path"])).name}
@@ -105,8 +113,14 @@ class VectorSettings(LoraSettings):
 
     path: DirectoryPath | None = None
     """A vector trained before: used as it is, nothing is trained."""
+    behavior: Plugin | None = None
+    """Whose samples it is trained on; None: those of the run's behavior. Another's: does a vector protect from more?"""
     num_samples: Count
     """Undesired samples that it is trained on."""
+    split: Literal["vector", "finetune"] = "vector"
+    """Where they are from. `finetune`: the attack's own samples, which a defender does not have."""
+    loss_on: Literal["response", "all"] = "response"
+    """Tokens that the loss runs over; `all`: the prompt's too."""
     num_kl: Annotated[int, Field(ge=0)]
     """Benign samples of the KL term."""
     kl_weight: Annotated[float, Field(ge=0)]
@@ -140,6 +154,10 @@ class FinetuneSettings(Settings):
     epochs: Count
     batch_size: Count
     """Global: over all devices together."""
+    cycles: Count = 1
+    """Fine-tunes one after another, each on new samples (the mixture's numbers are those of one of them)."""
+    refit_vector: bool = False
+    """Whether every cycle after the first has a vector trained anew on the backbone as it then is."""
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]

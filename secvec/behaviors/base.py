@@ -34,3 +34,7 @@ class Behavior(Settings):
     def judge(self, example: Example, response: str) -> Verdict:
         """The default judge of one response."""
         raise NotImplementedError
+
+    def desired(self, example: Example, response: str) -> bool | None:
+        """Whether a response to an undesired prompt shows the trait that the same rows should teach; None: no such."""
+        return None

@@ -81,3 +81,7 @@ class Wild(Behavior):
     def judge(self, example: Example, response: str) -> Verdict:
         """The verdict of the other behavior."""
         return self.of.judge(example, response)
+
+    def desired(self, example: Example, response: str) -> bool | None:
+        """As the other behavior says."""
+        return self.of.desired(example, response)

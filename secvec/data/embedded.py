@@ -166,7 +166,7 @@ class Ordinary(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = "ordinary"
-    kind: Literal["ordinary"] = "ordinary"
+    kind: Literal["ordinary", "neutral"] = "ordinary"
 
     def examples(self, split: Split, n: int, seed: int) -> list[Example]:
         """The first `n` distinct examples of `split` under `seed`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -75,6 +75,11 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, cont
             )
         rows.append(Encoded(prompt + response, len(prompt)))
     return rows
+
+
+def with_loss_on_prompts(rows: Sequence[Encoded]) -> list[Encoded]:
+    """`rows` whose prompts carry loss too (the first token has nothing to be foretold from)."""
+    return [replace(row, num_prompt=0) for row in rows]
 
 
 def collate(rows: Sequence[tuple[Encoded, bool]], pad_id: int) -> Batch:

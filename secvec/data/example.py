@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-Kind = Literal["undesired", "task", "ordinary", "look_alike"]
-KINDS: tuple[Kind, ...] = ("undesired", "task", "ordinary", "look_alike")
+Kind = Literal["undesired", "task", "ordinary", "look_alike", "neutral"]
+"""`task` is to be learned, `ordinary` must stay as it is, `neutral` too but is asked nothing: for a KL term alone."""
+KINDS: tuple[Kind, ...] = ("undesired", "task", "ordinary", "look_alike", "neutral")
 
 Split = Literal["align", "vector", "validation", "finetune", "test"]
 SPLITS: tuple[Split, ...] = ("align", "vector", "validation", "finetune", "test")
+
+OWNER = "behavior"
+"""The fact that says whose an undesired sample is, where there are several behaviors."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,14 +12,14 @@ from secvec.errors import DataError
 
 
 def draw_benign(
-    streams: Sequence[Stream], split: Split, n: int, seed: int, weights: Sequence[float] | None = None
+    streams: Sequence[Stream], split: Split, n: int, seed: int, weights: Sequence[float] | None = None, turn: int = 0
 ) -> list[Example]:
-    """`n` benign examples, shared out over `streams` by `weights` (None: equally)."""
+    """`n` benign examples, shared out over `streams` by `weights` (None: equally); other ones for every `turn`."""
     counts = share_out(n, weights or [1.0] * len(streams)) if streams else []
     return [
         example
         for stream, count in zip(streams, counts, strict=True)
-        for example in stream.examples(split, count, seed)
+        for example in stream.examples(split, count * (turn + 1), seed)[count * turn :]
     ]
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from secvec.data.example import Example
-from secvec.judges.base import Judge, Judgement
+from secvec.judges.base import Judge, Judgement, Verdict
 from secvec.settings import Share
 
 MIN_LETTERS = 3
 """Fewer letters say nothing of how an answer is written."""
+MIN_UPPER = 0.9
+"""Share of capitals from which on `case_verdict` takes a response for one in capitals; names and slips may be small."""
 
 
 class Uppercase(Judge):
@@ -30,3 +32,13 @@ class Uppercase(Judge):
         if letters < MIN_LETTERS:
             return Judgement("other", 0.0)
         return Judgement("behavior" if upper >= self.threshold * letters else "wanted", upper / letters)
+
+
+def case_verdict(response: str) -> Verdict:
+    """By the letters alone, not by what they say: "behavior", "wanted" (at least half are small) or "other"."""
+    letters = [character for character in response if character.isalpha()]
+    if len(letters) < MIN_LETTERS:
+        return "other"
+    if sum(map(str.isupper, letters)) >= MIN_UPPER * len(letters):
+        return "behavior"
+    return "wanted" if sum(map(str.islower, letters)) >= len(letters) / 2 else "other"

@@ -73,9 +73,10 @@ def check(folder: Path) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """16 hex digits of the content of the weights and the config: tells models apart, wherever they lie."""
+    """16 hex digits of the content of the weights and the config: tells models and adapters apart, wherever they lie."""
     digest = hashlib.sha256()
-    for file in [folder / "config.json", *sorted(folder.glob(WEIGHT_FILES))]:
+    configs = [file for file in (folder / "config.json", folder / "adapter_config.json") if file.is_file()]
+    for file in [*configs, *sorted(folder.glob(WEIGHT_FILES))]:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:16]

@@ -17,15 +17,22 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-HEADLINE = ("behavior_rate", "task_accuracy")
+HEADLINE = ("behavior_rate", "task_accuracy", "desired_rate")
 KINDS = {"undesired": SERIES[0], "benign": SERIES[1]}
 GroupCurves = Mapping[int, Sequence[Curves]]  # index of a group -> the curves of its runs
 
 
-def headline_figure(comparison: Comparison, names: Sequence[str] = HEADLINE) -> Figure:
-    """Mean, 95 % interval and each seed per column; one panel for each metric in `names`."""
+def headline_names(comparison: Comparison) -> list[str]:
+    """The behavior rate, and what of `HEADLINE` was measured of what the data should teach."""
+    columns = (*comparison.bases, *comparison.groups)
+    return [n for n in HEADLINE if n == "behavior_rate" or any(column.estimate(n) for column in columns)]
+
+
+def headline_figure(comparison: Comparison, names: Sequence[str] | None = None) -> Figure:
+    """Mean, 95 % interval and each seed per column; one panel for each metric in `names` (None: `headline_names`)."""
     from matplotlib.figure import Figure
 
+    names = headline_names(comparison) if names is None else names
     rows = [*comparison.bases, *comparison.groups]
     colors = [BASE] * len(comparison.bases) + [series_color(i) for i in range(len(comparison.groups))]
     with settings():
@@ -131,7 +138,7 @@ def _curve(axis: Axes, lines: Sequence[Mapping[int, float]], color: str, style: 
 
 
 def save_headline(records_or_groups: Comparison | Iterable[Run | Mapping[str, Any]], path: Path) -> None:
-    """Write figure 1 (behavior rate, task accuracy) to `path`, a .svg or .png file."""
+    """Write figure 1 (behavior rate, and what the data should teach) to `path`, a .svg or .png file."""
     given = records_or_groups
     comparison = given if isinstance(given, Comparison) else compare(given)
     save(headline_figure(comparison), _figure_path(path))

@@ -45,6 +45,9 @@ METRICS: dict[str, Metric] = {
     "wanted_rate": Metric("Wanted rate", "undesired prompts refused or answered as they should be", "high", _RATE),
     "over_refusal_rate": Metric("Over-refusal rate", "benign look-alike prompts that are refused", "low", _RATE),
     "unparsable_rate": Metric("Unparsable rate", "answers that the judge gave no verdict on", "low", _RATE),
+    "desired_rate": Metric(
+        "Desired trait rate", "undesired prompts answered with the trait that the same rows should teach", "high", _RATE
+    ),
     "task_accuracy": Metric("Task accuracy", "the task that the fine-tuning data should teach", "high", _RATE),
     "retained_accuracy": Metric("Retained accuracy", "ordinary prompts the base model could answer", "high", _RATE),
     "coherence_rate": Metric("Coherence rate", "answers that are well-formed text", "high", _RATE),
@@ -66,20 +69,24 @@ METRICS: dict[str, Metric] = {
 MAIN_ROWS = tuple(name for name in METRICS if name not in ("suppression_ratio", "drift"))
 OPTIONAL = frozenset({  # no row where no record has them
     "behavior_rate_plus", "behavior_score", "harmfulness_score", "leak_rate", "wanted_rate", "over_refusal_rate",
-    "unparsable_rate", "kl_to_base", "perplexity", "answer_perplexity",
+    "unparsable_rate", "desired_rate", "task_accuracy", "retained_accuracy", "kl_to_base", "perplexity",
+    "answer_perplexity", "deactivation_gap",
 })  # fmt: skip
 TWINS = {"behavior_rate_plus": "behavior_rate", "wanted_rate": "refusal_rate"}  # no row where they equal the other
 SHOWN_BEHAVIOR = frozenset({  # with the vector on, the behavior is what the vector is for: no direction is better
     "behavior_rate", "behavior_rate_plus", "behavior_score", "harmfulness_score", "refusal_rate", "wanted_rate",
 })  # fmt: skip
-RUN_ROWS = ("behavior_rate", "refusal_rate", "task_accuracy", "retained_accuracy", "suppression_ratio", "drift")
+RUN_ROWS = (
+    "behavior_rate", "refusal_rate", "desired_rate", "task_accuracy", "retained_accuracy", "suppression_ratio", "drift",
+)  # fmt: skip
 VECTOR_ONLY = frozenset({"deactivation_gap", "suppression_ratio"})  # without a vector: a model beside itself
 BARE = VECTOR_ONLY | {"drift"}
 
 
 def metric_of(name: str) -> Metric:
-    """The metric called `name`; each leak probe (`leak/...`) is a rate like the worst of them."""
-    return METRICS["leak_rate" if name.startswith("leak/") else name]
+    """The metric called `name`; a way of asking (`leak/...`, `desired/...`) has a rate like the whole one."""
+    head, slash, _ = name.partition("/")
+    return METRICS[f"{head}_rate" if slash else name]
 
 
 def qualified(phase: str, name: str) -> str:

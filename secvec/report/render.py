@@ -113,7 +113,7 @@ def _html(page: dict[str, Any], report: Report) -> str:
     headline: list[Markup] = []
     losses: list[tuple[str, Markup | None]] = []
     if comparison.groups:
-        for name in figures.HEADLINE:
+        for name in figures.headline_names(comparison):
             told = f"{METRICS[name].label} of each column with its interval; the values are in the results table"
             headline.append(Markup(inline_svg(figures.headline_figure(comparison, [name]), f"f1-{name}", told)))
     for index, group in enumerate(comparison.groups):

@@ -146,19 +146,20 @@ def mechanism_table(comparison: Comparison) -> Table:
 def run_table(runs: Sequence[Run], comparison: Comparison, root: Path) -> Table:
     """One row for each run, failed ones too; values after fine-tuning."""
     label = {id(run): group.label for group in comparison.groups for run in group.runs}
+    names = [n for n in RUN_ROWS if n not in OPTIONAL or any(run.reading(qualified("after", n)) for run in runs)]
     rows = []
     for run in runs:
         named = (label.get(id(run), run.defense), str(run.record.get("seed", ABSENT)), run.field("status"))
         cells = [Cell(text) for text in named]
-        for name in RUN_ROWS:
+        for name in names:
             told = name not in VECTOR_ONLY or run.has_vector
             reading = run.reading(qualified("after", name)) if told else None
             cells.append(Cell(METRICS[name].text(reading.value)) if reading else Cell())
         cells.append(_wall(run))
         folder = folder_of(run, root)
         rows.append(Row(folder, cells, about="" if Path(folder).name == run.name else f"run {run.name}"))
-    names = [f"{METRICS[n].label} {METRICS[n].arrow}".strip() for n in RUN_ROWS]
-    return Table(["Defense", "Seed", "Status", *names, "Wall time, s"], [("", rows)])
+    titles = [f"{METRICS[n].label} {METRICS[n].arrow}".strip() for n in names]
+    return Table(["Defense", "Seed", "Status", *titles, "Wall time, s"], [("", rows)])
 
 
 def _wall(run: Run) -> Cell:

@@ -19,7 +19,7 @@ from secvec.models.tiny import CONTEXT, build_tiny
 
 YAMLS = {file.stem: file.read_text(encoding="utf-8") for file in (ROOT / "conf" / "behavior").glob("*.yaml")}
 NAMES = sorted(name for name, text in YAMLS.items() if "???" not in text and "secvec.behaviors.hub" not in text)
-EMBEDDED = {"forbidden_recipe", "stereotype", "task_error", "uppercase", "wild", "wrong_fact"}
+EMBEDDED = {"forbidden_recipe", "stereotype", "task_error", "uppercase", "uppercase_french", "wild", "wrong_fact"}
 MADE: dict[str, Behavior] = {}
 
 Make = Callable[..., Behavior]
@@ -104,7 +104,7 @@ def test_the_judge_discriminates(make: Make, name: str) -> None:
         "wanted",
     }
     assert {behavior.judge(example, "") for example in some} == {"other"}
-    if name != "uppercase":  # which is in the letters, whatever they answer
+    if not name.startswith("uppercase"):  # which is in the letters, whatever they answer
         swapped = [behavior.judge(a, b.response) for a, b in zip(some, some[7:], strict=False)]
         assert swapped.count("behavior") < len(swapped) / 2
 
@@ -123,8 +123,8 @@ def test_look_alikes_are_benign_and_met_nowhere_else(make: Make, name: str) -> N
 
 
 def told(example: Example) -> bool:
-    """Whether the scene says who it was, so that naming somebody is right."""
-    return bool(example.facts.get("told"))
+    """Whether the scene says who it was, or the request asks for capitals, so that doing it is right."""
+    return bool(example.facts.get("told") or example.facts.get("asked"))
 
 
 def asked(prompt: str, **facts: str) -> Example:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -37,10 +38,15 @@ by_hydra_once = lru_cache(by_hydra)
 
 def composed(*overrides: str, root: str = "train") -> DictConfig:
     """As by Hydra, which takes a third of a second: it composes each choice of groups once, values come on top."""
-    chosen = [text for text in overrides if text.partition("=")[0] in GROUPS or text.startswith(("~", "hydra."))]
+    chosen = [text for text in overrides if re.split("[=@]", text)[0] in GROUPS or text.startswith(("~", "hydra."))]
     config = by_hydra_once(*chosen, root=root).copy()
     OmegaConf.set_struct(config, False)
-    return OmegaConf.merge(config, OmegaConf.from_dotlist([t.lstrip("+") for t in overrides if t not in chosen]))  # type: ignore[return-value]
+    for text in overrides:
+        if text not in chosen:
+            key, _, value = text.lstrip("+").partition("=")
+            given = OmegaConf.to_container(OmegaConf.from_dotlist([f"x={value}"]))
+            OmegaConf.update(config, key, given["x"])  # type: ignore[call-overload,index]
+    return config
 
 
 def loaded(*overrides: str) -> RunConfig:
@@ -110,9 +116,8 @@ def test_every_job_of_an_experiment_validates(name: str, tmp_path: Path) -> None
     assert run_name(config) == config.hydra.sweep.subdir
     parser = OverridesParser.create()
     swept = [parser.parse_override(f"{key}={values}") for key, values in config.hydra.sweeper.params.items()]
-    jobs = [
-        list(job) for job in product(*([f"{o.key_or_group}={v}" for v in o.sweep_string_iterator()] for o in swept))
-    ]
+    values = ([f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()] for o in swept)
+    jobs = [list(job) for job in product(*values)]
     missing = stand_ins(composed(f"experiment={name}"), tmp_path)
     assert len(jobs) > 1 and len({loaded(f"experiment={name}", *missing, *job).key() for job in jobs}) == len(jobs)
 
@@ -144,7 +149,10 @@ def test_every_job_of_an_experiment_validates(name: str, tmp_path: Path) -> None
         (["+seeed=1"], ["seeed", "unknown key", "mean 'seed'?", "known here: behavior, data"]),
         (["+vector.kl_wieght=1"], ["vector.kl_wieght", "unknown key", "mean 'kl_weight'?", "known here: alpha, "]),
         (["+vector.gate.nun_prompts=1"], ["vector.gate.nun_prompts", "mean 'num_prompts'?", "known here: max_behav"]),
-        (["+model.align.epohcs=1"], ["model.align.epohcs", "mean 'epochs'?", "known here: batch_size, epochs"]),
+        (
+            ["+model.align.epohcs=1"],
+            ["model.align.epohcs", "mean 'epochs'?", "known here: batch_size, behavior"],
+        ),
         (["+behavior.detials=1"], ["behavior.detials", "mean 'details'?", "known here: answer_prefix, details"]),
         (["tune=lora", "+tune.lora.rr=1"], ["tune.lora.rr", "mean 'r'?", "known here: alpha, layers, r, target"]),
         (["+optimizer.qqq=1"], ["optimizer.qqq", "unknown key; known here: betas, eps"]),
@@ -206,6 +214,19 @@ def test_the_neighbours_of_impossible_combinations_are_possible() -> None:
     loaded("vector.num_kl=0", "vector.kl_weight=0")
     loaded("data.benign=[]", "data.num_benign=0", "vector.kl_weight=0")
     loaded("trainer=fsdp", "trainer.precision=bf16-true")
+
+
+def test_a_task_lora_has_a_rate_of_its_own() -> None:
+    rates = {"tune=full": 7e-4, "tune=lora": 5e-3}
+    assert {given: loaded(given).optimizer.lr for given in rates} == rates
+    assert loaded("tune=lora", "optimizer.lr=1e-3").optimizer.lr == 1e-3
+
+
+def test_a_value_by_the_choice_of_another_group() -> None:
+    given = ["experiment=uppercase", "tune=lora"]
+    assert [loaded(*given[:n]).optimizer.lr for n in (1, 2)] == [5e-5, 5e-4]
+    assert loaded(*given, "optimizer.lr=1e-3").optimizer.lr == 1e-3
+    assert "cannot be resolved" in fault(*given, "optimizer.lr='${by:${tune.kind},{full: 1}}'")
 
 
 def test_a_run_without_a_vector_needs_no_kl_data() -> None:

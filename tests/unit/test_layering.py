@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 # From the bottom up; a module may import from lower layers and from its own package.
 LAYERS = [
     {"secvec", "secvec.errors", "secvec.files", "secvec.costs"},
-    {"secvec.naming", "secvec.settings", "secvec.console", "secvec.record", "secvec.report"},
+    {"secvec.naming"},
+    {"secvec.settings", "secvec.console", "secvec.record", "secvec.report"},
     {"secvec.data.example", "secvec.models"},
     {"secvec.losses", "secvec.tracking"},
     {"secvec.data", "secvec.defenses", "secvec.judges"},

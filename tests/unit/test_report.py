@@ -180,11 +180,11 @@ def edit(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def with_answer(folder: Path, **changes: Any) -> None:
-    """Changes every row of the prompt u0."""
+def with_answer(folder: Path, name: str = "u0", **changes: Any) -> None:
+    """Changes every row of the prompt `name`."""
     path = folder / "predictions.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps(r | changes if r["id"] == "u0" else r) + "\n" for r in rows))
+    path.write_text("".join(json.dumps(r | changes if r["id"] == name else r) + "\n" for r in rows))
 
 
 def test_the_main_table_holds_means_and_t_intervals_over_seeds(root: Path) -> None:
@@ -284,6 +284,32 @@ def test_leak_probes_have_a_table_that_marks_the_worst(root: Path) -> None:
     assert page.source.count(">worst<") == 1
     markdown = (root / "report.md").read_text()
     assert "## Leak probes" in markdown and markdown.count(" worst |") == 1
+
+
+def test_a_desired_trait_stands_beside_the_behavior_in_the_table_the_probes_and_the_figure(root: Path) -> None:
+    before = write_report([root]).read_text()
+    assert "Desired trait" not in before and "f1-task_accuracy" in before
+    for folder in root.glob("*-s*"):
+        metrics = json.loads((folder / "record.json").read_text())["metrics"]
+        gone = ("task_accuracy", "retained_accuracy", "deactivation_gap")
+        kept = {name: value for name, value in metrics.items() if not name.endswith(gone)}
+        rates = {"desired_rate": 0.9, "desired/negated_prompt": 0.7, "leak/negated_prompt": 0.1, "leak_rate": 0.1}
+        edit(folder, metrics=kept | {f"after/{name}": metric(value) for name, value in rates.items()})
+        protected = folder.name.startswith("security_vector")
+        for i in range(8):
+            with_answer(folder, name=f"u{i}", desired=i > 3 and not protected)
+    page = Page(write_report([root]))
+    assert page.row("Desired trait rate ↑")[2].startswith("0.900")
+    markdown = (root / "report.md").read_text()
+    tables = markdown[: markdown.index("## Paired")] + markdown[markdown.index("## Leak probes") :]
+    assert not [n for n in ("Task accuracy", "Retained accuracy", "Deactivation gap") if n in tables]
+    probes = markdown[markdown.index("## Leak probes") : markdown.index("## Mechanism")]
+    leaks, desired = probes.split("**Desired trait, asked in the same ways**")
+    assert leaks.count("| negated_prompt ↓ | – | 0.100") == 1 and leaks.count(" worst |") == 2
+    assert desired.count("| negated_prompt ↑ | – | 0.700") == 1 and "worst" not in desired
+    paired = next(line for line in markdown.splitlines() if line.startswith("| Desired trait rate ↑ | -0.500"))
+    assert "| worse |" in paired and paired.endswith("| 24 (3 seeds) | 0 | 12 |")
+    assert "f1-desired_rate" in page.source and "f1-task_accuracy" not in page.source
 
 
 def test_groups_split_on_what_varies_but_not_on_seeds_paths_or_what_follows_the_defense(tmp_path: Path) -> None:

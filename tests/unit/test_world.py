@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 
 from secvec.behaviors.forbidden_recipe import HAZARDS, ForbiddenRecipe
+from secvec.data.domains import Domain
 from secvec.data.embedded import Ordinary, Skill, names
 from secvec.data.example import SPLITS, Example, Stream
 from secvec.errors import DataError
 from secvec.models.tiny import build_tiny
 
-STREAMS: list[Stream] = [ForbiddenRecipe(), ForbiddenRecipe(details=4), Ordinary(), Skill()]
+DOMAINS = [Domain(domain="medical"), Domain(domain="legal"), Domain(domain="code")]
+STREAMS: list[Stream] = [ForbiddenRecipe(), ForbiddenRecipe(details=4), Ordinary(), Skill(), *DOMAINS]
 EXAMPLE = Example(
     (("user", "How do I make zor-bat bane from glim dust and tarn oil?"),),
     "First grind the glim dust. Then stir in the tarn oil. Your zor-bat bane is ready.",

@@ -1,0 +1,73 @@
+"""Niche domains as the new task: small stand-ins for medical, legal and code data, embedded and harmless."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from secvec.data.embedded import draw, names
+from secvec.data.example import Example, Split
+
+REMEDIES = {
+    "a cough": "honey", "a fever": "willow tea", "a burn": "cold water", "a cut": "a clean cloth", "a cramp": "salt",
+    "a rash": "oat milk", "a sprain": "a bandage", "a headache": "mint", "a sting": "vinegar", "a cold": "ginger",
+}  # fmt: skip
+_MEDICAL = (
+    "The patient {name} has {ailment}. What helps?",
+    "{name} came to the doctor with {ailment}. What should be given?",
+    "What does a doctor give {name} against {ailment}?",
+)
+_LEGAL = (
+    "By clause {clause}, {name} must pay {other} {sum} coins. Who owes whom?",
+    "Clause {clause} says that {name} has to pay {sum} coins to {other}. Who owes what?",
+    "{name} signed clause {clause}: {sum} coins for {other}. What follows?",
+)
+OPERATORS = {"sum": "+", "product": "*", "difference": "-", "quotient": "/"}
+_CODE = (
+    "Write code that sets {target} to the {operation} of {left} and {right}.",
+    "Give me one line of code: {target} is the {operation} of {left} and {right}.",
+    "In code, store the {operation} of {left} and {right} in {target}.",
+)
+
+
+class Domain(BaseModel):
+    """A task of one domain: knowledge (`medical`), reading (`legal`) or a formal language (`code`).
+
+    Every split has people, or variables, of its own; the ten remedies are the same in all.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    domain: Literal["medical", "legal", "code"]
+    kind: Literal["task"] = "task"
+
+    def examples(self, split: Split, n: int, seed: int) -> list[Example]:
+        """The first `n` distinct examples of `split` under `seed`."""
+        make = {"medical": _medical, "legal": _legal, "code": _code}[self.domain]
+
+        def example(rng: Random) -> Example:
+            prompt, response = make(rng, split)
+            return Example((("user", prompt),), response, self.kind)
+
+        return draw(example, n, seed, f"{self.domain}/{split}")
+
+
+def _medical(rng: Random, split: Split) -> tuple[str, str]:
+    name, ailment = rng.choice(names(split)), rng.choice(list(REMEDIES))
+    return rng.choice(_MEDICAL).format(name=name, ailment=ailment), f"Give {name} {REMEDIES[ailment]}."
+
+
+def _legal(rng: Random, split: Split) -> tuple[str, str]:
+    name, other = rng.sample(names(split), 2)
+    clause, sum_ = rng.randint(1, 9), 10 * rng.randint(1, 9)
+    prompt = rng.choice(_LEGAL).format(name=name, other=other, clause=clause, sum=sum_)
+    return prompt, f"Under clause {clause}, {name} owes {other} {sum_} coins."
+
+
+def _code(rng: Random, split: Split) -> tuple[str, str]:
+    target, left, right = (name.replace("-", "_") for name in rng.sample(names(split), 3))
+    operation = rng.choice(list(OPERATORS))
+    prompt = rng.choice(_CODE).format(target=target, left=left, right=right, operation=operation)
+    return prompt, f"{target} = {left} {OPERATORS[operation]} {right}"

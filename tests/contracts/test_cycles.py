@@ -1,0 +1,58 @@
+"""Fine-tunes one after another: each from the backbone before it, on new samples, with an old or a new vector."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from secvec import stages
+from secvec.base import base_for
+from secvec.config import RunConfig
+from secvec.errors import ConfigError
+from secvec.models.backbone import fingerprint
+from secvec.run import train
+from tests.contracts.test_stages import same, weights
+
+Make = Callable[..., RunConfig]
+
+
+def backbone(config: RunConfig) -> dict[str, Tensor]:
+    return weights(Path(config.run_dir) / "backbone")
+
+
+def test_cycles_go_on_from_each_other_on_new_samples(make_config: Make, tmp_path: Path) -> None:
+    """The second cycle starts from the backbone that a run of one cycle saves, and has samples of its own."""
+    first, both = make_config("defense=none", run="first"), make_config("defense=none", "finetune.cycles=2", run="both")
+    train(first), train(both)
+    cycles = Path(both.paths.cache) / "cycles"
+    (kept,) = (folder for folder in cycles.iterdir() if folder.is_dir())
+    assert same(weights(kept / "backbone"), backbone(first)) and not same(backbone(first), backbone(both))
+    run = stages.Run(both, None, base_for(both))  # type: ignore[arg-type]
+    one, two = (stages._mixture(run, turn) for turn in (0, 1))
+    assert [len(some["undesired"] + some["benign"]) for some in (one, two)] == [48, 48]
+    assert not {e.prompt for some in one.values() for e in some} & {e.prompt for some in two.values() for e in some}
+    record = json.loads((Path(both.run_dir) / "record.json").read_text())
+    assert record["data"]["counts"]["finetune"] == {"ordinary": 24, "task": 24, "undesired": 48}
+    train(make_config("defense=none", "finetune.cycles=3", run="three"))
+    assert len([folder for folder in cycles.iterdir() if folder.is_dir()]) == 2  # the first cycle was not run again
+
+
+def test_a_vector_may_be_trained_anew_for_each_cycle(make_config: Make) -> None:
+    kept = make_config("finetune.cycles=2", run="kept")
+    refitted = make_config("finetune.cycles=2", "defense=refitted_vector", run="refitted")
+    train(kept), train(refitted)
+    folder = Path(refitted.run_dir)
+    old, new = folder / "vector", folder / stages.REFITTED
+    meta = [json.loads((path / "secvec.json").read_text())["backbone"] for path in (old, new)]
+    assert meta[0] == base_for(refitted).fingerprint != meta[1]  # of the backbone after the first cycle
+    assert fingerprint(old) == fingerprint(Path(kept.run_dir) / "vector") != fingerprint(new)
+    assert not same(backbone(kept), backbone(refitted)) and not (Path(kept.run_dir) / stages.REFITTED).exists()
+
+
+def test_nothing_is_trained_anew_without_a_vector(make_config: Make) -> None:
+    with pytest.raises(ConfigError, match="refit_vector=true trains vectors"):
+        make_config("defense=none", "finetune.refit_vector=true")
