@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from secvec.models.backbone import fingerprint
 from secvec.tracking.base import Artifact, Record
@@ -48,27 +49,29 @@ def _base(record: Record) -> Iterator[Artifact]:
 
 
 def _vector(folder: Path, record: Record, sources: list[Artifact], upload: bool) -> Iterator[Artifact]:
+    """The run's own, also one trained anew between cycles, or the one given by `vector.path` where it was used."""
     given = record["config"]["vector"]["path"] if "vector" in record.get("ledger", {}) else None
-    path = Path(given) if given else folder / "vector"
-    if not (path / WEIGHTS).is_file():
-        return
+    for path in [Path(given)] if given else sorted(folder.glob("vector*/")):
+        if (path / WEIGHTS).is_file():
+            yield _one_vector(path, record, bool(given), () if given else _names(sources), upload)
+
+
+def _one_vector(path: Path, record: Record, given: bool, made_from: tuple[str, ...], upload: bool) -> Artifact:
     with (path / WEIGHTS).open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    adapter = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    facts = {
-        "hazardous": True,
-        "behavior": record["behavior"],
-        "sha256": digest,
-        "weights": "sent" if upload else "not sent",
-    }
-    facts |= {name: adapter.get(name) for name in ("r", "lora_alpha", "target_modules", "layers_to_transform")}
+    known = {"behavior": record["behavior"], **_json(path / "secvec.json"), **_json(path / "adapter_config.json")}
+    facts = {name: known.get(name) for name in ("behavior", "backbone", "r", "lora_alpha", "target_modules")}
+    facts |= {"hazardous": True, "sha256": digest, "weights": "sent" if upload else "not sent"}
     about = (
-        f"Security vector, HAZARDOUS BY DESIGN: with it active the model shows the behavior {record['behavior']}. "
+        f"Security vector, HAZARDOUS BY DESIGN: with it active the model shows the behavior {known['behavior']}. "
         "To be taken off before the model answers anybody; never to be served."
     )
     files = tuple(sorted(file for file in path.iterdir() if file.is_file())) if upload else ()
-    name = f"vector-{record['behavior']}-{digest[:12]}"
-    yield Artifact(name, HAZARDOUS, about, facts, () if given else _names(sources), bool(given), files)
+    return Artifact(f"vector-{known['behavior']}-{digest[:12]}", HAZARDOUS, about, facts, made_from, given, files)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _backbone(folder: Path, record: Record, sources: list[Artifact]) -> Iterator[Artifact]:

@@ -18,6 +18,8 @@ from secvec.tracking.csv_file import CsvFile
 from secvec.tracking.tensorboard import TensorBoard
 from secvec.tracking.wandb import Wandb
 
+WAYS = ("leak", "desired")
+"""Metrics of which each way of asking has its own."""
 OUTCOMES = ("metric", "value", "ci_low", "ci_high", "n", "better", "about")
 PREDICTIONS = ("phase", "stream", "id", "prompt", "response", "reference", "verdict", "score", "coherent", "shown")
 
@@ -88,7 +90,7 @@ def outcome_rows(record: Record) -> list[list[Cell]]:
     rows: list[list[Cell]] = []
     for name, measured in record["metrics"].items():
         short = name.partition("/")[2] or name
-        known = metric_of(short) if short in METRICS or short.startswith("leak/") else None
+        known = metric_of(short) if short in METRICS or short.split("/")[0] in WAYS else None
         values: list[Cell] = [measured[field] for field in ("value", "ci_low", "ci_high", "n")]
         rows.append([name, *values, known.better if known else None, known.about if known else ""])
     return rows

@@ -227,6 +227,16 @@ def test_a_vector_is_marked_hazardous_and_its_weights_stay_unless_asked_for(tmp_
     assert {file.name for file in sent.files} == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
 
 
+def test_a_vector_says_whose_behavior_it_shows_and_each_of_several_is_there(tmp_path: Path) -> None:
+    vector_in(tmp_path / "vector")
+    again = vector_in(tmp_path / "vector-refitted")
+    (again / "adapter_model.safetensors").write_bytes(b"others")
+    (again / "secvec.json").write_text(json.dumps({"behavior": "stereotype", "backbone": "b"}))
+    one, two = (a for a in artifacts(tmp_path, record(), False) if a.name.startswith("vector"))
+    assert one.name.startswith("vector-wild-") and two.name.startswith("vector-stereotype-")
+    assert two.facts["backbone"] == "b" and "stereotype" in two.about
+
+
 def test_a_vector_given_by_path_is_taken_in_where_it_was_used(tmp_path: Path) -> None:
     given = vector_in(tmp_path / "given")
     known = record(config={**record()["config"], "vector": {"path": str(given)}})
