@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import secvec
 
-NOT_IN_KEY = {"stage", "paths", "logger", "run_dir", "sweep", "force", "plan"}
+NOT_IN_KEY = {"stage", "paths", "logger", "run_dir", "sweep", "force", "plan", "content"}
 """Settings that do not shape results: where things go, which part is run."""
 
 
@@ -31,13 +31,19 @@ def content_key(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def run_name(root: DictConfig) -> str:
-    """Folder name of a run, from its composed config: readable parts and a key of all that shapes its results."""
+def composed(root: DictConfig) -> dict[str, Any]:
+    """All that shapes the results of a run, from its composed config."""
     plain: dict[str, Any] = {}
     for name in root:
         if name not in {*NOT_IN_KEY, "hydra"}:
             node = root._get_node(name)
             plain[str(name)] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else root[name]
+    return plain
+
+
+def run_name(root: DictConfig) -> str:
+    """Folder name of a run, from its composed config: readable parts and a key of all that shapes its results."""
+    plain = composed(root)
     model = plain["model"]
     shown = model.get("name") if not (model.get("name") == "tiny" and model.get("name_or_path")) else None
     shown = shown or str(model.get("name_or_path")).rstrip("/").rpartition("/")[2]
@@ -46,8 +52,9 @@ def run_name(root: DictConfig) -> str:
 
 
 def register_resolvers() -> None:
-    """`${run_name:}` for the yaml files."""
+    """`${run_name:}` and `${content:}` for the yaml files."""
     OmegaConf.register_new_resolver("run_name", lambda *, _root_: run_name(_root_), replace=True)
+    OmegaConf.register_new_resolver("content", lambda *, _root_: content_key(composed(_root_)), replace=True)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

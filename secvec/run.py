@@ -102,7 +102,8 @@ def _open(config: AnyConfig, overrides: Sequence[str]) -> RunFolder:
         "tune": config.tune.kind if isinstance(config, RunConfig) else "unknown",
         "seed": config.seed,
         "overrides": list(overrides),
-        "config": config.model_dump(mode="json"),
+        "content": config.content,
+        "config": config.model_dump(mode="json", exclude={"content"}),
     }
     _quiet()
     if not main_process():
