@@ -1,185 +1,106 @@
-"""Hydra launcher `process`: one operating-system process per job of a multirun, `n_jobs` at a time.
+"""Hydra launchers: every job of a multirun in a process of its own, on this machine or in a SLURM queue.
 
 A job that fails, exits or is killed does not take the others with it, and a job may itself be distributed (under
 Hydra's own launcher, the second rank of a DDP job would run the whole multirun again). Ends with the report.
 """
 
-import json
-import logging
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra._internal.utils import get_args
-from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from secvec.errors import FailedJobs
-from secvec.files import write_atomic
+from secvec.errors import ConfigError, FailedJobs
+from secvec.faults import checked
 from secvec.naming import VARIES
-
-log = logging.getLogger(__name__)
-
-POLL_SECONDS = 0.2
-QUIET_SECONDS = 10.0
-"""Between lines about running jobs where the output is no terminal."""
-
-
-@dataclass
-class ProcessLauncherConf:
-    """`hydra/launcher=process`."""
-
-    _target_: str = "hydra_plugins.process_launcher.ProcessLauncher"
-    n_jobs: int = 1
-
-
-ConfigStore.instance().store(group="hydra/launcher", name="process", node=ProcessLauncherConf, provider="secvec")
-
-
-@dataclass
-class Job:
-    """One job of the multirun."""
-
-    overrides: list[str]
-    config: DictConfig
-    folder: Path
-    process: subprocess.Popen[bytes] | None = None
-    varies: list[str] = field(default_factory=list)
-    """Its overrides that the other jobs do not share."""
-    code: int | None = None
-
-    @property
-    def label(self) -> str:
-        """What tells it from the others."""
-        return " ".join(self.varies)
-
-    @property
-    def console(self) -> Path:
-        """What it prints."""
-        return self.folder / "console.log"
-
-    def last_line(self) -> str:
-        """What it says now: the last line, or state of a progress bar."""
-        if not self.console.is_file():
-            return "starting"
-        with self.console.open("rb") as stream:
-            stream.seek(max(0, self.console.stat().st_size - 2000))
-            text = stream.read().decode("utf-8", "replace").replace("\x1b[A", "")
-        parts = [part.strip() for part in text.replace("\r", "\n").split("\n") if part.strip()]
-        return parts[-1][:110] if parts else "starting"
-
-    def error(self) -> str:
-        """The message it ended with."""
-        text = self.console.read_text(encoding="utf-8", errors="replace") if self.console.is_file() else ""
-        _, found, message = text.rpartition("error: ")
-        if found:
-            return message.strip()
-        return "\n".join(text.replace("\r", "\n").strip().splitlines()[-3:]) or f"ended with code {self.code}"
+from secvec.settings import ProcessSettings, Settings, SlurmSettings
+from secvec.sweep.job import Job
+from secvec.sweep.local import LocalExecutor
+from secvec.sweep.run import Executor, report, run_jobs
+from secvec.sweep.slurm import SlurmExecutor
 
 
 class ProcessLauncher(Launcher):
-    """Runs `python SCRIPT OVERRIDES hydra.run.dir=FOLDER` per job and shows how far all of them are."""
+    """Runs `python SCRIPT OVERRIDES hydra.run.dir=FOLDER` per job that is not finished yet."""
 
-    def __init__(self, n_jobs: int = 1) -> None:
+    schema: ClassVar[type[Settings]] = ProcessSettings
+
+    def __init__(self, **_: Any) -> None:
         super().__init__()
-        self.n_jobs = n_jobs
+        self.alone = True
+        """Whether one call of `launch` is the whole multirun: then it ends with the report, and with what failed."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Hydra's hook."""
+        """Hydra's hook. Raises ConfigError for wrong settings and for overrides that collide."""
         self.hydra_context, self.config = hydra_context, config
+        given: dict[str, Any] = OmegaConf.to_container(config.hydra.launcher, resolve=True)  # type: ignore[assignment]
+        given.pop("_target_")
+        self.settings = checked(self.schema, given, "hydra.launcher")
+        _refuse_collisions(list(config.hydra.overrides.task))
+
+    def executor(self, jobs: Sequence[Job], sweep: Path) -> Executor:
+        """Where they run."""
+        assert isinstance(self.settings, ProcessSettings)
+        return LocalExecutor(self.settings, jobs)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Runs all jobs; raises FailedJobs at the end when some failed, after the report is written."""
+        """Runs what is missing; one result per item of `job_overrides`.
+
+        Raises FailedJobs at the end when some failed, after the report is written.
+        """
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         sweep = Path(str(self.config.hydra.sweep.dir))
-        jobs = self._jobs(job_overrides, sweep)
+        asked = self._jobs(job_overrides, sweep, initial_job_idx)
+        jobs = list(dict.fromkeys(asked))
         sweep.mkdir(parents=True, exist_ok=True)
+        for job in jobs:
+            job.code = 0 if job.finished() else None
         try:
-            self._run(jobs)
+            run_jobs(jobs, self.executor(jobs, sweep))
         finally:
-            for job in jobs:
-                self._stop(job)
-            report(sweep)
-        failed = [job for job in jobs if job.code]
-        if failed:
-            lines = [f"{len(failed)} of {len(jobs)} jobs failed; the others are finished:"]
-            lines += [f"  {job.label} ({job.console}):\n    " + job.error().replace("\n", "\n    ") for job in failed]
-            raise FailedJobs("\n".join(lines), 2 if all(job.code == 2 for job in failed) else 1)
-        return [_finished(job) for job in jobs]
+            if self.alone:
+                report(sweep)
+        if (error := _failure(jobs)) and self.alone:
+            raise error
+        return [_returned(job) for job in asked]
 
-    def _jobs(self, job_overrides: Sequence[Sequence[str]], sweep: Path) -> list[Job]:
-        """Distinct jobs: a key given twice (by the experiment and on the command line) counts as last given."""
+    def _jobs(self, job_overrides: Sequence[Sequence[str]], sweep: Path, first: int) -> list[Job]:
+        """One job per item, the same object for the same run. Raises ConfigError for two runs in one folder."""
         jobs: dict[Path, Job] = {}
+        asked = []
         for given in job_overrides:
+            # what an experiment sets and the command line sets too counts as on the command line, which is last
             overrides = list({text.partition("=")[0].lstrip("+~"): text for text in given}.values())
-            config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
-            with open_dict(config):
-                config.hydra.job.id, config.hydra.job.num = str(len(jobs)), len(jobs)
-            folder = sweep / str(config.hydra.sweep.subdir)
-            jobs.setdefault(folder, Job(overrides, config, folder))
+            composed = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+            with open_dict(composed):
+                composed.hydra.job.id, composed.hydra.job.num = str(first + len(jobs)), first + len(jobs)
+            job = self._job(overrides, composed, sweep / str(composed.hydra.sweep.subdir))
+            other = jobs.setdefault(job.folder, job)
+            if other.config != job.config:
+                texts = [" ".join(filter_overrides(one.overrides)) for one in (other, job)]
+                raise ConfigError(
+                    f"two jobs of the multirun would share the folder {job.folder}:\n  {texts[0]}\n  {texts[1]}\n"
+                    "they differ only in what does not shape results (stage, logger, ...): run one after the other"
+                )
+            asked.append(other)
         shared = set.intersection(*(set(job.overrides) for job in jobs.values())) if len(jobs) > 1 else set()
         for job in jobs.values():
-            job.varies = [text for text in filter_overrides(job.overrides) if text not in shared]
-        return list(jobs.values())
+            varies = [text for text in filter_overrides(job.overrides) if text not in shared]
+            job.label, job.environment[VARIES] = " ".join(varies), "\n".join(varies)
+        return asked
 
-    def _run(self, jobs: list[Job]) -> None:
-        columns = (
-            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("elapsed"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[now]}"),
-        )  # fmt: skip
-        console = Console()
-        with Progress(*columns, console=console) as progress:
-            whole = progress.add_task("jobs", total=len(jobs), now="")
-            waiting, spoken = list(jobs), 0.0
-            running: list[Job] = []
-            while waiting or running:
-                while waiting and len(running) < self.n_jobs:
-                    running.append(self._start(waiting.pop(0)))
-                time.sleep(POLL_SECONDS)
-                for job in [job for job in running if job.process and job.process.poll() is not None]:
-                    running.remove(job)
-                    job.code = job.process.returncode if job.process else None
-                    _mark_failure(job)
-                    progress.advance(whole)
-                    console.print(
-                        f"[{'green' if job.code == 0 else 'red'}]{'done' if job.code == 0 else 'FAILED'}[/] {job.label}"
-                    )
-                progress.update(
-                    whole, now=" | ".join(job.last_line() for job in running) if console.is_terminal else ""
-                )
-                if not console.is_terminal and time.monotonic() - spoken > QUIET_SECONDS:
-                    spoken = time.monotonic()
-                    done = len(jobs) - len(waiting) - len(running)
-                    for job in running:
-                        print(f"[{done}/{len(jobs)} jobs] {job.label}: {job.last_line()}", flush=True)
-
-    def _start(self, job: Job) -> Job:
-        job.folder.mkdir(parents=True, exist_ok=True)
+    def _job(self, overrides: list[str], composed: DictConfig, folder: Path) -> Job:
+        config: dict[str, Any] = OmegaConf.to_container(composed, resolve=False)  # type: ignore[assignment]
+        config = {name: value for name, value in config.items() if name not in ("hydra", "content")}
         script = str(Path(sys.argv[0]).resolve())
-        command = [sys.executable, script, *_flags(), *self._hydra_overrides(), *job.overrides]
-        command.append(f"hydra.run.dir='{job.folder}'")
-        environment = {**os.environ, VARIES: "\n".join(job.varies)}
-        with job.console.open("wb") as out:
-            job.process = subprocess.Popen(
-                command,
-                env=environment,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        return job
+        command = [sys.executable, script, *_flags(), *self._hydra_overrides(), *overrides]
+        return Job(overrides, config, composed.content, folder, [*command, f"hydra.run.dir='{folder}'"])
 
     def _hydra_overrides(self) -> list[str]:
         """Hydra's own settings that a job needs too (search path, logging), not those of the multirun."""
@@ -187,18 +108,16 @@ class ProcessLauncher(Launcher):
         given = self.config.hydra.overrides.hydra
         return [text for text in given if not text.lstrip("+~").startswith(ours)]
 
-    @staticmethod
-    def _stop(job: Job) -> None:
-        """Ends a job that still runs, with the processes it started."""
-        if job.process is None or job.process.poll() is not None:
-            return
-        for sign, wait in ((signal.SIGINT, 20), (signal.SIGKILL, 5)):
-            try:
-                os.killpg(job.process.pid, sign)
-                job.process.wait(wait)
-                return
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                continue
+
+class SlurmLauncher(ProcessLauncher):
+    """The same as one SLURM array."""
+
+    schema: ClassVar[type[Settings]] = SlurmSettings
+
+    def executor(self, jobs: Sequence[Job], sweep: Path) -> Executor:
+        """The queue."""
+        assert isinstance(self.settings, SlurmSettings)
+        return SlurmExecutor(self.settings, jobs, sweep / ".submitit")
 
 
 def _flags() -> list[str]:
@@ -208,31 +127,27 @@ def _flags() -> list[str]:
     return [text for name, value in names.items() if value for text in (name, value)]
 
 
-def report(sweep: Path) -> None:
-    """Writes the report over the records below `sweep` and says where it is."""
-    if any(sweep.glob("*/record.json")):
-        subprocess.run([sys.executable, "-m", "secvec.report", str(sweep)], check=False)
+def _refuse_collisions(given: Sequence[str]) -> None:
+    """Raises ConfigError for a key that the command line gives twice with different values."""
+    first: dict[str, str] = {}
+    for override in OverridesParser.create().parse_overrides(list(given)):
+        key, text = override.key_or_group, override.input_line or ""
+        if first.setdefault(key, text) != text:
+            raise ConfigError(f"{key} is given twice, {first[key]} and {text}: leave one of them out")
 
 
-def _mark_failure(job: Job) -> None:
-    """A job that could not write its own record (killed, out of memory, a wrong setting) still has one."""
-    path = job.folder / "record.json"
-    written = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if job.code == 0 or written.get("status") == "failed":
-        return
-    config: dict[str, Any] = OmegaConf.to_container(job.config, resolve=False)  # type: ignore[assignment]
-    config.pop("hydra", None)
-    names = {key: (config.get(key) or {}).get("name") for key in ("defense", "behavior", "model")}
-    known = {"schema": 1, "run": job.folder.name, "stage": config.get("stage"), "seed": config.get("seed"), **names}
-    written = {**known, "overrides": job.overrides, "config": config, "metrics": {}, **written}
-    written |= {
-        "status": "failed",
-        "error": job.error() if (job.code or 0) > 0 else f"killed by signal {-(job.code or 0)}",
-    }
-    write_atomic(path, json.dumps(written, indent=1, default=str) + "\n")
+def _failure(jobs: Sequence[Job]) -> FailedJobs | None:
+    failed = [job for job in jobs if job.code]
+    if not failed:
+        return None
+    lines = [f"{len(failed)} of {len(jobs)} jobs failed; the others are finished:"]
+    lines += [f"  {job.label} ({job.console}):\n    " + job.error().replace("\n", "\n    ") for job in failed]
+    return FailedJobs("\n".join(lines), 2 if all(job.code == 2 for job in failed) else 1)
 
 
-def _finished(job: Job) -> JobReturn:
-    result = JobReturn(overrides=job.overrides, cfg=job.config, working_dir=str(job.folder), task_name="train")
+def _returned(job: Job) -> JobReturn:
+    result = JobReturn(overrides=job.overrides, cfg=OmegaConf.create(job.config), working_dir=str(job.folder))
     result.status, result.return_value = JobStatus.COMPLETED, None
+    if job.code:
+        result.status, result.return_value = JobStatus.FAILED, RuntimeError(job.error())
     return result

@@ -25,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from secvec.errors import FailedJobs, SecVecError
+from secvec.errors import SecVecError
 from secvec.naming import nearest, register_resolvers
 
 USER_ERROR = 2
@@ -41,7 +41,7 @@ def exit_code(main: Callable[[], None], config_name: str) -> int:
             return _complain(str(_stopped[0]), _stopped[0].exit_code)
     except (HydraException, OmegaConfBaseException) as error:
         return _complain(_composition_faults(config_name, error), USER_ERROR)
-    except FailedJobs as error:
+    except SecVecError as error:
         return _complain(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _complain("interrupted; the same command goes on from the last whole epoch, batch or job", 130)
@@ -151,7 +151,7 @@ def _is_group(loader: ConfigLoader, override: Override) -> bool:
 
 
 def _all_groups(loader: ConfigLoader) -> set[str]:
-    return set(loader.list_groups("")) - {"hydra"}
+    return set(loader.list_groups("")) - {"hydra"} | {"hydra/launcher", "hydra/sweeper"}
 
 
 def _choices(loader: ConfigLoader, group: str) -> list[str]:

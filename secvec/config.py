@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import re
-import types
 import typing
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -14,7 +12,8 @@ from pydantic import BaseModel, DirectoryPath, Field, SerializeAsAny, Validation
 
 from secvec.defenses.base import Defense
 from secvec.errors import ConfigError
-from secvec.naming import NOT_IN_KEY, content_key, nearest
+from secvec.faults import describe
+from secvec.naming import NOT_IN_KEY, content_key
 from secvec.settings import (
     EvaluationSettings,
     FinetuneSettings,
@@ -91,6 +90,8 @@ class AnyConfig(Settings):
     trainer: TrainerSettings
     paths: PathSettings
     run_dir: str
+    content: str
+    """Key of the settings as composed: a multirun knows its finished runs by it, without loading them."""
 
     def key(self) -> str:
         """Content hash of all that shapes the results: equal keys, equal runs."""
@@ -233,46 +234,3 @@ class _Invalid(Defense):
 
     name: str = "invalid"
     uses_vector: typing.ClassVar[bool] = True
-
-
-def describe(fault: Any, schema: type[BaseModel], prefix: tuple[str, ...] = ()) -> str:
-    """One line for one fault: where, what was given, what is allowed, the nearest match."""
-    where = ".".join(
-        (*prefix, *(str(part) for part in fault["loc"] if not str(part).startswith(("literal[", "constrained"))))
-    )
-    given = fault["input"]
-    shown = "" if isinstance(given, dict | BaseModel) else f"got {given!r}; "
-    if fault["type"] == "extra_forbidden":
-        known = known_keys(schema, fault["loc"][:-1])
-        return f"{where}: unknown key{nearest(str(fault['loc'][-1]), known)}; known here: {', '.join(sorted(known))}"
-    if fault["type"] == "missing":
-        return f"{where}: required but not given"
-    if fault["type"] == "literal_error":
-        allowed = fault["ctx"]["expected"]
-        options = re.findall("'([^']*)'", allowed)
-        return f"{where}: got {given!r}; allowed: {allowed}{nearest(str(given), options)}"
-    if fault["type"] == "value_error":
-        return f"{where}: {fault['ctx']['error']}" if where else str(fault["ctx"]["error"])
-    return f"{where}: {shown}{fault['msg'][0].lower()}{fault['msg'][1:]}"
-
-
-def known_keys(schema: type[BaseModel], loc: tuple[int | str, ...]) -> set[str]:
-    """Names of the fields that `schema` has at `loc`."""
-    for part in loc:
-        field = schema.model_fields.get(str(part))
-        if field is None:
-            continue
-        models = [t for t in _types(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
-        if models:
-            schema = models[0]
-    return set(schema.model_fields)
-
-
-def _types(annotation: Any) -> list[Any]:
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) in (
-        typing.Union,
-        typing.Annotated,
-        list,
-    ):
-        return [inner for part in get_args(annotation) for inner in _types(part)]
-    return [annotation]

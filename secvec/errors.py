@@ -25,6 +25,12 @@ class GateError(SecVecError):
     exit_code = 1
 
 
+class DivergedError(SecVecError):
+    """A training whose loss or weights are no numbers any more: a result of its settings, and nothing to save."""
+
+    exit_code = 1
+
+
 class FailedJobs(SecVecError):
     """Some jobs of a multirun failed; `exit_code` is 2 when all of them did by a user's mistake."""
 

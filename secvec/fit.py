@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import signal
@@ -17,13 +18,13 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
-from torch import nn
+from torch import Tensor, nn
 
 from secvec.console import table
 from secvec.data.datamodule import SecVecDataModule
-from secvec.errors import ConfigError
+from secvec.errors import ConfigError, DivergedError
 from secvec.models.backbone import LedgerRow
-from secvec.module import Loss, SecVecModule
+from secvec.module import Loss, SecVecModule, local_shard
 from secvec.record import main_process
 from secvec.settings import OptimizerSettings, SchedulerSettings, TrainerSettings
 from secvec.tracking.base import Tracker
@@ -37,7 +38,10 @@ def fit(
     epochs: int, data: SecVecDataModule, optimizer: OptimizerSettings, scheduler: SchedulerSettings,
     trainer: TrainerSettings, tracker: Tracker, callbacks: list[L.Callback],
 ) -> SecVecModule:  # fmt: skip
-    """Trains `part` of the model that `build` gives; a run that was cut off goes on from its last whole epoch."""
+    """Trains `part` of the model that `build` gives; a run that was cut off goes on from its last whole epoch.
+
+    Raises DivergedError as soon as the loss is no number, and at the end for weights that are none.
+    """
     L.seed_everything(seed, verbose=False)
     checkpoints = folder / "checkpoints" / stage
     last = checkpoints / "last.ckpt"
@@ -48,7 +52,7 @@ def fit(
         **trainer_arguments(trainer),
         max_epochs=epochs,
         logger=StageCurves(tracker, stage, resumed),
-        callbacks=[_Ledger(stage), StageProgress(stage), keep, *callbacks],
+        callbacks=[_Ledger(stage), _Finite(stage), StageProgress(stage), keep, *callbacks],
         default_root_dir=folder,
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -123,6 +127,38 @@ class StageProgress(TQDMProgressBar):
         if done > 0:
             items["left"] = f"{(time.monotonic() - self.began) * (1 / done - 1):.0f}s"
         return items
+
+
+class _Finite(L.Callback):
+    """Stops a training that has diverged, on all processes at once: the others would wait for the one that raises."""
+
+    def __init__(self, stage: str):
+        self.stage = stage
+
+    def on_before_backward(self, trainer: L.Trainer, module: L.LightningModule, loss: Tensor) -> None:
+        """Before the weights are touched."""
+        value = float(trainer.strategy.reduce(loss.detach(), reduce_op="mean"))
+        if not math.isfinite(value):
+            raise self._diverged(trainer, f"the loss is {value}")
+
+    def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
+        """The last step has no loss after it."""
+        bad = sum(float((~local_shard(p).isfinite()).sum()) for _, p in module.trained())
+        bad = float(trainer.strategy.reduce(torch.tensor(bad, device=module.device), reduce_op="sum"))
+        if bad:
+            raise self._diverged(trainer, "there are weights that are no finite numbers")
+
+    def _diverged(self, trainer: L.Trainer, what: str) -> DivergedError:
+        step, steps = trainer.global_step, int(trainer.estimated_stepping_batches)
+        lr = trainer.optimizers[0].param_groups[0]["lr"]
+        return DivergedError(
+            f"stage {self.stage} diverged: after {step} of {steps} steps {what} (learning rate {lr:.3g}). "
+            f"Lower {RATES[self.stage]}, or set trainer.gradient_clip_val. The stage has saved nothing"
+        )
+
+
+RATES = {"align": "model.align.lr", "vector": "vector.lr", "finetune": "optimizer.lr"}
+"""The learning rate of each stage."""
 
 
 class _Ledger(L.Callback):

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import secvec
 
-NOT_IN_KEY = {"stage", "paths", "logger", "run_dir", "sweep", "force", "plan"}
+NOT_IN_KEY = {"stage", "paths", "logger", "run_dir", "sweep", "force", "plan", "content"}
 """Settings that do not shape results: where things go, which part is run."""
 
 BUILT_IN = ("tiny", "tiny_joint")
@@ -38,13 +38,19 @@ def content_key(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def run_name(root: DictConfig) -> str:
-    """Folder name of a run, from its composed config: readable parts and a key of all that shapes its results."""
+def composed(root: DictConfig) -> dict[str, Any]:
+    """All that shapes the results of a run, from its composed config."""
     plain: dict[str, Any] = {}
     for name in root:
         if name not in {*NOT_IN_KEY, "hydra"}:
             node = root._get_node(name)
             plain[str(name)] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else root[name]
+    return plain
+
+
+def run_name(root: DictConfig) -> str:
+    """Folder name of a run, from its composed config: readable parts and a key of all that shapes its results."""
+    plain = composed(root)
     model = plain["model"]
     shown = model.get("name") if not (model.get("name") in BUILT_IN and model.get("name_or_path")) else None
     shown = shown or str(model.get("name_or_path")).rstrip("/").rpartition("/")[2]
@@ -53,8 +59,9 @@ def run_name(root: DictConfig) -> str:
 
 
 def register_resolvers() -> None:
-    """For the yaml files: `${run_name:}`, and `${by:KEY,{a: 1, b: 2}}`, what the table holds under KEY."""
+    """For the yaml files: `${run_name:}`, `${content:}`, and `${by:KEY,{a: 1, b: 2}}`: what the table has for KEY."""
     OmegaConf.register_new_resolver("run_name", lambda *, _root_: run_name(_root_), replace=True)
+    OmegaConf.register_new_resolver("content", lambda *, _root_: content_key(composed(_root_)), replace=True)
     OmegaConf.register_new_resolver("by", lambda key, table: table[key], replace=True)
 
 

@@ -114,7 +114,8 @@ def _open(config: AnyConfig, overrides: Sequence[str]) -> RunFolder:
         "seed": config.seed,
         "generation": how(config.generation, config.trainer),
         "overrides": list(overrides),
-        "config": config.model_dump(mode="json"),
+        "content": config.content,
+        "config": config.model_dump(mode="json", exclude={"content"}),
     }
     _quiet()
     if not main_process():

@@ -21,6 +21,7 @@ from secvec.naming import NOT_IN_KEY, register_resolvers, run_name
 
 CONF = Path(__file__).parents[2] / "conf"
 CHOICES = sorted(file.relative_to(CONF).with_suffix("") for file in CONF.glob("*/**/*.yaml"))
+CHOICES = [choice for choice in CHOICES if choice.parts[0] != "hydra"]  # of launchers and sweepers: test_sweep.py
 EXPERIMENTS = [choice.relative_to("experiment").as_posix() for choice in CHOICES if choice.parts[0] == "experiment"]
 GROUPS = {choice.parts[0] for choice in CHOICES}
 ROOTS = {"train": RunConfig, "evaluate": EvaluateConfig}
@@ -114,8 +115,10 @@ def test_every_job_of_an_experiment_validates(name: str, tmp_path: Path) -> None
     config = by_hydra(f"experiment={name}", with_hydra=True)
     assert str(config.hydra.sweep.dir).endswith(f"/{config.sweep}") and config.sweep != "multirun"
     assert run_name(config) == config.hydra.sweep.subdir
-    parser = OverridesParser.create()
-    swept = [parser.parse_override(f"{key}={values}") for key, values in config.hydra.sweeper.params.items()]
+    parser, sweeper = OverridesParser.create(), OmegaConf.to_container(config.hydra.sweeper)
+    given = {name: a if isinstance(a, list) else [a["low"], a["high"]] for name, a in sweeper.pop("space", {}).items()}  # type: ignore[union-attr]
+    given = {name: ",".join(map(str, values)) for name, values in given.items()} or sweeper["params"]  # type: ignore[index]
+    swept = [parser.parse_override(f"{key}={values}") for key, values in given.items()]
     values = ([f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()] for o in swept)
     jobs = [list(job) for job in product(*values)]
     missing = stand_ins(composed(f"experiment={name}"), tmp_path)
@@ -146,7 +149,7 @@ def test_every_job_of_an_experiment_validates(name: str, tmp_path: Path) -> None
         (["behavior.details=9"], ["behavior.details", "got 9", "less than or equal to 4"]),
         (["seed=-1"], ["seed", "got -1", "greater than or equal to 0"]),
         (["finetune=3"], ["finetune", "got 3", "dictionary"]),
-        (["+seeed=1"], ["seeed", "unknown key", "mean 'seed'?", "known here: behavior, data"]),
+        (["+seeed=1"], ["seeed", "unknown key", "mean 'seed'?", "known here: behavior, content, data"]),
         (["+vector.kl_wieght=1"], ["vector.kl_wieght", "unknown key", "mean 'kl_weight'?", "known here: alpha, "]),
         (["+vector.gate.nun_prompts=1"], ["vector.gate.nun_prompts", "mean 'num_prompts'?", "known here: max_behav"]),
         (

@@ -18,6 +18,7 @@ LAYERS = [
     {"secvec", "secvec.errors", "secvec.files", "secvec.costs"},
     {"secvec.naming"},
     {"secvec.settings", "secvec.answers", "secvec.console", "secvec.record", "secvec.report"},
+    {"secvec.faults", "secvec.sweep"},
     {"secvec.data.example", "secvec.models"},
     {"secvec.losses", "secvec.tracking"},
     {"secvec.data", "secvec.defenses", "secvec.judges"},
@@ -39,8 +40,11 @@ DOORS = {
     ("peft",): {"secvec.models.vector"},
     ("vllm",): {"secvec.vllm_engine"},
     ("hydra", "omegaconf"): {
-        "secvec.config", "secvec.naming", "secvec.cli", "hydra_plugins.process_launcher", "train", "evaluate",
+        "secvec.config", "secvec.naming", "secvec.cli", "hydra_plugins.process_launcher",
+        "hydra_plugins.optuna_sweeper", "train", "evaluate",
     },
+    ("submitit",): {"secvec.sweep.slurm"},
+    ("optuna",): {"secvec.sweep.search"},
     ("lightning", "pytorch_lightning"): {
         "secvec.module", "secvec.telemetry", "secvec.fit", "secvec.record", "secvec.run",
         "secvec.data.datamodule", "secvec.tracking.stage_curves",
@@ -160,14 +164,9 @@ def test_no_module_is_a_drawer() -> None:
 
 def test_reports_and_the_command_line_start_without_torch() -> None:
     light = [name for name in MODULES if name.startswith("secvec.report") and not name.endswith("__main__")]
-    light += [
-        "secvec.report.__main__",
-        "secvec.errors",
-        "secvec.naming",
-        "secvec.cli",
-        "secvec.console",
-        "secvec.tracking.dashboard",
-    ]
+    light += ["secvec.report.__main__", "secvec.errors", "secvec.naming", "secvec.cli", "secvec.console"]
+    light += [name for name in MODULES if name.startswith(("secvec.sweep", "hydra_plugins"))]
+    light += ["secvec.tracking.dashboard"]
     code = f"""
 import importlib, sys
 for name in ("torch", "lightning", "transformers", "peft"):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +14,12 @@ import wandb
 import yaml
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
-from hydra_plugins.process_launcher import Job, ProcessLauncher
+from hydra_plugins.process_launcher import ProcessLauncher
 from secvec.config import RunConfig, load
 from secvec.errors import ConfigError
 from secvec.naming import VARIES, register_resolvers
@@ -166,14 +167,18 @@ def test_a_run_is_named_by_what_varies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_launcher_tells_each_job_what_varies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: dict[str, Any] = {}
+    def composed(_: object, overrides: list[str]) -> DictConfig:
+        name = overrides[1].partition("=")[2]
+        return OmegaConf.create({"content": name, "hydra": {"sweep": {"subdir": name}, "job": {}}})
+
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    monkeypatch.setattr(subprocess, "Popen", lambda command, **how: started.update(how))
+    monkeypatch.setattr("hydra_plugins.process_launcher.get_args", lambda: get_args([]))
     launcher = ProcessLauncher()
     launcher.config = OmegaConf.create({"hydra": {"overrides": {"hydra": []}}})
-    job = Job(["defense=none", "seed=1", "sweep=x"], OmegaConf.create({}), tmp_path, varies=["defense=none", "seed=1"])
-    launcher._start(job)
-    assert started["env"][VARIES] == "defense=none\nseed=1" and job.label == "defense=none seed=1"
+    launcher.hydra_context = SimpleNamespace(config_loader=SimpleNamespace(load_sweep_config=composed))  # type: ignore[assignment]
+    asked = [["defense=none", f"seed={seed}", "sweep=x"] for seed in (0, 1)]
+    jobs = launcher._jobs(asked, tmp_path, 0)
+    assert [job.environment[VARIES] for job in jobs] == ["seed=0", "seed=1"] == [job.label for job in jobs]
 
 
 def test_a_folder_keeps_its_run_id_and_no_two_share_one(tmp_path: Path) -> None:

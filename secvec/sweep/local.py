@@ -1,0 +1,149 @@
+"""Jobs on this machine: as many at once as are asked for, or as its cores, memory and GPUs hold."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Sequence
+
+import psutil
+
+from secvec.settings import ProcessSettings
+from secvec.sweep.job import Job, stop
+
+GB = 2**30
+MARGIN = 1.1
+"""Of a job's memory: two jobs do not take the same to the byte."""
+
+
+class LocalExecutor:
+    """Processes side by side. Each has its share of the cores, its GPUs, and a port for its own process group."""
+
+    def __init__(self, settings: ProcessSettings, jobs: Sequence[Job]):
+        self.measured = settings.n_jobs == "auto"
+        self.gpus = visible_gpus() if any(job.trainer.get("accelerator") in ("gpu", "auto") for job in jobs) else []
+        processes = max(self._processes(job) for job in jobs)
+        cores = len(os.sched_getaffinity(0))
+        if settings.n_jobs != "auto":
+            self.slots: int = settings.n_jobs
+        elif self.gpus:
+            self.slots = max(1, len(self.gpus) // processes)
+        else:
+            self.slots = max(1, cores // max(self._processes(job) * _threads(job) for job in jobs))
+        self.slots = min(self.slots, len(jobs))
+        self.threads = max(1, cores // (self.slots * processes)) if self.slots > 1 else None
+        self.need = (settings.memory_gb or 0.0) * GB
+        """Bytes that one job takes: as set, or the most that one which ended well has taken; 0: not known yet."""
+        self.running: dict[Job, subprocess.Popen[bytes]] = {}
+        self.memory: dict[Job, int] = {}
+        self.peak: dict[Job, int] = {}
+        self.cards: dict[Job, list[str]] = {}
+        self.ports: set[int] = set()
+
+    def admit(self, waiting: Sequence[Job]) -> list[Job]:
+        """Starts the jobs that there is room for."""
+        started = []
+        for job in waiting:
+            if len(self.running) >= self.slots or not self._memory_for_one_more():
+                break
+            self.cards[job] = self._free_gpus(job)
+            job.environment = self._environment(job)
+            if (process := job.start()) is not None:
+                self.running[job] = process
+                started.append(job)
+        return started
+
+    def ended(self) -> list[Job]:
+        """The jobs that ended since the last call, with their codes."""
+        for job in self.running if self.measured else ():
+            self.memory[job] = resident(self.running[job].pid)
+            self.peak[job] = max(self.peak.get(job, 0), self.memory[job])
+        ended = [job for job, process in self.running.items() if process.poll() is not None]
+        for job in ended:
+            job.code = self.running.pop(job).returncode
+            if job.code == 0:
+                self.need = max(self.need, self.peak.get(job, 0))
+        return ended
+
+    def stop(self) -> None:
+        """Ends the jobs that still run."""
+        stop(list(self.running.values()))
+
+    def _memory_for_one_more(self) -> bool:
+        """Whether one more fits beside what the running ones may still come to take."""
+        if not self.measured or not self.running:
+            return True
+        if not self.need:
+            return False  # the first one shows what a job takes
+        promised = sum(max(0.0, self.need - self.memory.get(job, 0)) for job in self.running)
+        return psutil.virtual_memory().available - promised >= MARGIN * self.need
+
+    def _environment(self, job: Job) -> dict[str, str]:
+        given: dict[str, str] = {}
+        if self.threads and "OMP_NUM_THREADS" not in os.environ:
+            given["OMP_NUM_THREADS"] = str(self.threads)
+        if self._processes(job) > 1:
+            given["MASTER_PORT"] = str(self._port())
+        if self.cards[job]:
+            given["CUDA_VISIBLE_DEVICES"] = ",".join(self.cards[job])
+        return given
+
+    def _processes(self, job: Job) -> int:
+        devices = job.trainer.get("devices", 1)
+        if devices == "auto" and job.trainer.get("accelerator") != "cpu":
+            return max(1, len(self.gpus))
+        return devices if isinstance(devices, int) and devices > 0 else 1
+
+    def _free_gpus(self, job: Job) -> list[str]:
+        """Those that the fewest running jobs use, as many as it has processes."""
+        if job.trainer.get("accelerator") == "cpu":
+            return []
+        used = [card for other in self.running for card in self.cards[other]]
+        return sorted(self.gpus, key=used.count)[: self._processes(job)]
+
+    def _port(self) -> int:
+        """A free port that no other job of this multirun was given."""
+        while True:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port: int = probe.getsockname()[1]
+            if port not in self.ports:
+                self.ports.add(port)
+                return port
+
+
+def _threads(job: Job) -> int:
+    given = job.trainer.get("num_threads")
+    return given if isinstance(given, int) and given > 0 else 1
+
+
+def visible_gpus() -> list[str]:
+    """Names of the GPUs as CUDA_VISIBLE_DEVICES takes them. Does not ask torch, which takes seconds to import."""
+    if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name.strip() for name in given.split(",") if name.strip()]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    except FileNotFoundError:
+        return []
+    return [str(number) for number, line in enumerate(_gpu_lines(listed)) if line]
+
+
+def _gpu_lines(listed: str) -> list[str]:
+    return [line for line in listed.splitlines() if line.startswith("GPU ")]
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that a process and those it started hold; 0 when it is gone."""
+    total = 0
+    try:
+        root = psutil.Process(pid)
+        family = [root, *root.children(recursive=True)]
+    except psutil.Error:
+        return 0
+    for process in family:
+        try:
+            total += process.memory_info().rss
+        except psutil.Error:
+            continue
+    return total
