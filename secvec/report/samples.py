@@ -72,14 +72,16 @@ def _sample_set(base: Group, groups: Sequence[Group]) -> SampleSet:
             loaded[id(run)] = {tuple(str(r.get(k)) for k in ("phase", "stream", "id")): r for r in rows}, note  # type: ignore[misc]
         return loaded[id(run)]
 
+    # Of the groups shown, not all that share the base: with thousands of runs their answers would all be read.
+    asked = [run for group in groups for run in group.runs]
     title = base.label.removeprefix("base").lstrip(" ·")
-    seeds = sorted({run.seed for run in base.runs})
-    seed = next((s for s in seeds if any(rows_of(r)[0] for r in base.runs if r.seed == s)), None)
+    seeds = sorted({run.seed for run in asked})
+    seed = next((s for s in seeds if any(rows_of(r)[0] for r in asked if r.seed == s)), None)
     if seed is None:
-        return SampleSet(title, seeds[0], [], [f"No answers: {note}." for r in base.runs if (note := rows_of(r)[1])])
+        return SampleSet(title, seeds[0], [], [f"No answers: {note}." for r in asked if (note := rows_of(r)[1])])
 
-    notes = [note for r in base.runs if r.seed == seed and (note := rows_of(r)[1])]
-    columns = [("base", "base", _merge([rows_of(r) for r in base.runs if r.seed == seed]))]
+    notes = [note for r in asked if r.seed == seed and (note := rows_of(r)[1])]
+    columns = [("base", "base", _merge([rows_of(r) for r in asked if r.seed == seed]))]
     for group in groups:
         merged = _merge([rows_of(r) for r in group.runs if r.seed == seed])
         why = None if merged else f"no answers recorded for seed {seed}"

@@ -147,12 +147,27 @@ def test_heat_maps_print_values_hatch_what_is_missing_and_outline_the_worst(tmp_
     none, protected = figure.axes
     assert none.get_xlim() == protected.get_xlim()
     assert [text.get_text() for text in protected.texts] == ["0.02", "0.04", "0.01", "0.03", "0.05"]
-    assert [len([p for p in panel.patches if p.get_hatch()]) for panel in (none, protected)] == [0, 1]
-    outlined = [p for p in protected.patches if not p.get_fill()]
+    assert [sum(bool(p.get_hatch()) for p in panel.patches) for panel in (none, protected)] == [0, 1]
+    outlined = [p for p in protected.patches if p.get_width() == 0.88]
     assert [(p.get_x() + 0.44, p.get_y() + 0.44) for p in outlined] == [(2, 1)]  # the last configuration
-    colors = {t.get_text(): p.get_facecolor() for t, p in zip(none.texts, none.patches, strict=False)}
-    other = heatmap_figure(found, found.facets[0], "behavior_rate", ["none"]).axes[0]
-    assert other.patches[0].get_facecolor() == colors["0.90"]  # one scale, whatever else is drawn
+    alone = heatmap_figure(found, found.facets[0], "behavior_rate", ["none"]).axes[0]
+    deep, same, pale = (panel.patches[1].get_facecolor() for panel in (none, alone, protected))
+    assert deep == same  # one scale, whatever else is drawn
+    assert sum(deep[:3]) < sum(pale[:3])
+
+
+def test_a_large_heat_map_is_one_surface_with_the_worst_outlined(tmp_path: Path) -> None:
+    write_sweep(tmp_path, {"vector.r": list(range(1, 17)), "data.num_harmful": list(range(1, 17))}, ["x"])
+    (tmp_path / "x-0-s0" / "record.json").unlink()
+    found = sweep(compare(load_runs([tmp_path])))
+    assert found is not None
+    (panel,) = heatmap_figure(found, found.facets[0], "behavior_rate", ["x"]).axes
+    (surface,) = panel.collections
+    shades = surface.get_array()
+    assert shades is not None and shades.shape == (16, 16) and int(shades.mask.sum()) == 1 and shades.mask[0, 0]
+    assert len(panel.patches) == 2 and not panel.texts  # the hatched ground and the outline
+    svg = inline_svg(heatmap_figure(found, found.facets[0], "behavior_rate", ["x"]), "f", "told")
+    assert svg.count("<title>") == 0
 
 
 def test_bars_are_grouped_by_category(tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from secvec.report.axes import Axis, Facet, Sweep
 from secvec.report.groups import Group
@@ -15,8 +18,10 @@ from secvec.report.worst import by_defense, worst
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
 READABLE = 14  # columns whose values can be printed in the cells
+CROWDED = 150  # cells from which on they are one surface, without titles
 DARK, LIGHT = "#101418", "#fdfdfd"  # in cells, whose colors are the same on a dark page
 
 
@@ -44,38 +49,51 @@ def heatmap_figure(sweep: Sweep, facet: Facet, name: str, defenses: Sequence[str
 
 def _cells(panel: Axes, sweep: Sweep, groups: Sequence[Group], name: str) -> None:
     from matplotlib import colormaps
-    from matplotlib.patches import Rectangle
 
-    # Not add_patch: it works out the limits of the data anew for each of many cells, and they are known.
     x, y = sweep.axes
-    metric, highest = METRICS[name], worst(groups)
+    metric = METRICS[name]
     # Deep color: much of what is unwanted in orange, much of what is wanted in blue.
     colors: Any = colormaps["Oranges" if metric.better == "low" else "Blues"]
     at = {(sweep.value(group, x), sweep.value(group, y)): group for group in groups}
-    for row, b in enumerate(y.values):
-        for column, a in enumerate(x.values):
-            group = at.get((a, b))
-            found = group.estimate(name) if group else None
-            corner = (column - 0.5, row - 0.5)
-            if group is None or found is None:
-                blank = Rectangle(corner, 1, 1, facecolor="none", edgecolor=GRID, hatch="////", linewidth=0)
-                panel.add_artist(hover(blank, f"{x.key}={x.text(a)}, {y.key}={y.text(b)}: not measured"))
-                continue
-            patch = Rectangle(corner, 1, 1, facecolor=colors(0.05 + 0.8 * found.mean), edgecolor="none")
-            said = "worst case in this panel" if group is highest else ""
-            panel.add_artist(hover(patch, spoken(group.label, found, metric, said)))
-            if len(x.values) <= READABLE:
-                panel.text(column, row, f"{found.mean:.2f}", ha="center", va="center", fontsize=9,
-                           color=LIGHT if found.mean > 0.62 else DARK)  # fmt: skip
-            if group is highest:
-                panel.add_artist(Rectangle((column - 0.44, row - 0.44), 0.88, 0.88, fill=False, linewidth=1.8,
-                                          edgecolor=LIGHT if found.mean > 0.62 else DARK, zorder=4))  # fmt: skip
+    grid = [[at.get((a, b)) for a in x.values] for b in y.values]
+    means = [[e.mean if g and (e := g.estimate(name)) else math.nan for g in row] for row in grid]
+    highest = worst(groups)
+    if len(x.values) * len(y.values) > CROWDED:
+        # One surface on a hatched ground: that many cells apart would make a page that no phone opens.
+        panel.add_artist(_cell(len(x.values) / 2 - 0.5, len(y.values) / 2 - 0.5, len(x.values), len(y.values)))
+        shade = [[0.05 + 0.8 * mean for mean in row] for row in means]
+        panel.pcolormesh(np.arange(len(x.values)), np.arange(len(y.values)), shade, cmap=colors, vmin=0, vmax=1)
+    for row, column in np.ndindex(len(y.values), len(x.values)):
+        group, mean = grid[row][column], means[row][column]
+        ink = LIGHT if mean > 0.62 else DARK
+        if group is highest and group is not None:
+            panel.add_artist(_cell(column, row, 0.88, 0.88, hatch=None, edgecolor=ink, linewidth=1.8, zorder=4))
+        if len(x.values) * len(y.values) > CROWDED:
+            continue
+        found = group.estimate(name) if group else None
+        if group is None or found is None:
+            place = f"{x.key}={x.text(x.values[column])}, {y.key}={y.text(y.values[row])}"
+            panel.add_artist(hover(_cell(column, row, 1, 1), f"{place}: not measured"))
+            continue
+        said = spoken(group.label, found, metric, "worst case in this panel" if group is highest else "")
+        patch = _cell(column, row, 1, 1, hatch=None, facecolor=colors(0.05 + 0.8 * mean), edgecolor="none")
+        panel.add_artist(hover(patch, said))
+        if len(x.values) <= READABLE:
+            panel.text(column, row, f"{mean:.2f}", ha="center", va="center", fontsize=9, color=ink)
     _frame(panel, x, y)
     elsewhere = [g for g in groups if not (sweep.value(g, x) and sweep.value(g, y))]
     for group in elsewhere[:1]:  # the defense has no such setting: one value for the whole panel
         if e := group.estimate(name):
-            panel.text(0.5, 0.5, f"{e.mean:.2f}\n(at no such setting)", transform=panel.transAxes, ha="center",
-                       va="center", color=INK, backgroundcolor="#ffffff")  # fmt: skip
+            panel.text(0.5, 0.5, f"{e.mean:.2f}\n(no such setting)", transform=panel.transAxes, ha="center",
+                       va="center", color=DARK, backgroundcolor=LIGHT)  # fmt: skip
+
+
+def _cell(x: float, y: float, width: float, height: float, **look: Any) -> Rectangle:
+    """A rectangle around a place; hatched, as what was not measured, unless `look` says otherwise."""
+    from matplotlib.patches import Rectangle
+
+    plain = {"facecolor": "none", "edgecolor": GRID, "hatch": "////", "linewidth": 0}
+    return Rectangle((x - width / 2, y - height / 2), width, height, **(plain | look))
 
 
 def _frame(panel: Axes, x: Axis, y: Axis) -> None:
@@ -83,11 +101,11 @@ def _frame(panel: Axes, x: Axis, y: Axis) -> None:
     panel.set_ylim(-0.5, len(y.values) - 0.5)
     if not y.numeric:
         panel.invert_yaxis()  # categories are read from the top, as in a matrix
-    step = max(1, len(x.values) // 12) if x.numeric else 1
+    step = math.ceil(len(x.values) / 12) if x.numeric else 1
     texts = [x.text(value) for value in x.values]
     turned = 30 if max(map(len, texts)) > 6 else 0
     panel.set_xticks(range(0, len(texts), step), texts[::step], rotation=turned, ha="right" if turned else "center")
-    step = max(1, len(y.values) // 16) if y.numeric else 1
+    step = math.ceil(len(y.values) / 16) if y.numeric else 1
     panel.set_yticks(range(0, len(y.values), step), [y.text(value) for value in y.values[::step]])
     panel.tick_params(length=0, labelcolor=INK)
     panel.spines[:].set_visible(False)
