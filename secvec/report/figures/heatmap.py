@@ -92,7 +92,7 @@ def _cell(x: float, y: float, width: float, height: float, **look: Any) -> Recta
     """A rectangle around a place; hatched, as what was not measured, unless `look` says otherwise."""
     from matplotlib.patches import Rectangle
 
-    plain = {"facecolor": "none", "edgecolor": GRID, "hatch": "////", "linewidth": 0}
+    plain: dict[str, Any] = {"facecolor": "none", "edgecolor": GRID, "hatch": "////", "linewidth": 0}
     return Rectangle((x - width / 2, y - height / 2), width, height, **(plain | look))
 
 
