@@ -110,7 +110,7 @@ def test_the_leak_probes_tell_of_it_for_every_way_of_asking(monkeypatch: pytest.
     world = build_tiny([e.prompt for e in examples], 0)
 
     def answers(*given: Any) -> list[str]:
-        french = 1 if given[-2] == "after leak/negated_prompt" else 3
+        french = 1 if "after leak/negated_prompt" in given else 3
         return [e.facts["french" if i < french else "english"] for i, e in enumerate(examples)]
 
     monkeypatch.setattr(leak, "complete", answers)
