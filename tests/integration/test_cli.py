@@ -64,7 +64,10 @@ def test_everything_that_does_not_validate_is_said_at_once(run, tmp_path: Path) 
 def test_help_and_the_composed_config(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     done = run("train.py", "--help")
     assert done.returncode == 0, done.stderr
-    assert "defense: labelled_vector, none, security_vector" in done.stdout and "experiment: demo" in done.stdout
+    assert (
+        "defense: labelled_vector, none, refitted_vector, security_vector, sv_" in done.stdout
+        and "experiment: attack, demo" in done.stdout
+    )
     assert "Traceback" not in done.stderr + done.stdout
     done = run("train.py", "--cfg", "job", "vector.r=3")
     assert done.returncode == 0, done.stderr
