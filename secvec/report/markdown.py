@@ -31,7 +31,7 @@ def table(data: Table, corner: str, about: bool = False) -> list[str]:
             rows.append([f"**{escape(title)}**", *[""] * len(data.columns)])
         for line in lines:
             cells = [f"**{escape(c.text)}**" if c.best else escape(c.text) for c in line.cells]
-            label = f"{line.label} {line.arrow}".strip() + (f" ({line.about})" if about else "")
+            label = f"{line.label} {line.arrow}".strip() + (f" ({line.about})" if about and line.about else "")
             rows.append([escape(label), *cells])
     out = grid([corner, *map(escape, data.columns)], rows)
     out += [DAGGER, ""] if data.footnote else []
