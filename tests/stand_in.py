@@ -1,7 +1,8 @@
 """Stands in for train.py in tests of multiruns: composes, starts and records as it does, but trains nothing.
 
-Seed 13 is killed, seed 14 is a user's mistake, a learning rate above 0.1 diverges. `after/behavior_rate` is the rate
-under `tune=full` and 0 under `tune=lora`; `after/task_accuracy` is 1 minus ten times the rate.
+Its copy stands beside a link to conf/. Seed 13 is killed, seed 14 is a user's mistake, a learning rate above 0.1
+diverges. `after/behavior_rate` is the rate under `tune=full` and 0 under `tune=lora`; `after/task_accuracy` is 1 minus
+ten times the rate.
 """
 
 import json
@@ -16,7 +17,7 @@ from secvec.cli import exit_code, for_people
 from secvec.errors import ConfigError, DivergedError
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="train")
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
 @for_people
 def main(cfg):  # type: ignore[no-untyped-def]
     folder = Path(cfg.run_dir)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT, SMALL
@@ -66,8 +69,9 @@ def test_the_same_command_goes_on(
 
 
 def test_an_interrupted_multirun_goes_on(cache: Path, tmp_path: Path) -> None:
+    given = {text.partition("=")[0]: text for text in [*SMALL, *LONG]}  # each key once
     command = [
-        sys.executable, str(ROOT / "train.py"), "-m", *SMALL, *LONG, "defense=none,security_vector", "seed=0,1",
+        sys.executable, str(ROOT / "train.py"), "-m", *given.values(), "defense=none,security_vector", "seed=0,1",
         f"paths.cache={cache}", f"paths.outputs={tmp_path}", "sweep=cut",
     ]  # fmt: skip
     process = subprocess.Popen(
@@ -87,3 +91,42 @@ def test_an_interrupted_multirun_goes_on(cache: Path, tmp_path: Path) -> None:
     assert all(f.stat().st_mtime_ns == stamp for f, stamp in done.items())  # not run again
     records = json.loads((sweep / "report.json").read_text())
     assert len(records) == 4 and {record["status"] for record in records} == {"completed"}
+
+
+def multirun(folder: Path) -> subprocess.Popen[bytes]:
+    """Two small jobs side by side, everything of theirs in `folder`."""
+    command = [
+        sys.executable, str(ROOT / "train.py"), "-m", *SMALL, "defense=none,security_vector", "hydra.launcher.n_jobs=2",
+        f"paths.cache={folder / 'cache'}", f"paths.outputs={folder}", "sweep=sweep",
+    ]  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    with (folder / "log").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+
+def measured(folder: Path) -> dict[str, tuple[str, dict]]:
+    records = json.loads((folder / "sweep" / "report.json").read_text())
+    return {record["run"]: (record["status"], record["metrics"]) for record in records}
+
+
+def test_a_multirun_killed_at_random_points_ends_in_the_same_report(tmp_path: Path) -> None:
+    began = time.monotonic()
+    assert multirun(tmp_path / "whole").wait(600) == 0
+    seconds = time.monotonic() - began
+    chance, kills = random.Random(0), 0
+    for round in range(4):
+        process = multirun(tmp_path / "cut")
+        time.sleep(seconds * chance.uniform(0.1, 0.7))
+        if process.poll() is not None:
+            break
+        kills += 1
+        # the machine goes down, or the multirun alone: its jobs then go on, and the next one must not run them twice
+        family = psutil.Process(process.pid).children(recursive=True) if round % 2 == 0 else []
+        for member in [psutil.Process(process.pid), *family]:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        process.wait(60)
+    assert kills >= 2
+    assert multirun(tmp_path / "cut").wait(600) == 0, (tmp_path / "cut" / "log").read_text()[-3000:]
+    whole, cut = measured(tmp_path / "whole"), measured(tmp_path / "cut")
+    assert cut == whole and {status for status, _ in whole.values()} == {"completed"} and len(whole) == 2

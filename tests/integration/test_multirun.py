@@ -1,0 +1,107 @@
+"""Multiruns as a person types them, over a stand-in that trains nothing: launchers, the search, what is on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.fixture
+def multirun(tmp_path: Path):  # type: ignore[no-untyped-def]
+    """`multirun("seed=0,1", ...)` in an empty folder."""
+    (tmp_path / "conf").symlink_to(ROOT / "conf")
+    shutil.copy(ROOT / "tests" / "stand_in.py", tmp_path)
+
+    def call(*given: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "stand_in.py", "-m", *given, "paths.outputs=out"],
+            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+            capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+
+    return call
+
+
+def records(folder: Path) -> dict[int, dict[str, Any]]:
+    found = [json.loads(path.read_text()) for path in folder.glob("*/record.json")]
+    return {record["seed"]: record for record in found}
+
+
+def starts(folder: Path) -> int:
+    return sum(len(path.read_text().splitlines()) for path in folder.glob("*/starts"))
+
+
+LAUNCHERS = {
+    "process": ["hydra.launcher.n_jobs=2"],
+    "slurm": ["hydra/launcher=slurm", "hydra.launcher.cluster=local"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_failures_are_recorded_and_a_second_start_runs_only_what_is_missing(
+    launcher: str,
+    multirun,
+    tmp_path: Path,  # type: ignore[no-untyped-def]
+) -> None:
+    given, folder = [*LAUNCHERS[launcher], "seed=0,13,14"], tmp_path / "out" / "multirun"
+    done = multirun(*given)
+    assert done.returncode == 1 and "Traceback" not in done.stderr + done.stdout, done.stderr
+    assert "2 of 3 jobs failed" in done.stderr and "seed 14 is not liked" in done.stderr
+    assert "1 done, 2 failed, 0 left" in done.stdout
+    found = records(folder)
+    assert {seed: record["status"] for seed, record in found.items()} == {0: "completed", 13: "failed", 14: "failed"}
+    assert "signal 9" in found[13]["error"] and found[14]["error"] == "seed 14 is not liked"
+    assert len(json.loads((folder / "report.json").read_text())) == 3
+    assert starts(folder) == 3
+    if launcher == "process":
+        again = multirun(*given)
+        assert "1 of 3 jobs are finished already" in again.stdout and starts(folder) == 5
+
+
+def test_collisions_are_refused_before_anything_starts(multirun, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    for given, says in (
+        (["seed=0,1", "seed=2"], "seed is given twice, seed=0,1 and seed=2"),
+        (["stage=vector,finetune", "seed=0,1"], "two jobs of the multirun would share the folder"),
+        (["seed=0,1", "hydra.launcher.n_jobs=many"], "hydra.launcher.n_jobs: got 'many'"),
+    ):
+        done = multirun(*given)
+        assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not list(tmp_path.rglob("starts"))
+    done = multirun("hydra/launcher=slrum")
+    assert done.returncode == 2 and "(did you mean 'slurm'?); allowed: basic, process, slurm" in done.stderr
+
+
+def test_a_search_goes_on_where_it_was_cut_off(multirun, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    space = "{optimizer.lr: {low: 1e-3, high: 1.0, log: true}, tune: [full, lora], defense: [none]}"
+    bounds = "{after/task_accuracy: {min: 0.7}}"
+    given = [
+        "hydra/sweeper=optuna", f"+hydra.sweeper.space={space}", f"+hydra.sweeper.bounds={bounds}", "seed=1",
+        "defense=none", "hydra.sweeper.n_startup_trials=2", "hydra.launcher.n_jobs=2",
+    ]  # fmt: skip
+    folder = tmp_path / "out" / "multirun"
+    short = multirun(*given, "hydra.sweeper.n_trials=2")
+    assert short.returncode == 0, short.stdout + short.stderr
+    first = json.loads((folder / "search.json").read_text())["trials"]
+    before = starts(folder)
+    done = multirun(*given, "hydra.sweeper.n_trials=4")
+    assert done.returncode == 0 and "search: 4 of 4 trials" in done.stdout, done.stdout + done.stderr
+    found = json.loads((folder / "search.json").read_text())
+    assert found["trials"][:2] == first and len(found["trials"]) == 4
+    failed = [trial for trial in found["trials"] if trial["value"] is None]
+    again = sum(trial["value"] is None for trial in first)  # only what failed before is tried again
+    assert starts(folder) - before == 2 + again
+    assert all("the loss is nan" in trial["error"] and trial["params"]["optimizer.lr"] > 0.1 for trial in failed)
+    known = [
+        trial for trial in found["trials"] if trial["value"] is not None and trial["params"]["optimizer.lr"] <= 0.03
+    ]
+    assert found["best"] == (max(known, key=lambda trial: trial["value"]) if known else None)
+    assert set(found["trials"][0]["params"]) == {"optimizer.lr", "tune"}  # the command line has fixed the rest
+    assert (folder / "report.json").is_file()
