@@ -48,7 +48,7 @@ class LocalExecutor:
             if len(self.running) >= self.slots or not self._memory_for_one_more():
                 break
             self.cards[job] = self._free_gpus(job)
-            job.environment = self._environment(job)
+            job.environment |= self._environment(job)
             if (process := job.start()) is not None:
                 self.running[job] = process
                 started.append(job)

@@ -29,6 +29,8 @@ class Task:
     def __call__(self) -> int:
         """Its exit code."""
         while (process := self.job.start(LEFT_TO_SUBMITIT)) is None:  # queued twice: the other one is at it
+            if self.job.code is not None:
+                return self.job.code
             time.sleep(WAIT_SECONDS)
         self.process = process
         try:
@@ -76,7 +78,7 @@ class SlurmExecutor:
         if not chosen:
             return []
         for job in chosen:
-            job.environment = {"OMP_NUM_THREADS": str(max(1, self.settings.cpus_per_task // _devices(job)))}
+            job.environment |= {"OMP_NUM_THREADS": str(max(1, self.settings.cpus_per_task // _devices(job)))}
         with self.submitit.batch():
             handles = [self.submitit.submit(Task(job)) for job in chosen]
         self.running |= dict(zip(chosen, handles, strict=True))

@@ -24,7 +24,9 @@ from secvec.config import RunConfig, load
 from secvec.errors import ConfigError
 from secvec.naming import VARIES, register_resolvers
 from secvec.report.metrics import metric_of
-from secvec.settings import LoggerSettings
+from secvec.settings import LoggerSettings, ProcessSettings
+from secvec.sweep.job import Job
+from secvec.sweep.local import LocalExecutor
 from secvec.tracking import dashboard
 from secvec.tracking.artifacts import artifacts
 from secvec.tracking.base import Tracker, Trackers, flat
@@ -178,6 +180,9 @@ def test_the_launcher_tells_each_job_what_varies(tmp_path: Path, monkeypatch: py
     launcher.hydra_context = SimpleNamespace(config_loader=SimpleNamespace(load_sweep_config=composed))  # type: ignore[assignment]
     asked = [["defense=none", f"seed={seed}", "sweep=x"] for seed in (0, 1)]
     jobs = launcher._jobs(asked, tmp_path, 0)
+    executor = LocalExecutor(ProcessSettings(n_jobs=2, memory_gb=None), jobs)
+    monkeypatch.setattr(Job, "start", lambda self: None)
+    executor.admit(jobs)  # gives them threads, ports and GPUs by their environment too
     assert [job.environment[VARIES] for job in jobs] == ["seed=0", "seed=1"] == [job.label for job in jobs]
 
 
