@@ -66,11 +66,12 @@ class Job:
     def start(self, ignored: Sequence[signal.Signals] = ()) -> subprocess.Popen[bytes] | None:
         """Its process; None while another one, perhaps of a multirun that was killed, still works in its folder.
 
-        The lock is held by the process itself: the kernel frees it however that process ends. Signals in `ignored` do
-        not reach it.
+        None with code 0 when that one has ended and left nothing to do. The lock is held by the
+        process itself: the kernel frees it however that process ends. Signals in `ignored` do not reach it.
         """
 
-        def ignore() -> None:
+        def choose_signals() -> None:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's `&` ignores it, and `stop` needs it
             for sign in ignored:
                 signal.signal(sign, signal.SIG_IGN)
 
@@ -81,13 +82,16 @@ class Job:
             except BlockingIOError:
                 self.busy = True
                 return None
+            if self.busy and self.finished():
+                self.code = 0
+                return None
             self.busy = False
             around = {k: v for k, v in os.environ.items() if k not in OTHERS and not k.startswith("SLURM_")}
             with self.console.open("wb") as out:
                 return subprocess.Popen(
                     self.command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                     start_new_session=True, env=around | self.environment, pass_fds=[lock.fileno()],
-                    preexec_fn=ignore if ignored else None,
+                    preexec_fn=choose_signals,
                 )  # fmt: skip
 
     def last_line(self) -> str:

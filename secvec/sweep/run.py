@@ -49,9 +49,8 @@ def run_jobs(jobs: Sequence[Job], executor: Executor) -> None:
                     waiting.remove(job)
                     running.append(job)
                     board.started(job)
-                for job in [job for job in waiting if job.busy and job.finished()]:
+                for job in [job for job in waiting if job.code is not None]:  # another multirun has run it
                     waiting.remove(job)
-                    job.code = 0
                     board.ended(job)
                 board.show(running)
                 time.sleep(POLL_SECONDS)

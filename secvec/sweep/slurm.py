@@ -29,6 +29,8 @@ class Task:
     def __call__(self) -> int:
         """Its exit code."""
         while (process := self.job.start(LEFT_TO_SUBMITIT)) is None:  # queued twice: the other one is at it
+            if self.job.code is not None:
+                return self.job.code
             time.sleep(WAIT_SECONDS)
         self.process = process
         try:
