@@ -73,7 +73,7 @@ def check(folder: Path) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """16 hex digits of the content of the weights and the config: tells models and adapters apart, wherever they lie."""
+    """16 hex digits of the content of the weights and the config: tells models and adapters apart anywhere."""
     digest = hashlib.sha256()
     configs = [file for name in ("config.json", "adapter_config.json") if (file := folder / name).is_file()]
     for file in [*configs, *sorted(folder.glob(WEIGHT_FILES))]:

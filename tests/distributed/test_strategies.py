@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -66,3 +68,25 @@ def test_two_processes_compute_what_one_does(
     moved = load_file(next((two / "backbone").glob("*.safetensors")))
     start = load_file(next(base_for(one).folder.glob("*.safetensors")))
     assert max((moved[name] - start[name]).abs().max() for name in moved) > 100 * tolerance  # it did move
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher", [["hydra.launcher.n_jobs=2"], ["hydra/launcher=slurm", "hydra.launcher.cluster=local"]], ids=str
+)
+def test_distributed_jobs_of_a_multirun_run_side_by_side(cache: Path, tmp_path: Path, launcher: list[str]) -> None:
+    """Each with a process group, a port and a folder of its own; what surrounds the multirun does not reach them."""
+    command = [
+        sys.executable, str(ROOT / "train.py"), "-m", *SMALL, *launcher, "trainer=ddp", "trainer.accelerator=cpu",
+        "trainer.devices=2", "defense=none", "seed=0,1", f"paths.cache={cache}", f"paths.outputs={tmp_path}",
+    ]  # fmt: skip
+    around = {**os.environ, "MASTER_PORT": "1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=500, env=around)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    folders = sorted(path.parent for path in (tmp_path / "multirun").glob("*/record.json"))
+    assert len(folders) == 2
+    for folder in folders:
+        assert json.loads((folder / "record.json").read_text())["status"] == "completed"
+    first, second = (load_file(folder / "backbone" / "model.safetensors") for folder in folders)
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    assert len(json.loads((tmp_path / "multirun" / "report.json").read_text())) == 2
