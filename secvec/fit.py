@@ -153,12 +153,12 @@ class _Finite(L.Callback):
         lr = trainer.optimizers[0].param_groups[0]["lr"]
         return DivergedError(
             f"stage {self.stage} diverged: after {step} of {steps} steps {what} (learning rate {lr:.3g}). "
-            f"Lower {RATES[self.stage]}, or set trainer.gradient_clip_val. The stage has saved nothing"
+            f"Lower {RATES[self.stage.partition('-')[0]]}, or set trainer.gradient_clip_val. Nothing of it is saved"
         )
 
 
 RATES = {"align": "model.align.lr", "vector": "vector.lr", "finetune": "optimizer.lr"}
-"""The learning rate of each stage."""
+"""The learning rate of each stage, and of its cycles (`finetune-2`)."""
 
 
 class _Ledger(L.Callback):

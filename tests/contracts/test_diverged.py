@@ -52,3 +52,11 @@ def test_weights_after_the_last_step_are_looked_at_too(weight: float, stops: boo
     module = SimpleNamespace(device="cpu", trained=lambda: [("w", torch.nn.Parameter(torch.tensor([0.0, weight])))])
     with pytest.raises(DivergedError, match=r"no finite numbers .*vector\.lr") if stops else nullcontext():
         _Finite("vector").on_train_end(trainer(reduce=lambda count, reduce_op: count), module)
+
+
+@pytest.mark.parametrize(
+    ("stage", "rate"), [("align", "model.align.lr"), ("vector-2", "vector.lr"), ("finetune-1", "optimizer.lr")]
+)
+def test_every_stage_and_cycle_names_its_rate(stage: str, rate: str) -> None:
+    with pytest.raises(DivergedError, match=f"stage {stage} diverged.*Lower {rate}"):
+        _Finite(stage).on_before_backward(trainer(reduce=lambda loss, reduce_op: loss), Any, torch.tensor(torch.inf))  # type: ignore[arg-type]
