@@ -51,6 +51,11 @@ class Base:
     fingerprint: str
     settings: ModelSettings
 
+    @property
+    def identity(self) -> list[str]:
+        """What tells a loaded copy from all others: its weights, and the type that they are loaded in."""
+        return [self.fingerprint, self.settings.dtype]
+
     def load(self) -> nn.Module:
         """A fresh copy of it."""
         return load_backbone(self.folder, self.settings)
@@ -101,7 +106,7 @@ def source_of(config: AnyConfig, base: Base, vector: Path | None = None) -> Sour
     settings, generation, engine = base.settings, config.generation, None
     if uses_vllm(generation, config.trainer):
         engine = VllmEngine(base.folder, vector, generation, settings.trust_remote_code)
-    weights = [base.fingerprint, vector and fingerprint(vector), settings.dtype]
+    weights = [*base.identity, vector and fingerprint(vector)]
     return Source([*weights, how(generation, config.trainer)], Path(config.run_dir) / ANSWERS, engine)
 
 
@@ -114,8 +119,8 @@ def asked_once(
         return ask()
     judges = [behavior.model_dump(mode="json"), config.judge and config.judge.model_dump(mode="json")]
     asked = data_hash([example for some in tests.values() for example in some])
-    settings = [config.evaluation.model_dump(), config.model.dtype, how(config.generation, config.trainer)]
-    key = content_key([base.fingerprint, asked, judges, *settings])
+    settings = [config.evaluation.model_dump(), how(config.generation, config.trainer)]
+    key = content_key([*base.identity, asked, judges, *settings])
 
     def write(out: Path) -> None:
         out.write_text(json.dumps(asdict(ask())) + "\n", encoding="utf-8")

@@ -81,7 +81,7 @@ def _cycle(run: Run, base: Base, adapter: Path | None, samples: dict[str, list[E
         _save_finetuned(run, base, _fit_mixture(run, base, adapter, samples, stage, None), out)
 
     settings = config.model_dump(mode="json", include={"defense", "tune", "optimizer", "scheduler", "trainer", "seed"})
-    sources = [base.fingerprint, adapter and fingerprint(adapter), config.data.labelled, settings]
+    sources = [*base.identity, adapter and fingerprint(adapter), config.data.labelled, settings]
     shape = [config.finetune.epochs, config.finetune.batch_size, data_hash(samples["undesired"] + samples["benign"])]
     folder = trained_once(config.paths.cache / "cycles" / content_key([*sources, *shape]), train) / "backbone"
     return Base(check(folder), fingerprint(folder), base.settings)

@@ -88,7 +88,7 @@ def trained_vector(run: Run, base: Base, stage: str) -> Path:
         module.trainer.strategy.barrier()
 
     optimizer = config.optimizer.model_dump(exclude={"lr"})
-    sources = [base.fingerprint, settings.model_dump(exclude={"gate"}), data_hash([*examples, *kl]), config.seed]
+    sources = [*base.identity, settings.model_dump(exclude={"gate"}), data_hash([*examples, *kl]), config.seed]
     key = content_key([*sources, optimizer, config.scheduler.model_dump(), config.trainer.model_dump(mode="json")])
     return trained_once(config.paths.cache / "vectors" / f"{behavior.name}-{key}", train)
 

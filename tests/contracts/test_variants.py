@@ -41,6 +41,11 @@ def test_a_variant_is_another_vector_or_is_it_not(vector_of: Callable[..., Path]
     assert alike == (defense == "refitted_vector")
 
 
+def test_a_vector_of_weights_of_another_type_is_another_one(vector_of: Callable[..., Path]) -> None:
+    """The backbone is the same on disk, but not as it was loaded for the training."""
+    assert fingerprint(vector_of()) != fingerprint(vector_of("model.dtype=bfloat16"))
+
+
 def test_dropout_goes_on_in_the_frozen_vector_only_where_it_is_asked_for(make_config: Make) -> None:
     left_on, method = make_config("defense=sv_dropout"), make_config("vector.dropout=0.1", run="method")
     train(left_on.model_copy(update={"stage": "vector"}))
