@@ -21,6 +21,8 @@ from secvec.files import atomic_path, write_atomic
 
 ANSWERS = "answers"
 """What an evaluation that has not ended has been told, below the run folder."""
+REFITTED = "vector-refitted"
+"""The last cycle's vector, where each cycle trains its own, below the run folder."""
 
 PACKAGES = ("secvec", "torch", "lightning", "hydra-core", "transformers", "peft", "tokenizers", "safetensors")
 
@@ -79,7 +81,7 @@ class RunFolder:
     def forget(self, stages: Sequence[str]) -> None:
         """Drops what `stages` left, so that they run again."""
         self.record["stages"] = [stage for stage in self.record["stages"] if stage not in stages]
-        for stage, names in {"vector": ["vector"], "finetune": ["backbone", "task", "vector-refitted"]}.items():
+        for stage, names in {"vector": ["vector"], "finetune": ["backbone", "task", REFITTED]}.items():
             for name in names if stage in stages else []:
                 shutil.rmtree(self.path / name, ignore_errors=True)
         for unfinished in ("checkpoints", ANSWERS):

@@ -159,6 +159,11 @@ class FinetuneSettings(Settings):
     refit_vector: bool = False
     """Whether every cycle after the first has a vector trained anew on the backbone as it then is."""
 
+    @property
+    def refits(self) -> bool:
+        """Whether any vector is trained anew."""
+        return self.refit_vector and self.cycles > 1
+
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 

@@ -12,14 +12,21 @@ from secvec.errors import DataError
 
 
 def draw_benign(
-    streams: Sequence[Stream], split: Split, n: int, seed: int, weights: Sequence[float] | None = None, turn: int = 0
+    streams: Sequence[Stream], split: Split, n: int, seed: int, weights: Sequence[float] | None = None
 ) -> list[Example]:
-    """`n` benign examples, shared out over `streams` by `weights` (None: equally); other ones for every `turn`."""
+    """`n` benign examples, shared out over `streams` by `weights` (None: equally)."""
+    return draw_benign_lots(streams, split, n, seed, weights, 1)[0]
+
+
+def draw_benign_lots(
+    streams: Sequence[Stream], split: Split, n: int, seed: int, weights: Sequence[float] | None, lots: int
+) -> list[list[Example]]:
+    """`lots` times `n` benign examples, none of them twice; the first lot is what `draw_benign` gives."""
     counts = share_out(n, weights or [1.0] * len(streams)) if streams else []
+    drawn = [stream.examples(split, count * lots, seed) for stream, count in zip(streams, counts, strict=True)]
     return [
-        example
-        for stream, count in zip(streams, counts, strict=True)
-        for example in stream.examples(split, count * (turn + 1), seed)[count * turn :]
+        [e for some, count in zip(drawn, counts, strict=True) for e in some[count * lot : count * (lot + 1)]]
+        for lot in range(lots)
     ]
 
 

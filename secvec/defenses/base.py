@@ -29,12 +29,17 @@ class Defense(Settings):
     def attach(self, model: nn.Module, vector: Path | None) -> nn.Module:
         """The model to fine-tune; what the defense adds is frozen. `vector` is the adapter folder, if any.
 
-        Default: with `uses_vector` the vector in every forward pass, frozen, without dropout; else the model as it is.
+        Default: with `uses_vector` the vector in every forward pass, frozen; else the model as it is.
         """
         if not self.uses_vector:
             return model
         assert vector is not None, "the finetune stage hands over the vector of the vector stage"
-        return attach_frozen_vector(model, vector)
+        return attach_frozen_vector(model, vector, self.keeps_dropout)
+
+    @property
+    def keeps_dropout(self) -> bool:
+        """Whether the frozen vector keeps the dropout it was trained with."""
+        return False
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Scalars; `loss` is what is minimised, the others are logged. Default: nats per response token."""

@@ -46,7 +46,7 @@ def attach_task(model: nn.Module, settings: LoraSettings) -> nn.Module:
 
 
 def attach_frozen_vector(model: nn.Module, folder: Path, keep_dropout: bool = False) -> nn.Module:
-    """`model` with the vector saved in `folder`: active, frozen, its dropout gone. Raises ArtifactError."""
+    """`model` with the vector saved in `folder`: active, frozen, its dropout gone unless kept. Raises ArtifactError."""
     if not (folder / "adapter_config.json").is_file():
         raise ArtifactError(f"{folder} holds no vector (adapter_config.json is missing): train one with stage=vector")
     try:
@@ -55,7 +55,7 @@ def attach_frozen_vector(model: nn.Module, folder: Path, keep_dropout: bool = Fa
         reason = " ".join(str(error).split())[:300]
         raise ArtifactError(f"the vector in {folder} does not fit this model or is damaged: {reason}") from None
     _make_active(attached, [VECTOR])
-    for layer in _lora_layers(attached) if not keep_dropout else []:
+    for layer in [] if keep_dropout else _lora_layers(attached):
         # model.train() would switch its dropout on again: a frozen vector with dropout is another, random, vector
         layer.lora_dropout[VECTOR] = nn.Identity()
     return attached

@@ -10,25 +10,17 @@ from torch import nn
 from secvec.base import Base
 from secvec.data.datamodule import SecVecDataModule
 from secvec.data.example import Example
-from secvec.data.mixture import check_disjoint, data_hash, draw_benign
+from secvec.data.mixture import check_disjoint, data_hash, draw_benign_lots
 from secvec.files import atomic_path
 from secvec.fit import fit
 from secvec.models.backbone import check, fingerprint, save_backbone
-from secvec.models.vector import (
-    attach_task,
-    backbone_state,
-    merge_task,
-    save_adapter,
-)
+from secvec.models.vector import attach_task, backbone_state, merge_task, save_adapter
 from secvec.module import SecVecModule
 from secvec.naming import content_key
-from secvec.record import main_process
+from secvec.record import REFITTED, main_process
 from secvec.stages.base import Run, copy_folder, trained_once
 from secvec.stages.vector import trained_vector, vector_for
 from secvec.telemetry import Telemetry
-
-REFITTED = "vector-refitted"
-"""Folder of the last cycle's vector, where each cycle trains its own."""
 
 
 def finetune(run: Run) -> None:
@@ -38,22 +30,21 @@ def finetune(run: Run) -> None:
     last are kept in the cache: a run of eight cycles goes on where a run of four ended.
     """
     config, base, adapter = run.config, run.base, vector_for(run)
-    cycles = [mixture(run, turn) for turn in range(config.finetune.cycles)]
+    *before, last = cycles = mixtures(run)
     every = [example for samples in cycles for kind in samples.values() for example in kind]
     tests = [example for some in run.tests.values() for example in some]
     check_disjoint(every, tests)
     run.note_data("finetune", every)
     run.note_data("test", tests)
-    for number, samples in enumerate(cycles, 1):
-        if config.finetune.refit_vector and number > 1:
-            adapter = trained_vector(run, base, f"vector-{number}")
-        if number < len(cycles):
-            base = _cycle(run, base, adapter, samples, f"finetune-{number}")
-    if config.finetune.refit_vector and len(cycles) > 1:
+    for number, samples in enumerate(before, 1):
+        base = _cycle(run, base, adapter, samples, f"finetune-{number}")
+        if config.finetune.refits:
+            adapter = trained_vector(run, base, f"vector-{number + 1}")
+    if config.finetune.refits:
         assert adapter is not None
         copy_folder(adapter, run.folder.path / REFITTED)
-    telemetry = _telemetry(run, samples)
-    module = _fit_mixture(run, base, adapter, samples, "finetune", telemetry)
+    telemetry = _telemetry(run, last)
+    module = _fit_mixture(run, base, adapter, last, "finetune", telemetry)
     run.folder.record["ledger"] = {row.part: [row.parameters, row.trainable, row.active] for row in module.ledger()}
     _save_finetuned(run, base, module, run.folder.path)
     if telemetry:
@@ -64,13 +55,13 @@ def finetune(run: Run) -> None:
         }
 
 
-def mixture(run: Run, turn: int) -> dict[str, list[Example]]:
-    """The samples of the `turn`-th cycle, by kind."""
-    config = run.config
-    harmful, benign = config.data.counts
-    undesired = config.behavior.examples("finetune", harmful * (turn + 1), config.seed)[harmful * turn :]
-    others = draw_benign(config.data.benign, "finetune", benign, config.seed, config.data.weights, turn)
-    return {"undesired": undesired, "benign": others}
+def mixtures(run: Run) -> list[dict[str, list[Example]]]:
+    """The samples of each cycle, by kind; those of a cycle do not depend on how many follow."""
+    config, data, n = run.config, run.config.data, run.config.finetune.cycles
+    harmful, benign = data.counts
+    undesired = config.behavior.examples("finetune", harmful * n, config.seed)
+    others = draw_benign_lots(data.benign, "finetune", benign, config.seed, data.weights, n)
+    return [{"undesired": undesired[harmful * i : harmful * (i + 1)], "benign": lot} for i, lot in enumerate(others)]
 
 
 def _cycle(run: Run, base: Base, adapter: Path | None, samples: dict[str, list[Example]], stage: str) -> Base:

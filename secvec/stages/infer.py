@@ -10,11 +10,9 @@ from secvec.base import Base, asked_once, source_of
 from secvec.errors import ArtifactError
 from secvec.evaluation import Metrics, Probe, deactivation_gap, kl_to_base, mean_loss, perplexity
 from secvec.models.backbone import check, fingerprint
-from secvec.models.vector import (
-    attach_frozen_vector,
-)
+from secvec.models.vector import attach_frozen_vector
+from secvec.record import REFITTED
 from secvec.stages.base import Run
-from secvec.stages.finetune import REFITTED
 from secvec.stages.vector import vector_for
 
 
@@ -31,7 +29,7 @@ def infer(run: Run) -> None:
     run.keep(Probe(_distance_from_base(run, model, after), []), run.leaks(model, "after", source))
     del model  # room for the next
     adapter = vector_for(run)
-    if run.config.finetune.refit_vector and run.config.finetune.cycles > 1:
+    if run.config.finetune.refits:
         adapter = run.folder.path / REFITTED
     if adapter is None:
         active = Probe(

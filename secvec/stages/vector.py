@@ -16,12 +16,7 @@ from secvec.evaluation import Probe, mean_loss
 from secvec.files import write_atomic
 from secvec.fit import fit
 from secvec.losses import vector_loss
-from secvec.models.vector import (
-    attach_frozen_vector,
-    attach_new_vector,
-    save_adapter,
-    vector_off,
-)
+from secvec.models.vector import attach_frozen_vector, attach_new_vector, save_adapter, vector_off
 from secvec.naming import content_key
 from secvec.record import main_process
 from secvec.stages.base import Run, copy_folder, trained_once

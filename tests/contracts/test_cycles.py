@@ -13,9 +13,10 @@ from secvec.base import base_for
 from secvec.config import RunConfig
 from secvec.errors import ConfigError
 from secvec.models.backbone import fingerprint
+from secvec.record import REFITTED
 from secvec.run import train
 from secvec.stages.base import Run
-from secvec.stages.finetune import REFITTED, mixture
+from secvec.stages.finetune import mixtures
 from tests.contracts.test_stages import same, weights
 
 Make = Callable[..., RunConfig]
@@ -33,7 +34,7 @@ def test_cycles_go_on_from_each_other_on_new_samples(make_config: Make, tmp_path
     (kept,) = (folder for folder in cycles.iterdir() if folder.is_dir())
     assert same(weights(kept / "backbone"), backbone(first)) and not same(backbone(first), backbone(both))
     run = Run(both, None, base_for(both))  # type: ignore[arg-type]
-    one, two = (mixture(run, turn) for turn in (0, 1))
+    one, two = mixtures(run)
     assert [len(some["undesired"] + some["benign"]) for some in (one, two)] == [48, 48]
     assert not {e.prompt for some in one.values() for e in some} & {e.prompt for some in two.values() for e in some}
     record = json.loads((Path(both.run_dir) / "record.json").read_text())

@@ -58,7 +58,8 @@ def _cells(panel: Axes, sweep: Sweep, groups: Sequence[Group], name: str) -> Non
     grid = [[at.get((a, b)) for a in x.values] for b in y.values]
     means = [[e.mean if g and (e := g.estimate(name)) else math.nan for g in row] for row in grid]
     highest = worst(groups)
-    if len(x.values) * len(y.values) > CROWDED:
+    crowded = len(x.values) * len(y.values) > CROWDED
+    if crowded:
         # One surface on a hatched ground: that many cells apart would make a page that no phone opens.
         panel.add_artist(_cell(len(x.values) / 2 - 0.5, len(y.values) / 2 - 0.5, len(x.values), len(y.values)))
         shade = [[0.05 + 0.8 * mean for mean in row] for row in means]
@@ -68,7 +69,7 @@ def _cells(panel: Axes, sweep: Sweep, groups: Sequence[Group], name: str) -> Non
         ink = LIGHT if mean > 0.62 else DARK
         if group is highest and group is not None:
             panel.add_artist(_cell(column, row, 0.88, 0.88, hatch=None, edgecolor=ink, linewidth=1.8, zorder=4))
-        if len(x.values) * len(y.values) > CROWDED:
+        if crowded:
             continue
         found = group.estimate(name) if group else None
         if group is None or found is None:
