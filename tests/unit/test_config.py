@@ -23,6 +23,7 @@ CONF = Path(__file__).parents[2] / "conf"
 CHOICES = sorted(file.relative_to(CONF).with_suffix("") for file in CONF.glob("*/**/*.yaml"))
 CHOICES = [choice for choice in CHOICES if choice.parts[0] != "hydra"]  # of launchers and sweepers: test_sweep.py
 EXPERIMENTS = [choice.relative_to("experiment").as_posix() for choice in CHOICES if choice.parts[0] == "experiment"]
+EXPERIMENTS = [name for name in EXPERIMENTS if "/_" not in name]  # what experiments share is none
 GROUPS = {choice.parts[0] for choice in CHOICES}
 ROOTS = {"train": RunConfig, "evaluate": EvaluateConfig}
 
