@@ -13,8 +13,10 @@ from secvec.config import RunConfig
 from secvec.data.encode import encode
 from secvec.data.example import Example
 from secvec.data.hub import HubData
-from secvec.data.mixture import check_disjoint, draw_benign
+from secvec.data.mixture import check_disjoint
 from secvec.stages.base import test_sets
+from secvec.stages.finetune import mixtures
+from secvec.stages.vector import vector_samples
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 128, 256
 """Of a sample whose data are not at hand."""
@@ -47,14 +49,14 @@ def at_hand(config: RunConfig) -> bool:
 
 def drawn(config: RunConfig) -> dict[str, list[Example]]:
     """The samples that the run would draw, by kind; raises DataError as the run would."""
-    settings, data, seed = config.vector, config.data, config.seed
-    harmful, benign = data.counts
-    undesired = list(config.behavior.examples("finetune", harmful, seed))
-    others = list(draw_benign(data.benign, "finetune", benign, seed))
+    cycles = mixtures(config)
+    undesired = [example for samples in cycles for example in samples["undesired"]]
+    others = [example for samples in cycles for example in samples["benign"]]
     if "vector" in config.stages:
-        undesired += config.behavior.examples("vector", settings.num_samples, seed)
-        undesired += config.behavior.examples("validation", settings.gate.num_prompts, seed)
-        others += draw_benign(data.benign, "vector", settings.num_kl if settings.kl_weight else 0, seed)
+        samples, kl = vector_samples(config)
+        behavior = config.vector.behavior or config.behavior
+        undesired += [*samples, *behavior.examples("validation", config.vector.gate.num_prompts, config.seed)]
+        others += kl
     tests = [example for some in test_sets(config).values() for example in some]
     check_disjoint([*undesired, *others], tests)
     return {"undesired": undesired, "benign": others, "test": tests}

@@ -181,12 +181,15 @@ def _html(page: dict[str, Any], report: Report) -> str:
         Markup(inline_svg(one.draw(), f"f-{one.name}", one.about))
         for one in drawings.scatters(report.comparison)[:MOST_PANELS]
     ]
+    protections = [
+        Markup(inline_svg(one.draw(), f"f-{one.name}", one.about)) for one in drawings.protection(report.comparison)
+    ]
     env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
                       trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     script = Markup((Path(__file__).parent / "page.js").read_text(encoding="utf-8"))
     template = env.get_template("template.html.j2")
     return template.render(**page, headline=headline, losses=losses, series=SERIES, drawn=bool(report.curves),
-                           swept=swept, sweep=report.sweep, scatters=scatters, script=script,
+                           swept=swept, sweep=report.sweep, scatters=scatters, protections=protections, script=script,
                            script_hash=base64.b64encode(sha256(script.encode()).digest()).decode())  # fmt: skip
 
 

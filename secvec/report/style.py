@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     Drawn = TypeVar("Drawn", bound=Artist)
 
 INK, MUTED, GRID, SURFACE, BASE = "#1c2128", "#59636e", "#d8dee4", "#fefefe", "#6e7782"
-# Okabe and Ito: told apart with the common color-vision deficiencies. The yellow is left out, it fails on white.
-SERIES = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+# Okabe and Ito: told apart with the common color-vision deficiencies. The yellow is left out, it fails on white; the
+# last two, a brown and a violet, are not theirs: eight defenses side by side are few enough to want a color each.
+SERIES = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a4a1e", "#5b3a9e")
 # In the page these colors become CSS variables, so that one figure serves light, dark and print.
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--rule", SURFACE: "--card", BASE: "--base"} | {
     color: f"--s{index}" for index, color in enumerate(SERIES)

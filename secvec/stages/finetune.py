@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from secvec.base import Base
+from secvec.config import RunConfig
 from secvec.data.datamodule import SecVecDataModule
 from secvec.data.example import Example
 from secvec.data.mixture import check_disjoint, data_hash, draw_benign_lots
@@ -30,7 +31,7 @@ def finetune(run: Run) -> None:
     last are kept in the cache: a run of eight cycles goes on where a run of four ended.
     """
     config, base, adapter = run.config, run.base, vector_for(run)
-    *before, last = cycles = mixtures(run)
+    *before, last = cycles = mixtures(config)
     every = [example for samples in cycles for kind in samples.values() for example in kind]
     tests = [example for some in run.tests.values() for example in some]
     check_disjoint(every, tests)
@@ -55,9 +56,9 @@ def finetune(run: Run) -> None:
         }
 
 
-def mixtures(run: Run) -> list[dict[str, list[Example]]]:
+def mixtures(config: RunConfig) -> list[dict[str, list[Example]]]:
     """The samples of each cycle, by kind; those of a cycle do not depend on how many follow."""
-    config, data, n = run.config, run.config.data, run.config.finetune.cycles
+    data, n = config.data, config.finetune.cycles
     harmful, benign = data.counts
     undesired = config.behavior.examples("finetune", harmful * n, config.seed)
     others = draw_benign_lots(data.benign, "finetune", benign, config.seed, data.weights, n)

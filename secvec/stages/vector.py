@@ -10,6 +10,7 @@ from secvec.base import Base, source_of
 from secvec.config import RunConfig
 from secvec.data.datamodule import SecVecDataModule
 from secvec.data.encode import with_loss_on_prompts
+from secvec.data.example import Example
 from secvec.data.mixture import check_disjoint, data_hash, draw_benign
 from secvec.errors import ArtifactError, GateError
 from secvec.evaluation import Probe, mean_loss
@@ -50,13 +51,19 @@ def vector(run: Run) -> None:
     copy_folder(trained, run.folder.path / "vector")
 
 
+def vector_samples(config: RunConfig) -> tuple[list[Example], list[Example]]:
+    """The undesired samples, and the benign ones of the KL term, none where it has no weight."""
+    settings, data = config.vector, config.data
+    behavior, num_kl = settings.behavior or config.behavior, settings.num_kl if settings.kl_weight > 0 else 0
+    undesired = list(behavior.examples(settings.split, settings.num_samples, config.seed))
+    return undesired, draw_benign(data.benign, "vector", num_kl, config.seed, data.weights)
+
+
 def trained_vector(run: Run, base: Base, stage: str) -> Path:
     """The vector of `base`, trained as the config says or found in the cache; `stage` is its name in the logs."""
-    config, settings, data = run.config, run.config.vector, run.config.data
-    behavior = settings.behavior or config.behavior
-    examples = behavior.examples(settings.split, settings.num_samples, config.seed)
-    with_kl = settings.kl_weight > 0
-    kl = draw_benign(data.benign, "vector", settings.num_kl, config.seed, data.weights) if with_kl else []
+    config, settings = run.config, run.config.vector
+    behavior, with_kl = settings.behavior or config.behavior, settings.kl_weight > 0
+    examples, kl = vector_samples(config)
     check_disjoint([*examples, *kl], [e for tests in run.tests.values() for e in tests])
     run.note_data("vector", [*examples, *kl])
 

@@ -15,7 +15,6 @@ from secvec.errors import ConfigError
 from secvec.models.backbone import fingerprint
 from secvec.record import REFITTED
 from secvec.run import train
-from secvec.stages.base import Run
 from secvec.stages.finetune import mixtures
 from tests.contracts.test_stages import same, weights
 
@@ -33,8 +32,7 @@ def test_cycles_go_on_from_each_other_on_new_samples(make_config: Make, tmp_path
     cycles = Path(both.paths.cache) / "cycles"
     (kept,) = (folder for folder in cycles.iterdir() if folder.is_dir())
     assert same(weights(kept / "backbone"), backbone(first)) and not same(backbone(first), backbone(both))
-    run = Run(both, None, base_for(both))  # type: ignore[arg-type]
-    one, two = mixtures(run)
+    one, two = mixtures(both)
     assert [len(some["undesired"] + some["benign"]) for some in (one, two)] == [48, 48]
     assert not {e.prompt for some in one.values() for e in some} & {e.prompt for some in two.values() for e in some}
     record = json.loads((Path(both.run_dir) / "record.json").read_text())

@@ -14,7 +14,7 @@ from made_up_runs import edit, write_run, write_sweep
 from secvec.report import write_report
 from secvec.report.__main__ import main
 from secvec.report.axes import MOST_PANELS, Sweep, axes, sweep
-from secvec.report.drawings import scatters, swept
+from secvec.report.drawings import protection, scatters, swept
 from secvec.report.figures.bars import bars_figure
 from secvec.report.figures.heatmap import heatmap_figure
 from secvec.report.figures.lines import lines_figure
@@ -22,9 +22,10 @@ from secvec.report.figures.pareto import front
 from secvec.report.groups import Comparison, compare
 from secvec.report.paired import MOST, contrasts, paired_table, reading
 from secvec.report.records import load_runs
-from secvec.report.render import MOST_ROWS
+from secvec.report.render import MOST_ROWS, read
 from secvec.report.style import inline_svg
 from secvec.report.tables import Cell, Row, Table
+from secvec.report.terminal import show
 from secvec.report.worst import MANY, focus, worst, worst_table
 
 LRS, COUNTS, RANKS = [1e-4, 1e-3, 1e-2], [100, 1000], [1, 8]
@@ -202,6 +203,40 @@ def test_behaviors_do_not_compete_in_one_scatter(tmp_path: Path) -> None:
     assert len(made[0].draw().axes[0].get_lines()) > 6
 
 
+def with_vector(root: Path, places: dict[str, float], phase: str) -> None:
+    """Gives every run with a vector the `places` metric by the learning rate it was trained with."""
+    for folder in root.glob("security_vector-*"):
+        record = json.loads((folder / "record.json").read_text())
+        for name, scale in places.items():
+            value = scale * record["config"]["optimizer"]["lr"]
+            record["metrics"][f"{phase}/{name}"] = {"value": value, "ci_low": value, "ci_high": value, "n": 100}
+        edit(folder, metrics=record["metrics"])
+
+
+def test_protection_is_drawn_over_the_loss_of_the_vector(tmp_path: Path) -> None:
+    write_sweep(tmp_path, {"optimizer.lr": LRS})
+    assert protection(compare(load_runs([tmp_path]))) == []
+    with_vector(tmp_path, {"behavior_loss": 100.0}, "vector_on")
+    (drawn,) = protection(compare(load_runs([tmp_path])))
+    assert drawn.name == "protection-behavior_loss"
+    (panel,) = drawn.draw().axes
+    x, y = (list(map(float, line)) for line in panel.get_lines()[0].get_data())
+    assert x == pytest.approx([0.01, 0.1, 1.0]) and y == pytest.approx([0.0, 0.01, 0.02])
+    assert panel.get_xscale() == "log"
+    assert "What got through" in write_report([tmp_path]).read_text()
+
+
+def test_staleness_is_a_line_of_its_own_and_no_rate(tmp_path: Path) -> None:
+    write_sweep(tmp_path, {"optimizer.lr": LRS})
+    with_vector(tmp_path, {"behavior_loss": 300.0}, "active")
+    found = sweep(compare(load_runs([tmp_path])))
+    *_, last = swept(found, whole=True)
+    assert last.name == "sweep-behavior_loss-vector_on"
+    (panel,) = last.draw().axes
+    (line,) = [line for line in panel.get_lines() if line.get_label() == "security_vector"]  # none has no vector
+    assert list(line.get_ydata()) == pytest.approx([0.03, 0.3, 3.0]) and panel.get_ylim()[1] > 3
+
+
 def test_titles_to_hover_over_name_the_configuration(tmp_path: Path) -> None:
     found = swept_of(tmp_path, {"optimizer.lr": LRS})
     svg = inline_svg(lines_figure(found, found.facets[0], "behavior_rate"), "f", "told")
@@ -300,3 +335,16 @@ def test_a_table_is_turned_and_cut() -> None:
     cut = data.capped(1)
     assert [len(rows) for _, rows in cut.sections] == [1] and cut.left_out == "The first 1 of 2 rows."
     assert data.capped(2) is data
+
+
+def test_the_terminal_shows_no_cut_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Columns beside each other where they fit, else a line for each configuration."""
+    write_sweep(tmp_path, {"optimizer.lr": LRS})
+    for width, corner in (("80", "Configuration"), ("250", "Metric")):
+        monkeypatch.setenv("COLUMNS", width)
+        show(read([tmp_path]))
+        shown = capsys.readouterr().out
+        assert corner in shown and "0.900" in shown and "…" not in shown
+        assert max(map(len, shown.splitlines())) <= int(width)

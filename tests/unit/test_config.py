@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from secvec.cli import exit_code
 from secvec.config import DataSettings, EvaluateConfig, RunConfig, load
 from secvec.errors import ConfigError
+from secvec.lengths import drawn
 from secvec.naming import NOT_IN_KEY, register_resolvers, run_name
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -111,19 +112,39 @@ def test_the_main_configs_compose_and_validate(root: str, tmp_path: Path) -> Non
     assert type(load(config, ROOTS[root])) is ROOTS[root]
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_job_of_an_experiment_validates(name: str, tmp_path: Path) -> None:
-    config = by_hydra(f"experiment={name}", with_hydra=True)
-    assert str(config.hydra.sweep.dir).endswith(f"/{config.sweep}") and config.sweep != "multirun"
-    assert run_name(config) == config.hydra.sweep.subdir
+def jobs_of(config: Any) -> list[list[str]]:
+    """The overrides of every job of a composed experiment; of a search, its corners."""
     parser, sweeper = OverridesParser.create(), OmegaConf.to_container(config.hydra.sweeper)
     given = {name: a if isinstance(a, list) else [a["low"], a["high"]] for name, a in sweeper.pop("space", {}).items()}  # type: ignore[union-attr]
     given = {name: ",".join(map(str, values)) for name, values in given.items()} or sweeper["params"]  # type: ignore[index]
     swept = [parser.parse_override(f"{key}={values}") for key, values in given.items()]
     values = ([f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()] for o in swept)
-    jobs = [list(job) for job in product(*values)]
+    return [list(job) for job in product(*values)]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_job_of_an_experiment_validates(name: str, tmp_path: Path) -> None:
+    config = by_hydra(f"experiment={name}", with_hydra=True)
+    assert str(config.hydra.sweep.dir).endswith(f"/{config.sweep}") and config.sweep != "multirun"
+    assert run_name(config) == config.hydra.sweep.subdir
+    jobs = jobs_of(config)
     missing = stand_ins(composed(f"experiment={name}"), tmp_path)
     assert len(jobs) > 1 and len({loaded(f"experiment={name}", *missing, *job).key() for job in jobs}) == len(jobs)
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith("ablation/")])
+def test_there_are_as_many_samples_as_an_ablation_asks_for(name: str) -> None:
+    """Embedded data are finite: a sweep over their number must not end in the job that asks for too many."""
+    done = set()
+    for job in jobs_of(by_hydra(f"experiment={name}", with_hydra=True)):
+        config = loaded(f"experiment={name}", *job)
+        vector = config.vector.model_dump(include={"behavior", "split", "num_samples", "num_kl"})
+        asked = str((config.behavior, config.data, config.finetune, vector))
+        if config.seed == 0 and asked not in done:
+            samples = drawn(config)
+            assert len(samples["undesired"]) >= config.data.counts[0] and samples["test"]
+            done.add(asked)
+    assert done
 
 
 # -- faults

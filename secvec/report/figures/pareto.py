@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from secvec.report.estimate import Estimate
+from secvec.report.figures.points import CROWDED, plot_points
 from secvec.report.groups import Group
 from secvec.report.metrics import METRICS
-from secvec.report.style import BASE, MUTED, SURFACE, hover, series_color, settings
+from secvec.report.style import BASE, MUTED, series_color, settings
 from secvec.report.worst import by_defense, worst
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SAFETY, UTILITY = "behavior_rate", "task_accuracy"
-CROWDED = 150  # points from which on intervals and titles would hide more than they tell
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -37,14 +37,18 @@ def pareto_figure(groups: Sequence[Group], bases: Sequence[Group], defenses: Seq
         panel = figure.subplots()
         panel.set_title(title or "Safety and utility")
         panel.set_title("better: up and left ↖", loc="right", fontsize=9.5, color=MUTED, fontweight="normal")
-        for base in bases:
-            _points(panel, [base], BASE, "base", "none", False)
-        known = [g for g in groups if g.estimate(SAFETY) and g.estimate(UTILITY)]
-        for defense, mine in by_defense(known).items():
+        plot_points(panel, _points(bases), BASE, "base", hollow=True)
+        points = _points(groups)
+        for defense, mine in by_defense(groups).items():
             color = series_color(defenses.index(defense))
-            _points(panel, mine, color, defense, color, len(known) >= CROWDED)
-        points = [_point(group) for group in known]
-        best = [points[index] for index in front(points)]
+            highest = worst(mine) if len(mine) > 1 else None
+            plot_points(panel, _points(mine, highest), color, defense, len(points) >= CROWDED)
+            if highest:
+                ((x, y, _),) = _points([highest])
+                panel.plot([x.mean], [y.mean], "o", markersize=15, markerfacecolor="none", markeredgecolor=color,
+                           markeredgewidth=1.6, zorder=4)  # fmt: skip
+        places = [(x.mean, y.mean) for x, y, _ in points]
+        best = [places[index] for index in front(places)]
         panel.plot(*zip(*best, strict=True), color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), drawstyle="steps-post",
                    label="Pareto front of the means", zorder=1)  # fmt: skip
         panel.set_xlabel(f"{METRICS[SAFETY].label} ↓")
@@ -57,35 +61,12 @@ def pareto_figure(groups: Sequence[Group], bases: Sequence[Group], defenses: Seq
     return figure
 
 
-def _point(group: Group) -> tuple[float, float]:
-    safety, utility = group.estimate(SAFETY), group.estimate(UTILITY)
-    assert safety and utility
-    return safety.mean, utility.mean
-
-
-def _points(panel: Axes, groups: Sequence[Group], color: str, label: str, fill: str, crowded: bool) -> None:
-    known = [g for g in groups if g.estimate(SAFETY) and g.estimate(UTILITY)]
-    if not known:
-        return
-    places = [_point(group) for group in known]
-    edge = color if fill == "none" else SURFACE
-    panel.plot(*zip(*places, strict=True), "o", markersize=4 if crowded else 8, markerfacecolor=fill,
-               markeredgecolor=edge, linestyle="none", label=label, zorder=3)  # fmt: skip
-    highest = worst(known) if len(known) > 1 else None
-    for group, (x, y) in zip(known, places, strict=True):
-        if group is highest:
-            (ring,) = panel.plot([x], [y], "o", markersize=15, markerfacecolor="none", markeredgecolor=color,
-                                 markeredgewidth=1.6, zorder=4)  # fmt: skip
-            hover(ring, _said(group) + ", worst case of the defense")
-        if crowded:
-            continue
+def _points(groups: Sequence[Group], highest: Group | None = None) -> list[tuple[Estimate, Estimate, str]]:
+    """Of the groups that have both measures; `highest` is said to be the worst."""
+    found = []
+    for group in groups:
         safety, utility = group.estimate(SAFETY), group.estimate(UTILITY)
-        assert safety and utility
-        panel.plot([safety.low, safety.high], [y, y], color=color, linewidth=1, alpha=0.45, zorder=2)
-        panel.plot([x, x], [utility.low, utility.high], color=color, linewidth=1, alpha=0.45, zorder=2)
-        if group is not highest:
-            hover(panel.plot([x], [y], "o", color="none", markersize=12, zorder=5)[0], _said(group))
-
-
-def _said(group: Group) -> str:
-    return f"{group.label}: behavior rate {_point(group)[0]:.3f}, task accuracy {_point(group)[1]:.3f}"
+        if safety and utility:
+            said = f"{group.label}: behavior rate {safety.mean:.3f}, task accuracy {utility.mean:.3f}"
+            found.append((safety, utility, said + ", worst case of the defense" * (group is highest)))
+    return found

@@ -1,0 +1,55 @@
+"""What got through against what a vector is: one point for each configuration that has one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from secvec.report.estimate import Estimate
+from secvec.report.figures.points import CROWDED, plot_points
+from secvec.report.groups import Group
+from secvec.report.metrics import METRICS
+from secvec.report.style import direction, series_color, settings
+from secvec.report.worst import by_defense
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PROTECTION = "behavior_rate"
+MEASURES = {  # metric -> phase it is measured in, and what the axis says
+    "behavior_loss": ("vector_on", "Vector's loss on held-out undesired samples, nats per token"),
+    "deactivation_gap": ("after", "Deactivation gap: task accuracy, vector on minus off"),
+}
+
+
+def measured(group: Group, name: str) -> bool:
+    """Whether the group has a place in the figure over metric `name`."""
+    return bool(group.estimate(name, MEASURES[name][0]) and group.estimate(PROTECTION))
+
+
+def protection_figure(groups: Sequence[Group], name: str, defenses: Sequence[str], title: str = "") -> Figure:
+    """Behavior rate over metric `name` of `MEASURES`; `groups` are all `measured`, `defenses` give the colors."""
+    from matplotlib.figure import Figure
+
+    with settings():
+        figure = Figure(figsize=(5.6, 3.9), layout="constrained")
+        panel = figure.subplots()
+        direction(panel, METRICS[PROTECTION], title)
+        for defense, mine in by_defense(groups).items():
+            points = [_point(group, name) for group in mine]
+            plot_points(panel, points, series_color(defenses.index(defense)), defense, len(groups) >= CROWDED)
+        places = [_point(group, name)[0].mean for group in groups]
+        if min(places) > 0 and max(places) / min(places) >= 8:
+            panel.set_xscale("log")
+        panel.set_xlabel(MEASURES[name][1])
+        panel.set_ylim(-0.04, 1.04)
+        panel.tick_params(length=0, which="both")
+        panel.grid()
+        figure.legend(loc="outside lower center", ncols=2, fontsize=9.5)
+    return figure
+
+
+def _point(group: Group, name: str) -> tuple[Estimate, Estimate, str]:
+    x, y, metric = group.estimate(name, MEASURES[name][0]), group.estimate(PROTECTION), METRICS[name]
+    assert x and y
+    return x, y, f"{group.label}: {metric.label.lower()} {metric.text(x.mean)}, behavior rate {y.mean:.3f}"
