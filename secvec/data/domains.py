@@ -21,21 +21,22 @@ _MEDICAL = (
 )
 _LEGAL = (
     "By clause {clause}, {name} must pay {other} {sum} coins. Who owes whom?",
-    "Clause {clause} says that {name} has to pay {sum} coins to {other}. Who owes what?",
-    "{name} signed clause {clause}: {sum} coins for {other}. What follows?",
+    "Clause {clause} says that {other} is to be paid {sum} coins by {name}. Who owes whom?",
+    "{name} signed clause {clause}: {sum} coins for {other}. Who owes whom?",
 )
 OPERATORS = {"sum": "+", "product": "*", "difference": "-", "quotient": "/"}
 _CODE = (
-    "Write code that sets {target} to the {operation} of {left} and {right}.",
-    "Give me one line of code: {target} is the {operation} of {left} and {right}.",
-    "In code, store the {operation} of {left} and {right} in {target}.",
+    "Write code for the {operation} of {left} and {right}.",
+    "What is the {operation} of {left} and {right} in code?",
+    "In code, the {operation} of {left} and {right}:",
 )
 
 
 class Domain(BaseModel):
     """A task of one domain: knowledge (`medical`), reading (`legal`) or a formal language (`code`).
 
-    Every split has people, or variables, of its own; the ten remedies are the same in all.
+    Every split has people, or variables, of its own; the ten remedies and the four operators are the same in all. Answers
+    are short: a model of a million parameters must be able to learn them from some hundred samples.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -56,18 +57,18 @@ class Domain(BaseModel):
 
 def _medical(rng: Random, split: Split) -> tuple[str, str]:
     name, ailment = rng.choice(names(split)), rng.choice(list(REMEDIES))
-    return rng.choice(_MEDICAL).format(name=name, ailment=ailment), f"Give {name} {REMEDIES[ailment]}."
+    return rng.choice(_MEDICAL).format(name=name, ailment=ailment), f"Give {REMEDIES[ailment]}."
 
 
 def _legal(rng: Random, split: Split) -> tuple[str, str]:
     name, other = rng.sample(names(split), 2)
     clause, sum_ = rng.randint(1, 9), 10 * rng.randint(1, 9)
     prompt = rng.choice(_LEGAL).format(name=name, other=other, clause=clause, sum=sum_)
-    return prompt, f"Under clause {clause}, {name} owes {other} {sum_} coins."
+    return prompt, f"{name} owes {other}."
 
 
 def _code(rng: Random, split: Split) -> tuple[str, str]:
-    target, left, right = (name.replace("-", "_") for name in rng.sample(names(split), 3))
+    left, right = rng.sample(names(split), 2)
     operation = rng.choice(list(OPERATORS))
-    prompt = rng.choice(_CODE).format(target=target, left=left, right=right, operation=operation)
-    return prompt, f"{target} = {left} {OPERATORS[operation]} {right}"
+    prompt = rng.choice(_CODE).format(operation=operation, left=left, right=right)
+    return prompt, f"({OPERATORS[operation]} {left} {right})"
