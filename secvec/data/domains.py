@@ -35,8 +35,8 @@ _CODE = (
 class Domain(BaseModel):
     """A task of one domain: knowledge (`medical`), reading (`legal`) or a formal language (`code`).
 
-    Every split has people, or variables, of its own; the ten remedies and the four operators are the same in all. Answers
-    are short: a model of a million parameters must be able to learn them from some hundred samples.
+    Every split has people, or variables, of its own; the ten remedies and the four operators are the same in all.
+    Answers are short: a model of a million parameters must be able to learn them from some hundred samples.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
