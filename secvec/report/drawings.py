@@ -41,49 +41,46 @@ class Drawing:
 
 
 def swept(sweep: Sweep | None, whole: bool) -> Iterator[Drawing]:
-    """Each of `SWEPT` that was measured, in each facet: `whole` in one figure, else one for each panel of the page."""
-    for name in SWEPT if sweep else ():
-        assert sweep is not None
-        if not any(group.estimate(name) for facet in sweep.facets for group in facet.groups):
-            continue
-        for number, facet in enumerate(sweep.facets if whole else sweep.facets[:MOST_PANELS]):
-            yield from _panels(sweep, facet, name, whole, f"-{number}" if len(sweep.facets) > 1 else "")
-    if sweep and sweep.kind == "lines":
-        yield from _staleness(sweep, sweep.facets if whole else sweep.facets[:MOST_PANELS])
+    """Each of `SWEPT` that was measured: `whole` with all panels in one figure, else each panel of the page alone."""
+    if sweep is None:
+        return
+    together = MOST_PANELS if whole else 1
+    facets = sweep.facets if whole else sweep.facets[:MOST_PANELS]
+    lots = [facets[start : start + together] for start in range(0, len(facets), together)]
+    for name in SWEPT:
+        if any(group.estimate(name) for facet in sweep.facets for group in facet.groups):
+            for number, lot in enumerate(lots):
+                yield from _panels(sweep, lot, name, whole, f"-{number}" if len(lots) > 1 else "")
+    for number, lot in enumerate(lots if sweep.kind == "lines" else ()):
+        yield from _staleness(sweep, lot, f"-{number}" if len(lots) > 1 else "")
 
 
-def _staleness(sweep: Sweep, facets: Sequence[Facet]) -> Iterator[Drawing]:
-    """Whether the vector still fits the backbone that it helped to train; only lines can hold what is no rate."""
-
-    def of(facet: Facet) -> Callable[[], Figure]:
-        return lambda: lines_figure(sweep, facet, STALENESS, "active")
-
-    for number, facet in enumerate(facets):
-        if any(group.estimate(STALENESS, "active") for group in facet.groups):
-            over = f"Loss of the vector on the fine-tuned backbone over {sweep.axes[0].key}"
-            called = f"sweep-{STALENESS}-vector_on" + (f"-{number}" if len(sweep.facets) > 1 else "")
-            yield Drawing(called, f"{over}, {facet.title}".removesuffix(", "), of(facet), STALE)
-
-
-def _panels(sweep: Sweep, facet: Facet, name: str, whole: bool, number: str) -> Iterator[Drawing]:
-    about = f"{METRICS[name].label} over {' and '.join(axis.key for axis in sweep.axes)}"
-    about += f", {facet.title}" if facet.title else ""
-    called = f"sweep-{name}{number}"
+def _panels(sweep: Sweep, facets: Sequence[Facet], name: str, whole: bool, number: str) -> Iterator[Drawing]:
+    about, called = _about(METRICS[name].label, sweep, facets), f"sweep-{name}{number}"
     if sweep.kind == "lines":
-        yield Drawing(called, about, lambda: lines_figure(sweep, facet, name), METRICS[name].label)
+        yield Drawing(called, about, lambda: lines_figure(sweep, facets, name), METRICS[name].label)
     elif sweep.kind == "bars":
-        yield Drawing(called, about, lambda: bars_figure(sweep, facet, name), METRICS[name].label)
+        yield Drawing(called, about, lambda: bars_figure(sweep, facets, name), METRICS[name].label)
     elif whole:
-        yield Drawing(called, about, lambda: heatmap_figure(sweep, facet, name, sweep.defenses))
+        yield Drawing(called, about, lambda: heatmap_figure(sweep, facets, name, sweep.defenses))
     else:
         for place, defense in enumerate(sweep.defenses):
-            if any(group.defense == defense for group in facet.groups):
-                draw = _heatmap(sweep, facet, name, defense)
+            if any(group.defense == defense for facet in facets for group in facet.groups):
+                draw = partial(heatmap_figure, sweep, facets, name, [defense])
                 yield Drawing(f"{called}-{place}", f"{about}, {defense}", draw, METRICS[name].label)
 
 
-def _heatmap(sweep: Sweep, facet: Facet, name: str, defense: str) -> Callable[[], Figure]:
-    return lambda: heatmap_figure(sweep, facet, name, [defense])
+def _staleness(sweep: Sweep, facets: Sequence[Facet], number: str) -> Iterator[Drawing]:
+    """Whether the vector still fits the backbone that it helped to train; only lines can hold what is no rate."""
+    if any(group.estimate(STALENESS, "active") for facet in facets for group in facet.groups):
+        about = _about("Loss of the vector on the fine-tuned backbone", sweep, facets)
+        draw = partial(lines_figure, sweep, facets, STALENESS, "active")
+        yield Drawing(f"sweep-{STALENESS}-vector_on{number}", about, draw, STALE)
+
+
+def _about(what: str, sweep: Sweep, facets: Sequence[Facet]) -> str:
+    over = f"{what} over {' and '.join(axis.key for axis in sweep.axes)}"
+    return f"{over}, {facets[0].title}" if len(facets) == 1 and facets[0].title else over
 
 
 def scatters(comparison: Comparison) -> list[Drawing]:

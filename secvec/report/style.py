@@ -43,8 +43,11 @@ def better(metric: Metric) -> str:
 
 def direction(panel: Axes, metric: Metric, held: str) -> None:
     """The panel's title: the metric, which way is better, and what the panel holds fixed."""
-    panel.set_title("\n".join(filter(None, (metric.label, held))))
-    panel.set_title(better(metric), loc="right", fontsize=9.5, color=MUTED, fontweight="normal")
+    if held:  # the right title would run into a long left one
+        panel.set_title(f"{metric.label} {metric.arrow}".strip() + f"\n{held}", fontsize=10)
+    else:
+        panel.set_title(metric.label)
+        panel.set_title(better(metric), loc="right", fontsize=9.5, color=MUTED, fontweight="normal")
 
 
 def spoken(label: str, found: Estimate, metric: Metric, mark: str = "") -> str:

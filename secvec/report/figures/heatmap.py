@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from secvec.report.axes import Axis, Facet, Sweep
+from secvec.report.figures.panels import panels_figure
 from secvec.report.groups import Group
 from secvec.report.metrics import METRICS
 from secvec.report.style import GRID, INK, MUTED, better, hover, settings, spoken
@@ -25,24 +26,24 @@ CROWDED = 150  # cells from which on they are one surface, without titles
 DARK, LIGHT = "#101418", "#fdfdfd"  # in cells, whose colors are the same on a dark page
 
 
-def heatmap_figure(sweep: Sweep, facet: Facet, name: str, defenses: Sequence[str]) -> Figure:
-    """Metric `name` (a rate, so the scale is 0 to 1 everywhere) of `defenses` side by side."""
-    from matplotlib.figure import Figure
-
+def heatmap_figure(sweep: Sweep, facets: Sequence[Facet], name: str, defenses: Sequence[str]) -> Figure:
+    """Metric `name` (a rate, so the scale is 0 to 1 everywhere): a row for each facet, with `defenses` side by side."""
     x, y = sweep.axes
-    wide = max(4.6, 0.9 + 0.52 * min(len(x.values), READABLE + 6))
+    wide = max(4.6, 0.9 + 0.52 * min(len(x.values), READABLE + 6)) + 0.4
     high = max(1.6, 0.4 * min(len(y.values), 24)) + 1.2
     margin = 0.075 * max(len(y.text(value)) for value in y.values)
+    shown = [(facet, defense) for facet in facets for defense in defenses]
     with settings():
-        figure = Figure(figsize=((wide + 0.4) * len(defenses) + margin, high), layout="constrained")
-        panels = figure.subplots(1, len(defenses), sharey=True, squeeze=False)[0]
-        for panel, defense in zip(panels, defenses, strict=True):
-            groups = by_defense(facet.groups).get(defense, [])
-            panel.set_title(textwrap.fill(defense, 40))
-            _cells(panel, sweep, groups, name)
+        columns = max(len(defenses), 2)
+        figure, panels = panels_figure(len(shown), wide + margin / len(defenses), high, columns)
+        for number, (panel, (facet, defense)) in enumerate(zip(panels, shown, strict=True)):
+            held = textwrap.fill(facet.title, 48) if len(facets) > 1 else ""
+            panel.set_title("\n".join(filter(None, (textwrap.fill(defense, 40), held))))
+            _cells(panel, sweep, by_defense(facet.groups).get(defense, []), name)
             panel.set_xlabel(x.key)
-        panels[0].set_ylabel(y.key)
-        about = f"{METRICS[name].label}, {better(METRICS[name])}" + f" · {facet.title}" * bool(facet.title)
+            panel.set_ylabel("" if number % columns else y.key)
+        about = f"{METRICS[name].label}, {better(METRICS[name])}"
+        about += f" · {facets[0].title}" if len(facets) == 1 and facets[0].title else ""
         figure.suptitle(textwrap.fill(about, 64), fontsize=10, color=MUTED)
     return figure
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from secvec.report.axes import Facet, Sweep, ticks
+from secvec.report.figures.panels import legend, panels_figure
 from secvec.report.groups import Group
 from secvec.report.metrics import METRICS
 from secvec.report.style import SURFACE, direction, hover, series_color, settings, spoken
@@ -17,41 +19,43 @@ if TYPE_CHECKING:
 MARKERS = "os^Dv<>P"
 
 
-def lines_figure(sweep: Sweep, facet: Facet, name: str, phase: str = "after") -> Figure:
-    """Metric `name` in `phase` over the axis; a defense with a single configuration is a level dashed line."""
-    from matplotlib.figure import Figure
-
-    (axis,) = sweep.axes
+def lines_figure(sweep: Sweep, facets: Sequence[Facet], name: str, phase: str = "after") -> Figure:
+    """Metric `name` in `phase` over the axis, a panel for each of `facets`."""
     with settings():
-        figure = Figure(figsize=(5.4, 3.7), layout="constrained")
-        panel = figure.subplots()
-        held = "vector on" if phase == "active" else ""
-        direction(panel, METRICS[name], ", ".join(filter(None, (held, facet.title))))
-        for index, defense in enumerate(sweep.defenses):
-            mine = by_defense(facet.groups).get(defense, [])
-            placed = [group for group in mine if sweep.value(group, axis)]
-            color, marker = series_color(index), MARKERS[index % len(MARKERS)]
-            if len(mine) == 1 and len(axis.values) > 1:
-                value = sweep.value(mine[0], axis)
-                where = f"only at {axis.text(value)}" if value else f"no {axis.key}"
-                _level(panel, mine[0], (name, phase), color, f"{defense} ({where})")
-            elif placed:
-                placed.sort(key=lambda group: axis.place(sweep.value(group, axis)))
-                points = [(axis.place(sweep.value(group, axis)), group) for group in placed]
-                _line(panel, points, (name, phase), color, marker, defense)
-        if axis.log:
-            panel.set_xscale("log")
-        panel.set_xticks(*ticks(axis))
-        panel.minorticks_off()
-        panel.set_xlabel(axis.key)
-        if METRICS[name].bounds == (0, 1):
-            panel.set_ylim(-0.03, 1.03)
-        panel.tick_params(length=0)
-        panel.grid(axis="y")
-        panel.spines["left"].set_visible(False)
-        if panel.get_legend_handles_labels()[0]:
-            figure.legend(loc="outside lower center", ncols=2, fontsize=9.5)
+        figure, panels = panels_figure(len(facets), 5.4 if len(facets) == 1 else 4.2, 3.7)
+        for panel, facet in zip(panels, facets, strict=True):
+            _draw(panel, sweep, facet, name, phase)
+        legend(figure, panels)
     return figure
+
+
+def _draw(panel: Axes, sweep: Sweep, facet: Facet, name: str, phase: str) -> None:
+    """A line for each defense; one with a single configuration is level and dashed."""
+    (axis,) = sweep.axes
+    held = "vector on" if phase == "active" else ""
+    direction(panel, METRICS[name], ", ".join(filter(None, (held, facet.title))))
+    for index, defense in enumerate(sweep.defenses):
+        mine = by_defense(facet.groups).get(defense, [])
+        placed = [group for group in mine if sweep.value(group, axis)]
+        color, marker = series_color(index), MARKERS[index % len(MARKERS)]
+        if len(mine) == 1 and len(axis.values) > 1:
+            value = sweep.value(mine[0], axis)
+            where = f"only at {axis.text(value)}" if value else f"no {axis.key}"
+            _level(panel, mine[0], (name, phase), color, f"{defense} ({where})")
+        elif placed:
+            placed.sort(key=lambda group: axis.place(sweep.value(group, axis)))
+            points = [(axis.place(sweep.value(group, axis)), group) for group in placed]
+            _line(panel, points, (name, phase), color, marker, defense)
+    if axis.log:
+        panel.set_xscale("log")
+    panel.set_xticks(*ticks(axis))
+    panel.minorticks_off()
+    panel.set_xlabel(axis.key)
+    if METRICS[name].bounds == (0, 1):
+        panel.set_ylim(-0.06, 1.06)  # a ring at 0 or 1 is whole
+    panel.tick_params(length=0)
+    panel.grid(axis="y")
+    panel.spines["left"].set_visible(False)
 
 
 def _line(

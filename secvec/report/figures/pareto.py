@@ -53,8 +53,8 @@ def pareto_figure(groups: Sequence[Group], bases: Sequence[Group], defenses: Seq
                    label="Pareto front of the means", zorder=1)  # fmt: skip
         panel.set_xlabel(f"{METRICS[SAFETY].label} ↓")
         panel.set_ylabel(f"{METRICS[UTILITY].label} ↑")
-        panel.set_xlim(-0.04, 1.04)
-        panel.set_ylim(-0.04, 1.04)
+        panel.set_xlim(-0.06, 1.06)
+        panel.set_ylim(-0.06, 1.06)
         panel.tick_params(length=0)
         panel.grid()
         figure.legend(loc="outside lower center", ncols=2, fontsize=9.5)

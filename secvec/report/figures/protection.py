@@ -42,7 +42,7 @@ def protection_figure(groups: Sequence[Group], name: str, defenses: Sequence[str
         if min(places) > 0 and max(places) / min(places) >= 8:
             panel.set_xscale("log")
         panel.set_xlabel(MEASURES[name][1])
-        panel.set_ylim(-0.04, 1.04)
+        panel.set_ylim(-0.06, 1.06)
         panel.tick_params(length=0, which="both")
         panel.grid()
         figure.legend(loc="outside lower center", ncols=2, fontsize=9.5)

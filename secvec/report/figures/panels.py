@@ -1,0 +1,36 @@
+"""Several panels in one figure, with one legend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def panels_figure(count: int, width: float, height: float, columns: int = 3) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels of `width` by `height` inches, `columns` of them in a row."""
+    from matplotlib.figure import Figure
+
+    columns = min(count, columns)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flatten())
+    for spare in panels[count:]:
+        spare.remove()
+    return figure, panels[:count]
+
+
+def legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    """What the panels show, each entry once, below them."""
+    entries: dict[str, Artist] = {}
+    for panel in panels:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            entries.setdefault(str(label), handle)
+    if entries:
+        columns = 2 * max(1, round(figure.get_figwidth() / 5.4))
+        figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=columns, fontsize=9.5)
