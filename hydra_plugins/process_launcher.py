@@ -6,6 +6,7 @@ Hydra's own launcher, the second rank of a DDP job would run the whole multirun 
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,8 +20,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from secvec.errors import ConfigError, FailedJobs
 from secvec.faults import checked
 from secvec.naming import VARIES
-from secvec.settings import ProcessSettings, Settings, SlurmSettings
-from secvec.sweep.job import Job
+from secvec.settings import LoggerSettings, ProcessSettings, Settings, SlurmSettings
+from secvec.sweep.job import Job, read_record
 from secvec.sweep.local import LocalExecutor
 from secvec.sweep.run import Executor, report, run_jobs
 from secvec.sweep.slurm import SlurmExecutor
@@ -63,6 +64,9 @@ class ProcessLauncher(Launcher):
             job.code = 0 if job.finished() else None
         try:
             run_jobs(jobs, self.executor(jobs, sweep))
+            for job in jobs:
+                if job.unsaid:
+                    _tell_tracker(job)
         finally:
             if self.alone:
                 report(sweep)
@@ -98,6 +102,7 @@ class ProcessLauncher(Launcher):
     def _job(self, overrides: list[str], composed: DictConfig, folder: Path) -> Job:
         config: dict[str, Any] = OmegaConf.to_container(composed, resolve=False)  # type: ignore[assignment]
         config = {name: value for name, value in config.items() if name not in ("hydra", "content")}
+        config["sweep"] = composed.sweep  # may stand for other settings
         script = str(Path(sys.argv[0]).resolve())
         command = [sys.executable, script, *_flags(), *self._hydra_overrides(), *overrides]
         return Job(overrides, config, composed.content, folder, [*command, f"hydra.run.dir='{folder}'"])
@@ -143,6 +148,18 @@ def _failure(jobs: Sequence[Job]) -> FailedJobs | None:
     lines = [f"{len(failed)} of {len(jobs)} jobs failed; the others are finished:"]
     lines += [f"  {job.label} ({job.console}):\n    " + job.error().replace("\n", "\n    ") for job in failed]
     return FailedJobs("\n".join(lines), 2 if all(job.code == 2 for job in failed) else 1)
+
+
+def _tell_tracker(job: Job) -> None:
+    """Failed means failed, also where the job was killed or its settings were wrong. Not where those of the logger are:
+    there is nobody to tell then, and the report says so."""
+    from secvec.tracking.session import send_failure  # slow to import
+
+    with suppress(ConfigError):
+        settings = checked(LoggerSettings, job.config["logger"], "logger")
+        if settings.name != "csv":
+            named = {"overrides": job.environment[VARIES].split("\n")}
+            send_failure(job.folder, read_record(job.folder) | named, settings)
 
 
 def _returned(job: Job) -> JobReturn:

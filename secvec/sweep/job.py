@@ -40,6 +40,8 @@ class Job:
     """Exit code; negative: the signal that killed it; None: not ended."""
     reason: str = ""
     """Why it ended, where the executor knows more than the console shows."""
+    unsaid: bool = False
+    """Whether it ended without saying how: its record is ours, and no tracker knows."""
     busy: bool = False
     """Whether a process of another multirun was found to work in its folder."""
 
@@ -122,6 +124,7 @@ class Job:
         record = read_record(self.folder)
         if self.code == 0 or record.get("status") == "failed":
             return
+        self.unsaid = True
         known = {name: self.config.get(name) for name in ("stage", "seed")}
         known |= {name: (self.config.get(name) or {}).get("name") for name in ("defense", "behavior", "model")}
         known |= {"overrides": self.overrides, "content": self.content, "config": self.config, "metrics": {}}

@@ -85,6 +85,18 @@ class Session:
             self.tracker.outcomes({name: float(metric["value"]) for name, metric in new.items()})
 
 
+def send_failure(folder: Path, record: Record, settings: LoggerSettings) -> None:
+    """For a run that could not say how it ended: killed, or stopped by a wrong setting before it began.
+
+    `record` is what its folder holds, or what was known of it; it goes on in the run that its trackers have of it.
+    """
+    known = {"key": record["content"], "wall_seconds": {}} | dict(record)
+    tracker = tracker_for(folder, settings, fresh=False)
+    tracker.open(known)
+    tracker.outcomes({name: float(metric["value"]) for name, metric in known["metrics"].items()})
+    tracker.close(known)
+
+
 def outcome_rows(record: Record) -> list[list[Cell]]:
     """One row per metric, with its interval, better direction and meaning."""
     rows: list[list[Cell]] = []

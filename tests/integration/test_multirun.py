@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
+from tests.integration.test_loggers import records as wandb_records
+from tests.integration.test_loggers import summary_of
+
 
 @pytest.fixture
 def multirun(tmp_path: Path):  # type: ignore[no-untyped-def]
@@ -51,7 +54,7 @@ def test_failures_are_recorded_and_a_second_start_runs_only_what_is_missing(
     multirun,
     tmp_path: Path,  # type: ignore[no-untyped-def]
 ) -> None:
-    given, folder = [*LAUNCHERS[launcher], "seed=0,13,14"], tmp_path / "out" / "multirun"
+    given, folder = [*LAUNCHERS[launcher], "seed=0,13,14", "logger=wandb"], tmp_path / "out" / "multirun"
     done = multirun(*given)
     assert done.returncode == 1 and "Traceback" not in done.stderr + done.stdout, done.stderr
     assert "2 of 3 jobs failed" in done.stderr and "seed 14 is not liked" in done.stderr
@@ -61,6 +64,12 @@ def test_failures_are_recorded_and_a_second_start_runs_only_what_is_missing(
     assert "signal 9" in found[13]["error"] and found[14]["error"] == "seed 14 is not liked"
     assert len(json.loads((folder / "report.json").read_text())) == 3
     assert starts(folder) == 3
+    for seed, name in ((13, "seed=13"), (14, "seed=14")):  # neither could tell W&B itself
+        (told,) = [path for path in folder.glob(f"*-s{seed}-*") if (path / "wandb").is_dir()]
+        shown = summary_of(told)
+        said = found[seed]["error"]
+        assert (shown["state"], shown["exit_code"], shown["summary"]["error"]) == ("failed", 1, said)
+        assert wandb_records(told, "run")[0]["display_name"] == name
     if launcher == "process":
         again = multirun(*given)
         assert "1 of 3 jobs are finished already" in again.stdout and starts(folder) == 5
