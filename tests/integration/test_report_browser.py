@@ -36,7 +36,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         write_run(few, defense, 0)
         write_run(few, defense, 1)
     write_run(few / "broken", "none", 2, status="failed", error="OutOfMemoryError")
-    write_sweep(many, {"optimizer.lr": [1e-4, 1e-3, 1e-2], "vector.r": [1, 2, 4]}, seeds=2)
+    others = ("leak_rate", "over_refusal_rate", "retained_accuracy", "coherence_rate", "kl_to_base", "perplexity",
+              "answer_perplexity", "desired_rate", "behavior_loss")  # fmt: skip
+    write_sweep(many, {"optimizer.lr": [1e-4, 1e-3, 1e-2], "vector.r": [1, 2, 4]}, seeds=2,
+                **{name: lambda *_: 0.5 for name in others})  # fmt: skip
     return {"few": write_report([few]), "many": write_report([many])}
 
 
@@ -110,6 +113,16 @@ def test_dark_is_dark_and_print_is_light(pages: dict[str, Path], opened: Callabl
     dark.emulate_media(media="print", color_scheme="dark")
     assert brightness(dark, "body", "backgroundColor") > 700 and brightness(dark, "body", "color") < 250
     assert not dark.locator(".filter").first.is_visible() and dark.locator("table.runs").is_visible()
+
+
+def test_tables_fit_on_printed_paper(pages: dict[str, Path], opened: Callable) -> None:
+    for page in pages.values():
+        shown = opened(page, width=1030)  # A4 landscape without its margins, 96 px to the inch
+        shown.emulate_media(media="print")
+        widths = shown.evaluate(
+            "[...document.querySelectorAll('table')].map(table => table.getBoundingClientRect().right)"
+        )
+        assert widths and max(widths) <= 1030
 
 
 def test_the_runs_are_filtered_and_sorted(pages: dict[str, Path], opened: Callable) -> None:

@@ -224,7 +224,7 @@ def test_protection_is_drawn_over_the_loss_of_the_vector(tmp_path: Path) -> None
     (panel,) = drawn.draw().axes
     x, y = (list(map(float, line)) for line in panel.get_lines()[0].get_data())
     assert x == pytest.approx([0.01, 0.1, 1.0]) and y == pytest.approx([0.0, 0.01, 0.02])
-    assert panel.get_xscale() == "log"
+    assert panel.get_xscale() == "log" and "mathdefault" not in inline_svg(drawn.draw(), "f", "told")
     assert "What got through" in write_report([tmp_path]).read_text()
 
 

@@ -41,6 +41,8 @@ def protection_figure(groups: Sequence[Group], name: str, defenses: Sequence[str
         places = [_point(group, name)[0].mean for group in groups]
         if min(places) > 0 and max(places) / min(places) >= 8:
             panel.set_xscale("log")
+            panel.xaxis.set_major_formatter("{x:g}")  # not as a formula, which is not set as one here
+            panel.xaxis.set_minor_formatter("")
         panel.set_xlabel(MEASURES[name][1])
         panel.set_ylim(-0.06, 1.06)
         panel.tick_params(length=0, which="both")
