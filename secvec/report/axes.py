@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,7 +44,7 @@ class Axis:
         if self.numeric:
             number = json.loads(value)
             return str(number) if isinstance(number, int) else f"{number:g}"
-        shown = re.sub(r"(?<=\d)\.0(?=[],])", "", plain(value)) if value else "not set"  # whole numbers in lists
+        shown = plain(value) if value else "not set"
         if value and len(shown) > LONGEST and self._shared:
             shown = f"…{shown[len(self._shared) :]}"
         return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 1]}…"

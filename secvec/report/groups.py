@@ -167,9 +167,9 @@ def _vector_of(path: str) -> str:
 
 
 def plain(value: str) -> str:
-    """A JSON text without the quotes of a string."""
+    """A JSON text without the quotes of a string, and whole numbers without `.0`."""
     loaded = json.loads(value)
-    return loaded if isinstance(loaded, str) else value
+    return loaded if isinstance(loaded, str) else re.sub(r"(?<=\d)\.0(?=[],]|$)", "", value)
 
 
 def sortable(value: str) -> tuple[int, float, str]:

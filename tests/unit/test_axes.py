@@ -88,6 +88,13 @@ def test_a_vector_taken_over_is_a_setting_but_not_its_seed(tmp_path: Path) -> No
     assert [axis.text(value) for value in axis.values] == ["…uppercase-tiny", "…wrong_fact-tiny"]
 
 
+def test_whole_numbers_are_written_whole(tmp_path: Path) -> None:
+    given = {"vector.kl_weight": [0.1, 100.0], "behavior.severity": [[0.0, 1.5], [1.0, 3.0]]}
+    labels = [group.label for group in comparison(tmp_path, given, defenses=["none"]).groups]
+    assert labels[0] == "none · severity=[0, 1.5] · kl_weight=0.1"
+    assert labels[-1] == "none · severity=[1, 3] · kl_weight=100"
+
+
 def test_without_a_varying_setting_there_is_no_sweep(tmp_path: Path) -> None:
     assert sweep(comparison(tmp_path, {"optimizer.lr": [0.1]}, seeds=3)) is None
 
