@@ -147,6 +147,8 @@ def _settings(run: Run) -> dict[str, str]:
     def walk(node: Mapping[str, Any], before: str) -> None:
         for name, value in node.items():
             key = f"{before}{name}"
+            if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+                value = {str(number): item for number, item in enumerate(value)}  # as on the command line
             if key == "vector.path" and isinstance(value, str):
                 flat[key] = json.dumps(_vector_of(value))
             elif _ignored(name):

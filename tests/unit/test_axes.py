@@ -95,6 +95,13 @@ def test_whole_numbers_are_written_whole(tmp_path: Path) -> None:
     assert labels[-1] == "none · severity=[1, 3] · kl_weight=100"
 
 
+def test_a_setting_in_a_list_is_named_as_on_the_command_line(tmp_path: Path) -> None:
+    streams = [[{"domain": domain, "kind": "task"}, {"kind": "ordinary"}] for domain in ("legal", "code")]
+    found = comparison(tmp_path, {"data.benign": streams}, defenses=["none"])
+    assert found.keys == ("data.benign.0.domain",)
+    assert [group.label for group in found.groups] == ["none · domain=code", "none · domain=legal"]
+
+
 def test_without_a_varying_setting_there_is_no_sweep(tmp_path: Path) -> None:
     assert sweep(comparison(tmp_path, {"optimizer.lr": [0.1]}, seeds=3)) is None
 
