@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os.path import commonprefix
@@ -14,6 +13,7 @@ from secvec.report.groups import Comparison, Group, plain, sortable
 
 LONGEST = 26  # characters of a value in a figure
 MOST_PANELS = 6
+TICK_ROOM = 0.07  # of the axis, that the text of a tick takes
 Kind = Literal["lines", "bars", "heatmap"]
 
 
@@ -140,7 +140,12 @@ def _held(axis: Axis, value: str) -> str:
 
 
 def ticks(axis: Axis) -> tuple[list[float], list[str]]:
-    """Places and texts of the values; on a crowded axis only as many as can be read."""
-    step = math.ceil(len(axis.values) / 12) if axis.numeric else 1
-    shown: Sequence[str] = axis.values[::step]
-    return [axis.place(value) for value in shown], [axis.text(value) for value in shown]
+    """Places and texts of the values; on a crowded axis only as many as can be read, the last one among them."""
+    places = [axis.place(value) for value in axis.values]
+    scaled = [math.log(place) for place in places] if axis.log else places
+    room = (scaled[-1] - scaled[0]) * TICK_ROOM if axis.numeric else 0.0
+    shown = [len(places) - 1]
+    for number in reversed(range(len(places) - 1)):
+        if scaled[shown[-1]] - scaled[number] >= room:
+            shown.append(number)
+    return [places[i] for i in reversed(shown)], [axis.text(axis.values[i]) for i in reversed(shown)]

@@ -13,7 +13,7 @@ from made_up_runs import edit, write_run, write_sweep
 
 from secvec.report import write_report
 from secvec.report.__main__ import main
-from secvec.report.axes import MOST_PANELS, Sweep, axes, sweep
+from secvec.report.axes import MOST_PANELS, Sweep, axes, sweep, ticks
 from secvec.report.drawings import protection, scatters, swept
 from secvec.report.figures.bars import bars_figure
 from secvec.report.figures.heatmap import heatmap_figure
@@ -142,6 +142,13 @@ def test_lines_pass_through_the_means_with_bands_of_the_intervals(tmp_path: Path
     interval = group.estimate("behavior_rate")
     band = panel.collections[0].get_paths()[0].get_extents()
     assert interval and (band.y0, band.y1) == pytest.approx((interval.low, interval.high))
+
+
+def test_texts_of_ticks_do_not_meet(tmp_path: Path) -> None:
+    found = swept_of(tmp_path, {"data.harmful_ratio": [0.01, 0.1, 0.5, 0.9, 1.0]})
+    assert ticks(found.axes[0])[1] == ["0.01", "0.1", "0.5", "1"]
+    many = swept_of(tmp_path / "many", {"vector.r": list(range(1, 31))})
+    assert 10 <= len(ticks(many.axes[0])[0]) <= 15 and ticks(many.axes[0])[1][-1] == "30"
 
 
 def test_a_defense_with_one_configuration_is_a_level_line_that_says_so(tmp_path: Path) -> None:
