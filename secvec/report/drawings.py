@@ -58,11 +58,11 @@ def swept(sweep: Sweep | None, whole: bool) -> Iterator[Drawing]:
 def _panels(sweep: Sweep, facets: Sequence[Facet], name: str, whole: bool, number: str) -> Iterator[Drawing]:
     about, called = _about(METRICS[name].label, sweep, facets), f"sweep-{name}{number}"
     if sweep.kind == "lines":
-        yield Drawing(called, about, lambda: lines_figure(sweep, facets, name), METRICS[name].label)
+        yield Drawing(called, about, partial(lines_figure, sweep, facets, name), METRICS[name].label)
     elif sweep.kind == "bars":
-        yield Drawing(called, about, lambda: bars_figure(sweep, facets, name), METRICS[name].label)
+        yield Drawing(called, about, partial(bars_figure, sweep, facets, name), METRICS[name].label)
     elif whole:
-        yield Drawing(called, about, lambda: heatmap_figure(sweep, facets, name, sweep.defenses))
+        yield Drawing(called, about, partial(heatmap_figure, sweep, facets, name, sweep.defenses))
     else:
         for place, defense in enumerate(sweep.defenses):
             if any(group.defense == defense for facet in facets for group in facet.groups):
@@ -86,29 +86,21 @@ def _about(what: str, sweep: Sweep, facets: Sequence[Facet]) -> str:
 def scatters(comparison: Comparison) -> list[Drawing]:
     """Safety against utility, one figure for each behavior and model: between them no point beats another."""
     defenses = _defenses(comparison)
-
-    def of(groups: list[Group], base: Group, title: str) -> Callable[[], Figure]:
-        return lambda: pareto_figure(groups, [base], defenses, title)
-
     found = _of_each_scope(comparison, lambda group: bool(group.estimate(SAFETY) and group.estimate(UTILITY)))
     return [
-        Drawing(f"pareto{number}", f"Safety and utility{about}", of(groups, base, title))
-        for number, about, groups, base, title in found
+        Drawing(f"pareto{n}", f"Safety and utility{about}", partial(pareto_figure, groups, [base], defenses, title))
+        for n, about, groups, base, title in found
     ]
 
 
 def protection(comparison: Comparison) -> list[Drawing]:
     """What got through against the vector's loss and against the deactivation gap, for each behavior and model."""
-    defenses = _defenses(comparison)
-
-    def of(groups: list[Group], name: str, title: str) -> Callable[[], Figure]:
-        return lambda: protection_figure(groups, name, defenses, title)
-
-    made = []
+    made, defenses = [], _defenses(comparison)
     for name in MEASURES:
         for number, about, groups, _, title in _of_each_scope(comparison, partial(measured, name=name)):
             told = f"Behavior rate over {METRICS[name].label.lower()} of the vector{about}"
-            made.append(Drawing(f"protection-{name}{number}", told, of(groups, name, title)))
+            draw = partial(protection_figure, groups, name, defenses, title)
+            made.append(Drawing(f"protection-{name}{number}", told, draw))
     return made
 
 

@@ -40,6 +40,8 @@ class Job:
     """Exit code; negative: the signal that killed it; None: not ended."""
     reason: str = ""
     """Why it ended, where the executor knows more than the console shows."""
+    began: float = 0.0
+    """When its process was started here, seconds since the epoch; a record from before is not its own."""
     unsaid: bool = False
     """Whether it ended without saying how: its record is ours, and no tracker knows."""
     busy: bool = False
@@ -87,7 +89,7 @@ class Job:
             if self.busy and self.finished():
                 self.code = 0
                 return None
-            self.busy = False
+            self.busy, self.began = False, time.time()
             around = {k: v for k, v in os.environ.items() if k not in OTHERS and not k.startswith("SLURM_")}
             with self.console.open("wb") as out:
                 return subprocess.Popen(
@@ -121,8 +123,8 @@ class Job:
 
     def mark_failure(self) -> None:
         """A job that could not write its own record (killed, out of memory, a wrong setting) still has one."""
-        record = read_record(self.folder)
-        if self.code == 0 or record.get("status") == "failed":
+        path, record = self.folder / "record.json", read_record(self.folder)
+        if self.code == 0 or (record.get("status") == "failed" and path.stat().st_mtime >= self.began):
             return
         self.unsaid = True
         known = {name: self.config.get(name) for name in ("stage", "seed")}
@@ -130,7 +132,7 @@ class Job:
         known |= {"overrides": self.overrides, "content": self.content, "config": self.config, "metrics": {}}
         record = {"schema": 1, "run": self.folder.name, **known, **record}
         record |= {"status": "failed", "error": self.error()}
-        write_atomic(self.folder / "record.json", json.dumps(record, indent=1, default=str) + "\n")
+        write_atomic(path, json.dumps(record, indent=1, default=str) + "\n")
 
 
 def read_record(folder: Path) -> dict[str, Any]:

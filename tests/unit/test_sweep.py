@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -162,6 +163,15 @@ def test_what_a_failed_job_had_recorded_stays(tmp_path: Path) -> None:
     one.mark_failure()
     record = json.loads((tmp_path / "record.json").read_text())
     assert (record["status"], record["metrics"], record["seed"]) == ("failed", {"a": 1}, 5)
+
+
+def test_what_an_earlier_try_failed_with_is_not_said_of_this_one(tmp_path: Path) -> None:
+    write(tmp_path, status="failed", error="the disk is full", metrics={"a": 1})
+    os.utime(tmp_path / "record.json", (1, 1))
+    one = job(tmp_path, "import os; os.kill(os.getpid(), 9)")
+    run_jobs([one], LocalExecutor(settings(), [one]))
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert "signal 9" in record["error"] and record["metrics"] == {"a": 1} and one.unsaid
 
 
 def test_a_job_that_another_multirun_runs_is_waited_for_and_not_run_again(tmp_path: Path) -> None:
