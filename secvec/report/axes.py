@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os.path import commonprefix
@@ -14,7 +16,8 @@ from secvec.report.groups import Comparison, Group, plain, sortable
 LONGEST = 26  # characters of a value in a figure
 MOST_PANELS = 6
 TICK_ROOM = 0.07  # of the axis, that the text of a tick takes
-Kind = Literal["lines", "bars", "heatmap"]
+Kind = Literal["lines", "bars", "heatmap", "points"]
+SPARSE = 0.5  # of the cells of a heat map that are filled: with fewer, as after a search, it shows hardly anything
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Sweep:
     axes: tuple[Axis, ...]
     facets: tuple[Facet, ...]
     _index: dict[str, int]  # key -> its place among a group's values
+    beside: tuple[Axis, ...] = ()  # numbers that are neither on an axis nor held by a panel: written at the points
 
     @property
     def defenses(self) -> list[str]:
@@ -110,6 +114,7 @@ def sweep(comparison: Comparison) -> Sweep | None:
     """Lines over one number, bars over one category, a heat map over two of a kind; None when only defenses differ.
 
     Of more numbers (without any, categories) the two with most values span the heat map; the others make the facets.
+    Where most of its cells would be empty, points over the number with most values, the other numbers beside them.
     """
     found = axes(comparison)
     if not found:
@@ -124,7 +129,10 @@ def sweep(comparison: Comparison) -> Sweep | None:
     else:
         most = sorted(numbers or categories, key=lambda axis: -len(axis.values))[:2]
         kind, chosen = "heatmap", tuple(most)
-    others = [(index, axis) for index, axis in enumerate(found) if axis not in chosen]
+    beside: tuple[Axis, ...] = ()
+    if kind == "heatmap" and numbers and _filled(comparison, found) < SPARSE:
+        kind, chosen, beside = "points", chosen[:1], tuple(axis for axis in numbers if axis != chosen[0])
+    others = [(index, axis) for index, axis in enumerate(found) if axis not in (*chosen, *beside)]
     parts: dict[tuple[str, ...], list[Group]] = {}
     for group in comparison.groups:
         parts.setdefault(tuple(group.values[index] for index, _ in others), []).append(group)
@@ -132,7 +140,13 @@ def sweep(comparison: Comparison) -> Sweep | None:
     for part in sorted(parts, key=lambda values: tuple(map(sortable, values))):
         held = [f"{axis.key} = {_held(axis, value)}" for (_, axis), value in zip(others, part, strict=True)]
         facets.append(Facet(", ".join(held), tuple(parts[part])))
-    return Sweep(kind, chosen, tuple(facets), {key: index for index, key in enumerate(comparison.keys)})
+    return Sweep(kind, chosen, tuple(facets), {key: index for index, key in enumerate(comparison.keys)}, beside)
+
+
+def _filled(comparison: Comparison, found: Sequence[Axis]) -> float:
+    """The share of all combinations of values that the defense with most configurations has."""
+    counts = Counter(group.defense for group in comparison.groups)
+    return max(counts.values()) / math.prod(max(1, len(axis.values)) for axis in found)
 
 
 def _held(axis: Axis, value: str) -> str:

@@ -17,6 +17,7 @@ from secvec.report.figures.heatmap import heatmap_figure
 from secvec.report.figures.lines import lines_figure
 from secvec.report.figures.pareto import SAFETY, UTILITY, pareto_figure
 from secvec.report.figures.protection import MEASURES, measured, protection_figure
+from secvec.report.figures.scattered import scattered_figure
 from secvec.report.groups import Comparison, Group
 from secvec.report.metrics import METRICS
 from secvec.report.style import save
@@ -59,6 +60,8 @@ def _panels(sweep: Sweep, facets: Sequence[Facet], name: str, whole: bool, numbe
     about, called = _about(METRICS[name].label, sweep, facets), f"sweep-{name}{number}"
     if sweep.kind == "lines":
         yield Drawing(called, about, partial(lines_figure, sweep, facets, name), METRICS[name].label)
+    elif sweep.kind == "points":
+        yield Drawing(called, about, partial(scattered_figure, sweep, facets, name), METRICS[name].label)
     elif sweep.kind == "bars":
         yield Drawing(called, about, partial(bars_figure, sweep, facets, name), METRICS[name].label)
     elif whole:

@@ -19,6 +19,7 @@ from secvec.report.figures.bars import bars_figure
 from secvec.report.figures.heatmap import heatmap_figure
 from secvec.report.figures.lines import lines_figure
 from secvec.report.figures.pareto import front
+from secvec.report.figures.scattered import scattered_figure
 from secvec.report.groups import Comparison, compare
 from secvec.report.paired import MOST, contrasts, paired_table, reading
 from secvec.report.records import load_runs
@@ -258,6 +259,19 @@ def test_staleness_is_a_line_of_its_own_and_no_rate(tmp_path: Path) -> None:
     (panel,) = last.draw().axes
     (line,) = [line for line in panel.get_lines() if line.get_label() == "security_vector"]  # none has no vector
     assert list(line.get_ydata()) == pytest.approx([0.03, 0.3, 3.0]) and panel.get_ylim()[1] > 3
+
+
+def test_what_a_search_leaves_is_points_and_not_an_empty_heat_map(tmp_path: Path) -> None:
+    for number in range(6):
+        write_sweep(
+            tmp_path / str(number), {"optimizer.lr": [10.0 ** -(number + 1)], "finetune.epochs": [number % 3 + 1]}
+        )
+    found = sweep(compare(load_runs([tmp_path])))
+    assert found is not None and (found.kind, found.axes[0].key) == ("points", "optimizer.lr")
+    assert [axis.key for axis in found.beside] == ["finetune.epochs"] and len(found.facets) == 1
+    (panel,) = scattered_figure(found, found.facets, "behavior_rate").axes
+    assert [text.get_text() for text in panel.texts].count("3") == 4  # two trials of both defenses
+    assert "Too few combinations" in write_report([tmp_path]).read_text()
 
 
 def test_titles_to_hover_over_name_the_configuration(tmp_path: Path) -> None:

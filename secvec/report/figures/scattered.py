@@ -1,0 +1,64 @@
+"""A metric over a number, its configurations scattered as a search leaves them: points, and what else they had."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from secvec.report.axes import Facet, Sweep
+from secvec.report.figures.lines import MARKERS
+from secvec.report.figures.panels import legend, panels_figure
+from secvec.report.metrics import METRICS
+from secvec.report.style import MUTED, SURFACE, direction, hover, series_color, settings, spoken
+from secvec.report.worst import by_defense, worst
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FEW = 40  # points beside which there is room for text
+
+
+def scattered_figure(sweep: Sweep, facets: Sequence[Facet], name: str) -> Figure:
+    """Metric `name` (a rate), a panel for each of `facets`."""
+    with settings():
+        figure, panels = panels_figure(len(facets), 5.4 if len(facets) == 1 else 4.6, 3.7)
+        for panel, facet in zip(panels, facets, strict=True):
+            _draw(panel, sweep, facet, name)
+        legend(figure, panels)
+    return figure
+
+
+def _draw(panel: Axes, sweep: Sweep, facet: Facet, name: str) -> None:
+    (axis,), shown = sweep.axes, len(facet.groups) <= FEW
+    direction(panel, METRICS[name], facet.title)
+    if axis.log:
+        panel.set_xscale("log")
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter("")
+    for index, defense in enumerate(sweep.defenses):
+        groups = by_defense(facet.groups).get(defense, [])
+        color, label, highest = series_color(index), defense, worst(groups)
+        for group in groups:
+            found, value = group.estimate(name), sweep.value(group, axis)
+            if found is None or not value:
+                continue
+            x = axis.place(value)
+            panel.plot([x, x], [found.low, found.high], color=color, linewidth=1, alpha=0.45, zorder=2)
+            panel.plot([x], [found.mean], MARKERS[index % len(MARKERS)], color=color, markersize=7,
+                       markeredgecolor=SURFACE, label=label, zorder=3)  # fmt: skip
+            label = "_"  # one entry in the legend
+            (ring,) = panel.plot([x], [found.mean], "o", color="none", markersize=14, zorder=4,
+                                 markeredgecolor=color if group is highest else "none")  # fmt: skip
+            hover(ring, spoken(group.label, found, METRICS[name], "worst case in this panel" * (group is highest)))
+            if shown:
+                text = ", ".join(other.text(sweep.value(group, other)) for other in sweep.beside)
+                panel.annotate(text, (x, found.mean), (0, 8), textcoords="offset points", fontsize=8, color=MUTED,
+                               ha="center")  # fmt: skip
+    low, high = axis.place(axis.values[0]), axis.place(axis.values[-1])
+    edge = (high / low) ** 0.05 if axis.log else (high - low) * 0.05
+    panel.set_xlim((low / edge, high * edge) if axis.log else (low - edge, high + edge))
+    panel.set_xlabel(axis.key + (f" (at the points: {', '.join(o.key for o in sweep.beside)})" if shown else ""))
+    panel.set_ylim(-0.06, 1.14)
+    panel.tick_params(length=0, which="both")
+    panel.grid()
