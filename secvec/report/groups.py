@@ -120,6 +120,7 @@ def _telling_keys(runs: Sequence[Run], settings: Mapping[int, Mapping[str, str]]
     A key that says nothing beyond the defense and the keys already taken does not refine the split: it is left out.
     """
     chosen = {str(o).lstrip("+~").split("=", 1)[0] for run in runs for o in run.record.get("overrides") or []}
+    chosen = {key.rpartition("@")[2] for key in chosen}  # GROUP@PLACE=...: what is at the place
     every = {key for of_run in settings.values() for key in of_run}
     # An override of a whole node (scheduler=linear) names the node's choice.
     by_choice = {key: key not in chosen and key.removesuffix(".name") not in chosen for key in every}

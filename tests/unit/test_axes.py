@@ -77,6 +77,15 @@ def test_choosing_a_node_makes_its_name_the_axis(tmp_path: Path) -> None:
     assert compare(load_runs([tmp_path])).keys == ("scheduler.name",)
 
 
+def test_choosing_a_node_for_another_place_makes_its_name_the_axis(tmp_path: Path) -> None:
+    write_sweep(tmp_path, {"vector.behavior.name": ["wrong_fact", "uppercase"]})
+    for folder in tmp_path.iterdir():
+        config = json.loads((folder / "record.json").read_text())["config"]
+        config["vector"]["behavior"]["about"] = config["vector"]["behavior"]["name"][0]  # the first by name
+        edit(folder, config=config, overrides=[f"behavior@vector.behavior={config['vector']['behavior']['name']}"])
+    assert compare(load_runs([tmp_path])).keys == ("vector.behavior.name",)
+
+
 def test_a_vector_taken_over_is_a_setting_but_not_its_seed(tmp_path: Path) -> None:
     for behavior in ("uppercase", "wrong_fact"):
         for seed in range(2):
