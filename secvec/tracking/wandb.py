@@ -42,7 +42,8 @@ class Wandb(Tracker):
             )
         self.run = wandb.init(
             project=settings.project, entity=settings.entity, mode="offline" if settings.offline else "online",
-            dir=self.folder, id=run_id(self.folder, record["key"], self.fresh), resume="allow",
+            dir=self.folder.resolve(),  # W&B may find the service of an outer process, in another working folder
+            id=run_id(self.folder, record["key"], self.fresh), resume="allow",
             name=run_name(record), group=record["config"]["sweep"], job_type=record["stage"],
             config=searchable(record["config"]) | {"run": {name: record.get(name) for name in ("key", "commit")}},
             tags=[str(record[part]) for part in ("behavior", "defense", "model")],

@@ -171,7 +171,7 @@ def test_a_run_is_named_by_what_varies(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_launcher_tells_each_job_what_varies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def composed(_: object, overrides: list[str]) -> DictConfig:
         name = overrides[1].partition("=")[2]
-        return OmegaConf.create({"content": name, "hydra": {"sweep": {"subdir": name}, "job": {}}})
+        return OmegaConf.create({"content": name, "sweep": "x", "hydra": {"sweep": {"subdir": name}, "job": {}}})
 
     monkeypatch.setattr(sys, "argv", ["train.py"])
     monkeypatch.setattr("hydra_plugins.process_launcher.get_args", lambda: get_args([]))
