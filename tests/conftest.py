@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from secvec.config import RunConfig, load
 from secvec.naming import register_resolvers
 
 ROOT = Path(__file__).parent.parent
+
+# A script's `&` has SIGINT ignored, by us and by all that we start, and then no test of an interruption can pass.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The whole method in seconds: enough to run every line of it, not enough to show the effect.
 SMALL = [
