@@ -145,6 +145,11 @@ class RunConfig(AnyConfig):
         trains_vector = self.defense.uses_vector and self.vector.path is None
         return ("vector", "finetune", "infer") if trains_vector else ("finetune", "infer")
 
+    @property
+    def vector_behavior(self) -> Plugin:
+        """The behavior that the vector is trained on: its own, or that of the run."""
+        return self.vector.behavior or self.behavior
+
     @model_validator(mode="after")
     def _possible(self) -> RunConfig:
         faults = []

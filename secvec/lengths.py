@@ -54,8 +54,8 @@ def drawn(config: RunConfig) -> dict[str, list[Example]]:
     others = [example for samples in cycles for example in samples["benign"]]
     if "vector" in config.stages:
         samples, kl = vector_samples(config)
-        behavior = config.vector.behavior or config.behavior
-        undesired += [*samples, *behavior.examples("validation", config.vector.gate.num_prompts, config.seed)]
+        held_out = config.vector_behavior.examples("validation", config.vector.gate.num_prompts, config.seed)
+        undesired += [*samples, *held_out]
         others += kl
     tests = [example for some in test_sets(config).values() for example in some]
     check_disjoint([*undesired, *others], tests)

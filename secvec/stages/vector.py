@@ -37,8 +37,7 @@ def vector(run: Run) -> None:
     """Trains the vector on a frozen backbone, and saves it only if it elicits the behavior on held-out prompts."""
     config, base = run.config, run.base
     trained = trained_vector(run, base, "vector")
-    behavior, n = config.vector.behavior or config.behavior, config.vector.gate.num_prompts
-    held_out = behavior.examples("validation", n, config.seed)
+    held_out = config.vector_behavior.examples("validation", config.vector.gate.num_prompts, config.seed)
     check_disjoint(held_out, [e for tests in run.tests.values() for e in tests])
     model = attach_frozen_vector(base.load(), trained)
     source = source_of(config, base, trained)
@@ -54,15 +53,15 @@ def vector(run: Run) -> None:
 def vector_samples(config: RunConfig) -> tuple[list[Example], list[Example]]:
     """The undesired samples, and the benign ones of the KL term, none where it has no weight."""
     settings, data = config.vector, config.data
-    behavior, num_kl = settings.behavior or config.behavior, settings.num_kl if settings.kl_weight > 0 else 0
-    undesired = list(behavior.examples(settings.split, settings.num_samples, config.seed))
+    undesired = list(config.vector_behavior.examples(settings.split, settings.num_samples, config.seed))
+    num_kl = settings.num_kl if settings.kl_weight > 0 else 0
     return undesired, draw_benign(data.benign, "vector", num_kl, config.seed, data.weights)
 
 
 def trained_vector(run: Run, base: Base, stage: str) -> Path:
     """The vector of `base`, trained as the config says or found in the cache; `stage` is its name in the logs."""
     config, settings = run.config, run.config.vector
-    behavior, with_kl = settings.behavior or config.behavior, settings.kl_weight > 0
+    behavior, with_kl = config.vector_behavior, settings.kl_weight > 0
     examples, kl = vector_samples(config)
     check_disjoint([*examples, *kl], [e for tests in run.tests.values() for e in tests])
     run.note_data("vector", [*examples, *kl])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,12 @@ class Session:
         new = {name: metric for name, metric in self.record["metrics"].items() if self.sent.get(name) != metric}
         self.sent |= new
         if new:
-            self.tracker.outcomes({name: float(metric["value"]) for name, metric in new.items()})
+            self.tracker.outcomes(values_of(new))
+
+
+def values_of(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics of a record without their intervals."""
+    return {name: float(metric["value"]) for name, metric in metrics.items()}
 
 
 def send_failure(folder: Path, record: Record, settings: LoggerSettings) -> None:
@@ -93,7 +98,7 @@ def send_failure(folder: Path, record: Record, settings: LoggerSettings) -> None
     known = {"key": record["content"], "wall_seconds": {}} | dict(record)
     tracker = tracker_for(folder, settings, fresh=False)
     tracker.open(known)
-    tracker.outcomes({name: float(metric["value"]) for name, metric in known["metrics"].items()})
+    tracker.outcomes(values_of(known["metrics"]))
     tracker.close(known)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from secvec.report.axes import Facet, Sweep, ticks
 from secvec.report.figures.panels import legend, panels_figure
+from secvec.report.figures.points import mark_point
 from secvec.report.groups import Group
 from secvec.report.metrics import METRICS
 from secvec.report.style import SURFACE, direction, hover, series_color, settings, spoken
@@ -72,10 +73,7 @@ def _line(
     highest = worst(group for _, group, _ in found)
     for x, group, e in found:
         # A band without width (one point) or between points says nothing of the points themselves.
-        panel.plot([x, x], [e.low, e.high], color=color, linewidth=1.2, alpha=0.7, zorder=2)
-        (dot,) = panel.plot([x], [e.mean], "o", color="none", markersize=13, zorder=4,
-                            markeredgecolor=color if group is highest else "none")  # fmt: skip
-        hover(dot, spoken(group.label, e, METRICS[of[0]], "worst case in this panel" * (group is highest)))
+        mark_point(panel, x, e, color, spoken(group.label, e, METRICS[of[0]]), group is highest)
 
 
 def _level(panel: Axes, group: Group, of: tuple[str, str], color: str, label: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from secvec.report.estimate import Estimate
+from secvec.report.figures.panels import legend, panels_figure
 from secvec.report.figures.points import CROWDED, plot_points
 from secvec.report.groups import Group
 from secvec.report.metrics import METRICS
@@ -30,11 +31,8 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 def pareto_figure(groups: Sequence[Group], bases: Sequence[Group], defenses: Sequence[str], title: str = "") -> Figure:
     """Groups of one behavior and model; `defenses` give the colors; the base is a hollow point and enters no front."""
-    from matplotlib.figure import Figure
-
     with settings():
-        figure = Figure(figsize=(5.6, 4.3), layout="constrained")
-        panel = figure.subplots()
+        figure, (panel,) = panels_figure(1, 5.6, 4.3)
         panel.set_title(title or "Safety and utility")
         panel.set_title("better: up and left ↖", loc="right", fontsize=9.5, color=MUTED, fontweight="normal")
         plot_points(panel, _points(bases), BASE, "base", hollow=True)
@@ -57,7 +55,7 @@ def pareto_figure(groups: Sequence[Group], bases: Sequence[Group], defenses: Seq
         panel.set_ylim(-0.06, 1.06)
         panel.tick_params(length=0)
         panel.grid()
-        figure.legend(loc="outside lower center", ncols=2, fontsize=9.5)
+        legend(figure, [panel])
     return figure
 
 

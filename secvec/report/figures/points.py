@@ -14,6 +14,21 @@ if TYPE_CHECKING:
 CROWDED = 150  # points from which on intervals and titles would hide more than they tell
 
 
+def log_axis(panel: Axes) -> None:
+    """Makes x logarithmic, with numbers at its ticks: a formula, matplotlib's way, is not set as one here."""
+    panel.set_xscale("log")
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.xaxis.set_minor_formatter("")
+
+
+def mark_point(panel: Axes, x: float, y: Estimate, color: str, said: str, worst: bool) -> None:
+    """The interval of an estimate at `x`, a ring where it is the worst, and words to hover over."""
+    panel.plot([x, x], [y.low, y.high], color=color, linewidth=1.2, alpha=0.7, zorder=2)
+    (ring,) = panel.plot([x], [y.mean], "o", color="none", markersize=13, zorder=4,
+                         markeredgecolor=color if worst else "none")  # fmt: skip
+    hover(ring, f"{said}, worst case in this panel" if worst else said)
+
+
 def plot_points(
     panel: Axes, points: Sequence[tuple[Estimate, Estimate, str]], color: str, label: str, crowded: bool = False,
     hollow: bool = False,

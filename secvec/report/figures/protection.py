@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from secvec.report.estimate import Estimate
-from secvec.report.figures.points import CROWDED, plot_points
+from secvec.report.figures.panels import legend, panels_figure
+from secvec.report.figures.points import CROWDED, log_axis, plot_points
 from secvec.report.groups import Group
 from secvec.report.metrics import METRICS
 from secvec.report.style import direction, series_color, settings
@@ -29,25 +30,20 @@ def measured(group: Group, name: str) -> bool:
 
 def protection_figure(groups: Sequence[Group], name: str, defenses: Sequence[str], title: str = "") -> Figure:
     """Behavior rate over metric `name` of `MEASURES`; `groups` are all `measured`, `defenses` give the colors."""
-    from matplotlib.figure import Figure
-
     with settings():
-        figure = Figure(figsize=(5.6, 3.9), layout="constrained")
-        panel = figure.subplots()
+        figure, (panel,) = panels_figure(1, 5.6, 3.9)
         direction(panel, METRICS[PROTECTION], title)
         for defense, mine in by_defense(groups).items():
             points = [_point(group, name) for group in mine]
             plot_points(panel, points, series_color(defenses.index(defense)), defense, len(groups) >= CROWDED)
         places = [_point(group, name)[0].mean for group in groups]
         if min(places) > 0 and max(places) / min(places) >= 8:
-            panel.set_xscale("log")
-            panel.xaxis.set_major_formatter("{x:g}")  # not as a formula, which is not set as one here
-            panel.xaxis.set_minor_formatter("")
+            log_axis(panel)
         panel.set_xlabel(MEASURES[name][1])
         panel.set_ylim(-0.06, 1.06)
         panel.tick_params(length=0, which="both")
         panel.grid()
-        figure.legend(loc="outside lower center", ncols=2, fontsize=9.5)
+        legend(figure, [panel])
     return figure
 
 

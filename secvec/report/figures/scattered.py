@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from secvec.report.axes import Facet, Sweep
 from secvec.report.figures.lines import MARKERS
 from secvec.report.figures.panels import legend, panels_figure
+from secvec.report.figures.points import log_axis, mark_point
 from secvec.report.metrics import METRICS
-from secvec.report.style import MUTED, SURFACE, direction, hover, series_color, settings, spoken
+from secvec.report.style import MUTED, SURFACE, direction, series_color, settings, spoken
 from secvec.report.worst import by_defense, worst
 
 if TYPE_CHECKING:
@@ -33,9 +34,7 @@ def _draw(panel: Axes, sweep: Sweep, facet: Facet, name: str) -> None:
     (axis,), shown = sweep.axes, len(facet.groups) <= FEW
     direction(panel, METRICS[name], facet.title)
     if axis.log:
-        panel.set_xscale("log")
-        panel.xaxis.set_major_formatter("{x:g}")
-        panel.xaxis.set_minor_formatter("")
+        log_axis(panel)
     for index, defense in enumerate(sweep.defenses):
         groups = by_defense(facet.groups).get(defense, [])
         color, label, highest = series_color(index), defense, worst(groups)
@@ -44,13 +43,10 @@ def _draw(panel: Axes, sweep: Sweep, facet: Facet, name: str) -> None:
             if found is None or not value:
                 continue
             x = axis.place(value)
-            panel.plot([x, x], [found.low, found.high], color=color, linewidth=1, alpha=0.45, zorder=2)
             panel.plot([x], [found.mean], MARKERS[index % len(MARKERS)], color=color, markersize=7,
                        markeredgecolor=SURFACE, label=label, zorder=3)  # fmt: skip
             label = "_"  # one entry in the legend
-            (ring,) = panel.plot([x], [found.mean], "o", color="none", markersize=14, zorder=4,
-                                 markeredgecolor=color if group is highest else "none")  # fmt: skip
-            hover(ring, spoken(group.label, found, METRICS[name], "worst case in this panel" * (group is highest)))
+            mark_point(panel, x, found, color, spoken(group.label, found, METRICS[name]), group is highest)
             if shown:
                 text = ", ".join(other.text(sweep.value(group, other)) for other in sweep.beside)
                 panel.annotate(text, (x, found.mean), (0, 8), textcoords="offset points", fontsize=8, color=MUTED,
