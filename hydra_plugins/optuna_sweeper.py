@@ -27,6 +27,8 @@ class OptunaSweeper(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Hydra's hook. Raises ConfigError for wrong settings."""
+        if config.plan:
+            raise ConfigError("plan: a search does not know its trials beforehand: leave -m out to plan a single run")
         given: dict[str, Any] = OmegaConf.to_container(config.hydra.sweeper, resolve=True)  # type: ignore[assignment]
         given.pop("_target_")
         self.given, self.hydra, self.parser = given, config.hydra, OverridesParser.create(hydra_context.config_loader)

@@ -23,7 +23,7 @@ from secvec.naming import VARIES
 from secvec.settings import LoggerSettings, ProcessSettings, Settings, SlurmSettings
 from secvec.sweep.job import Job, read_record
 from secvec.sweep.local import LocalExecutor
-from secvec.sweep.run import Executor, report, run_jobs
+from secvec.sweep.run import Executor, report, run_jobs, show_plans
 from secvec.sweep.slurm import SlurmExecutor
 
 
@@ -53,12 +53,16 @@ class ProcessLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Runs what is missing; one result per item of `job_overrides`.
 
-        Raises FailedJobs at the end when some failed, after the report is written.
+        Raises FailedJobs at the end when some failed, after the report is written. Under `+plan=true` it shows what
+        every job would take, and writes nothing.
         """
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         sweep = Path(str(self.config.hydra.sweep.dir))
         asked = self._jobs(job_overrides, sweep, initial_job_idx)
         jobs = list(dict.fromkeys(asked))
+        if self.config.plan:
+            show_plans(jobs)
+            return [_returned(job) for job in asked]
         sweep.mkdir(parents=True, exist_ok=True)
         for job in jobs:
             job.code = 0 if job.finished() else None

@@ -95,7 +95,8 @@ def _disk(budget: Budget, works: Sequence[Work]) -> str:
     rows = [[f"{work.stage}: checkpoint while it runs", size(checkpoint_bytes(work.trained, width))] for work in works]
     rows = [row for row, work in zip(rows, works, strict=True) if work.trained]
     kept = {work.stage.split()[0] for work in works}
-    rows += [["vector (in the run folder, and in the cache)", size(2 * parts["vector"] * width)]] * ("vector" in kept)
+    vector = size(2 * parts.get("vector", 0) * width)
+    rows += [["vector (in the run folder, and in the cache)", vector]] * ("vector" in kept)
     rows += [["task", size(parts.get("task", 0) * width)]] * ("finetune" in kept and "task" in parts)
     rows += [["aligned base (in the cache)", size(parts["backbone"] * width)]] * ("align" in kept)
     rows += [["backbone", size(parts["backbone"] * width)]] * ("finetune" in kept)

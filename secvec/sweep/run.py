@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from secvec.errors import FailedJobs
 from secvec.sweep.job import Job, this_program
 
 POLL_SECONDS = 0.2
@@ -60,6 +61,15 @@ def run_jobs(jobs: Sequence[Job], executor: Executor) -> None:
                     board.ended(job)
         finally:
             executor.stop()
+
+
+def show_plans(jobs: Sequence[Job]) -> None:
+    """What each job would take, one after the other. Raises FailedJobs for those that could not run."""
+    for job in jobs:
+        print(f"\n# {job.label}", flush=True)
+        job.code = subprocess.run(job.command, check=False).returncode
+    if failed := [job.label for job in jobs if job.code]:
+        raise FailedJobs(f"{len(failed)} of {len(jobs)} jobs would fail: {'; '.join(failed)}", 2)
 
 
 def report(sweep: Path) -> None:

@@ -180,6 +180,7 @@ def test_a_plain_fine_tune_has_neither_vector_nor_its_cost(make_config: Make) ->
     budget = paper(make_config, "harmbase", "defense=none", "telemetry.every_n_steps=0")
     assert budget.parts == {"backbone": 6_738_415_616}
     assert [work.stage for work in budget.works()] == ["finetune", "infer"]
+    assert "vector" not in plan(budget.config)
 
 
 def test_a_task_lora_costs_no_gradients_of_the_backbone(make_config: Make) -> None:
@@ -266,6 +267,25 @@ def test_the_command_prints_and_writes_nothing(tmp_path: Path) -> None:
     done = train(tmp_path, "+plan=true", "experiment=demo")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("plan: tiny, vector -> finetune -> infer") and "memory per device" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_multirun_prints_every_job_s_plan_and_leaves_what_is_there(tmp_path: Path) -> None:
+    record = tmp_path / "outputs" / "some" / "job" / "record.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("{}")
+    given = ["+plan=true", "sweep=some", "defense=none,security_vector", "vector.target_modules=[query]"]
+    done = train(tmp_path, "-m", *given)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "\n# defense=none\nplan: tiny, finetune -> infer" in done.stdout
+    assert "1 of 2 jobs would fail: defense=security_vector" in done.stderr and "it has down_proj" in done.stderr
+    files = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {"record.json", "multirun.yaml"} and record.read_text() == "{}"  # the latter is Hydra's own
+
+
+def test_a_search_has_no_plan(tmp_path: Path) -> None:
+    done = train(tmp_path, "-m", "+plan=true", "experiment=attack")
+    assert done.returncode == 2 and "does not know its trials beforehand" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
