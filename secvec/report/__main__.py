@@ -1,4 +1,4 @@
-"""Command line: `python -m secvec.report DIR [DIR...] [--figures DIR] [--tables DIR]`."""
+"""Command line: `python -m secvec.report DIR [DIR...] [--to DIR] [--figures DIR] [--tables DIR]`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from secvec.errors import SecVecError
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the report and show its main table; 0, or 2 when the input or the output is at fault."""
     parser = argparse.ArgumentParser(prog="python -m secvec.report", description="Compare finished runs.")
-    parser.add_argument("dirs", nargs="+", type=Path, metavar="DIR", help="folder with runs; the first gets the report")
+    parser.add_argument(
+        "dirs", nargs="+", type=Path, metavar="DIR", help="folder with runs, or with a report.json of them"
+    )
+    parser.add_argument("--to", type=Path, metavar="DIR", help="where the report goes; default: the first folder")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="also write the figures there, as .svg and .png")
     parser.add_argument("--tables", type=Path, metavar="DIR", help="also write the tables there: .csv, .tex and .md")
     given = parser.parse_args(argv)
     from secvec.report.render import read, save_figures, save_tables, write
 
     try:
-        report = read(given.dirs)
+        report = read(given.dirs, given.to)
         path = write(report)
         drawn = save_figures(report, given.figures) if given.figures else []
         drawn += save_tables(report, given.tables) if given.tables else []

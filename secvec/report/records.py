@@ -14,6 +14,7 @@ from typing import Any
 from secvec.errors import DataError
 
 RUN_FOLDER = "a run folder is one that `python -m secvec` wrote: it holds record.json, metrics.csv, predictions.jsonl"
+REMEDY = "mend it, or delete the run folder and run it again"
 Curves = dict[str, dict[int, float]]  # metric -> step -> value
 
 
@@ -101,45 +102,66 @@ def number(value: object) -> float | None:
 
 
 def load_runs(dirs: Sequence[Path]) -> list[Run]:
-    """All runs under `dirs`, each folder once, in an order that does not depend on the file system."""
+    """All runs under `dirs`, each folder once, in an order that does not depend on the file system.
+
+    Where no run is left below a directory, its runs are those that a report.json there has kept.
+    """
     found: dict[Path, None] = {}
     for root in dirs:
         if not root.is_dir():
             raise DataError(f"{root}: no such directory; {RUN_FOLDER}")
-        here = sorted(path.resolve() for path in root.rglob("record.json"))
+        here = sorted(path.resolve() for path in root.rglob("record.json")) or kept(root)
         if not here:
             raise DataError(f"{root}: no record.json in it or below; {RUN_FOLDER}")
         found.update(dict.fromkeys(here))
     if not found:
         raise DataError(f"no directory given; {RUN_FOLDER}")
-    runs = [Run(_load_record(path), path.parent) for path in found]
+    runs = [run for path in found for run in _load(path)]
     return sorted(runs, key=lambda run: (run.defense, run.seed, run.name, str(run.folder)))
 
 
-def _load_record(path: Path) -> dict[str, Any]:
-    """One record; DataError names the file and the line of what is wrong with it."""
-    remedy = "mend it, or delete the run folder and run it again"
+def kept(root: Path) -> list[Path]:
+    """The report.json files below `root` that stand for their runs; none where a run itself is there."""
+    if any(root.rglob("record.json")):
+        return []
+    return sorted(path.resolve() for path in root.rglob("report.json"))
+
+
+def _load(path: Path) -> list[Run]:
+    if path.name == "record.json":
+        return [Run(_checked(_parsed(path), path), path.parent)]
+    records = _parsed(path)
+    if not isinstance(records, list):
+        raise DataError(f"{path}: line 1: a report's records are a JSON array, this is a {type(records).__name__}")
+    return [Run(_checked(record, path)) for record in records]
+
+
+def _parsed(path: Path) -> Any:
+    """DataError names the file and the line of what is wrong with it."""
     try:
         # NaN and infinities are not JSON and no measurement: they are read as null.
-        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except json.JSONDecodeError as error:
         where = f"{path}: line {error.lineno}, column {error.colno}"
-        raise DataError(f"{where}: not valid JSON ({error.msg}); {remedy}") from error
+        raise DataError(f"{where}: not valid JSON ({error.msg}); {REMEDY}") from error
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}: line {line}: not UTF-8 text ({error.reason}); {remedy}") from error
+        raise DataError(f"{path}: line {line}: not UTF-8 text ({error.reason}); {REMEDY}") from error
+
+
+def _checked(record: Any, path: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
-        raise DataError(f"{path}: line 1: a record is a JSON object, this is a {type(record).__name__}; {remedy}")
+        raise DataError(f"{path}: line 1: a record is a JSON object, this is a {type(record).__name__}; {REMEDY}")
     if record.get("schema") != 1:
         raise DataError(f"{path}: schema is {record.get('schema')!r}, this version of secvec reads schema 1")
     # A run that failed on its settings may not know its defense or seed; one that enters a mean must.
     needed = (("status", str), ("defense", str), ("seed", int)) if record.get("status") == "completed" else ()
     for name, kind in needed:
         if not isinstance(record.get(name), kind):
-            raise DataError(f"{path}: `{name}` should be {kind.__name__}, it is {record.get(name)!r}; {remedy}")
+            raise DataError(f"{path}: `{name}` should be {kind.__name__}, it is {record.get(name)!r}; {REMEDY}")
     for name in ("metrics", "config", "versions", "wall_seconds", "data"):
         if not isinstance(record.get(name) or {}, dict):
-            raise DataError(f"{path}: `{name}` should be an object, it is {record[name]!r}; {remedy}")
+            raise DataError(f"{path}: `{name}` should be an object, it is {record[name]!r}; {REMEDY}")
     return record
 
 

@@ -11,6 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from secvec.errors import DataError
 from secvec.files import write_atomic
 from secvec.report import drawings, exports, leaks, markdown, paired, tables, worst
 from secvec.report.axes import MOST_PANELS, Sweep, sweep
@@ -19,7 +20,7 @@ from secvec.report.figures.headline import headline_figure, headline_names
 from secvec.report.groups import Comparison, compare
 from secvec.report.metrics import METRICS
 from secvec.report.provenance import failures, provenance, sentence, several, warnings
-from secvec.report.records import Curves, Run, load_curves, load_runs
+from secvec.report.records import Curves, Run, kept, load_curves, load_runs
 from secvec.report.samples import SHOWN, sample_sets
 from secvec.report.style import SERIES, inline_svg
 
@@ -51,9 +52,15 @@ class Report:
         return len(self.shown.groups) < len(self.comparison.groups)
 
 
-def read(dirs: Sequence[Path]) -> Report:
-    """Load the runs under `dirs`; DataError when a record is broken or there is none."""
-    runs = load_runs(dirs)
+def read(dirs: Sequence[Path], to: Path | None = None) -> Report:
+    """Load the runs under `dirs` for a report in `to` (default: the first of them).
+
+    Raises DataError when a record is broken, there is none, or the report would overwrite the only copy of records.
+    """
+    runs, root = load_runs(dirs), to or dirs[0]
+    for folder in dirs:
+        if root.resolve().is_relative_to(folder.resolve()) and kept(folder):
+            raise DataError(f"{folder} holds kept records and no runs: have the report written elsewhere, by --to DIR")
     comparison = compare(runs)
     shown = worst.focus(comparison)
     curves: dict[int, list[Curves]] = {}
@@ -64,11 +71,11 @@ def read(dirs: Sequence[Path]) -> Report:
             notes += [note] if note else []
             if found:
                 curves.setdefault(index, []).append(found)
-    return Report(dirs[0], runs, comparison, shown, sweep(comparison), curves, notes)
+    return Report(root, runs, comparison, shown, sweep(comparison), curves, notes)
 
 
 def write(report: Report) -> Path:
-    """Write the four files into the first directory; the path of report.html."""
+    """Write the four files; the path of report.html."""
     page = _page(report)
     write_atomic(report.root / "report.json", _records(report.runs))
     write_atomic(report.root / "report.csv", exports.runs_csv(report.runs, report.comparison, report.root))
