@@ -284,7 +284,7 @@ def test_a_multirun_prints_every_job_s_plan_and_leaves_what_is_there(tmp_path: P
 
 
 def test_a_search_has_no_plan(tmp_path: Path) -> None:
-    done = train(tmp_path, "-m", "+plan=true", "experiment=attack")
+    done = train(tmp_path, "-m", "+plan=true", "experiment=ablation/attack")
     assert done.returncode == 2 and "does not know its trials beforehand" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
