@@ -112,16 +112,16 @@ class Board:
         left = len(self.jobs) - done - failed
         text = f"{done} done, {failed} failed, {left} left"
         seconds = self.seconds_left()
-        return text if seconds is None or not left else f"{text}, {timedelta(seconds=round(seconds))} to go"
+        return text if seconds is None else f"{text}, {timedelta(seconds=seconds)} to go"
 
-    def seconds_left(self) -> float | None:
-        """By the mean of the jobs that ended well here; None before the first."""
+    def seconds_left(self) -> int | None:
+        """By the mean of the jobs that ended well here; None before the first, and when the rest outlast it."""
         if not self.seconds:
             return None
         mean, now = sum(self.seconds) / len(self.seconds), time.monotonic()
         left = [job for job in self.jobs if job.code is None]
         spent = [min(mean, now - self.began[job]) for job in left if job in self.began]
-        return (mean * len(left) - sum(spent)) / min(self.slots, max(1, len(left)))
+        return round((mean * len(left) - sum(spent)) / min(self.slots, max(1, len(left)))) or None
 
     def show(self, running: Sequence[Job]) -> None:
         """What goes on now."""

@@ -217,6 +217,10 @@ def test_the_board_counts_and_knows_the_time_left(tmp_path: Path, monkeypatch: p
     board.started(jobs[3])
     clock[0] = 160.0
     assert board.state().endswith("0:02:50 to go")
+    for one in jobs[4:]:
+        board.started(one)
+    clock[0] = 400.0
+    assert board.state() == "2 done, 1 failed, 4 left"  # all of them outlast the mean: it tells nothing of them
 
 
 # -- what the machine holds
