@@ -49,7 +49,7 @@ def test_make_targets_exist(command: str) -> None:
 def test_python_commands_compose_and_validate(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     script, *arguments = shlex.split(command)[1:]
-    choices = [a.split(",")[0] for a in arguments if not a.startswith("-")]
+    choices = [a if "=[" in a else a.split(",")[0] for a in arguments if not a.startswith("-")]
     for file in re.findall(r"=([\w./-]+\.jsonl)", command):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_text("")
