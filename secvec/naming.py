@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -33,9 +35,21 @@ def _alike(content: Any) -> Any:
 
 
 def content_key(content: Any) -> str:
-    """12 hex digits that name `content` (JSON-able) under this version of the program."""
-    text = json.dumps([secvec.__version__, _alike(content)], sort_keys=True, default=str)
+    """12 hex digits that name `content` (JSON-able) and the files that it names, under this version of the program."""
+    named = [_alike(content), *filter(None, [_files(content)])]
+    text = json.dumps([secvec.__version__, *named], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _files(content: Any) -> dict[str, str]:
+    """Digest by path: a data file that was changed makes another run."""
+    if isinstance(content, dict | list | tuple):
+        parts = content.values() if isinstance(content, dict) else content
+        return {path: digest for part in parts for path, digest in _files(part).items()}
+    if not isinstance(content, str) or not os.path.isfile(content):  # noqa: PTH113 (Path's raises for a long text)
+        return {}
+    with Path(content).open("rb") as file:
+        return {content: hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def composed(root: DictConfig) -> dict[str, Any]:

@@ -408,6 +408,20 @@ def test_each_setting_that_shapes_results_gives_a_name_and_a_key_of_its_own() ->
     assert len({name for name, _ in found}) == len({key for _, key in found}) == len(SHAPING) + 1
 
 
+def test_a_data_file_that_was_changed_makes_another_run(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    given = ["behavior=jsonl", "behavior.name=mine", f"behavior.finetune={file}"]
+    given += [f"behavior.{split}={file}" for split in ("vector", "test")]
+    found = []
+    for text in ("{}", "{}", '{"mended": 1}'):
+        file.write_text(text)
+        found.append((names_of(*given), composed(*given).content))
+    assert found[0] == found[1]
+    assert all(
+        before != after for before, after in zip((*found[0][0], found[0][1]), (*found[2][0], found[2][1]), strict=True)
+    )
+
+
 @pytest.mark.parametrize("given", PLACES)
 def test_where_things_go_changes_neither_name_nor_key(given: str) -> None:
     config = composed(given)
