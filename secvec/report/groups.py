@@ -15,7 +15,7 @@ from secvec.report.records import Run
 
 # Settings that say where or how a run is kept, not what it does.
 _IGNORED = re.compile(
-    r"(.*_)?seeds?|runs?|run_(name|id|dir)|stages?|experiment(_name)?|hydra|(.*_)?(dirs?|roots?|files?)|(?!name_or_)(.*_)?paths?"
+    r"runs?|run_(name|id|dir)|stages?|experiment(_name)?|hydra|(.*_)?(dirs?|roots?|files?)|(?!name_or_)(.*_)?paths?"
     r"|out(put)?s?|output_.*|logg(er|ers|ing)|wandb|tensorboard|tracking|telemetry|sweep|overwrite|resume|force|num_(workers|threads)"
 )
 _OF_SEED = re.compile(r"-s\d+-[0-9a-f]{8}$")  # in a run folder's name
@@ -152,7 +152,7 @@ def _settings(run: Run) -> dict[str, str]:
                 value = {str(number): item for number, item in enumerate(value)}  # as on the command line
             if key == "vector.path" and isinstance(value, str):
                 flat[key] = json.dumps(_vector_of(value))
-            elif _ignored(name):
+            elif key == "seed" or _ignored(name):  # another seed (model.align.seed) makes another configuration
                 continue
             elif isinstance(value, Mapping) and value:
                 walk(value, f"{key}.")

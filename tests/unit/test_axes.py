@@ -86,6 +86,14 @@ def test_choosing_a_node_for_another_place_makes_its_name_the_axis(tmp_path: Pat
     assert compare(load_runs([tmp_path])).keys == ("vector.behavior.name",)
 
 
+def test_the_seed_of_the_base_is_a_setting(tmp_path: Path) -> None:
+    for seed in range(3):
+        folder = write_run(tmp_path / str(seed), "security_vector", 0)
+        edit(folder, config={"seed": 0, "model": {"align": {"seed": seed}}})
+    found = compare(load_runs([tmp_path]))
+    assert found.keys == ("model.align.seed",) and len(found.groups) == 3
+
+
 def test_a_vector_taken_over_is_a_setting_but_not_its_seed(tmp_path: Path) -> None:
     for behavior in ("uppercase", "wrong_fact"):
         for seed in range(2):
