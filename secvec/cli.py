@@ -46,6 +46,8 @@ def exit_code(main: Callable[[], None], config_name: str) -> int:
     except KeyboardInterrupt:
         return _complain("interrupted; the same command goes on from the last whole epoch, batch or job", 130)
     except Exception as error:
+        if not _started and isinstance(error, OSError) and error.filename:  # Hydra makes the folder of a multirun
+            return _complain(f"{error.filename}: {error.strerror}", USER_ERROR)
         if not _started:  # some of Hydra's complaints about an override are plain ValueErrors
             return _complain(_composition_faults(config_name, error), USER_ERROR)
         traceback.print_exc()
@@ -57,12 +59,17 @@ _stopped: list[SecVecError] = []
 _started: list[bool] = []
 
 
+def composed() -> None:
+    """Says that the configuration is composed: what fails from here on is not its fault."""
+    _started.append(True)
+
+
 def for_people(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
     """Keeps a SecVecError of a single run from Hydra, which would add lines of its own to the message."""
 
     @wraps(task)
     def run(cfg: DictConfig) -> None:
-        _started.append(True)
+        composed()
         try:
             task(cfg)
         except SecVecError as error:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,8 @@ class Job:
     def mark_failure(self) -> None:
         """A job that could not write its own record (killed, out of memory, a wrong setting) still has one."""
         path, record = self.folder / "record.json", read_record(self.folder)
-        if self.code == 0 or (record.get("status") == "failed" and path.stat().st_mtime >= self.began):
+        said = record.get("status") == "failed" and path.stat().st_mtime >= self.began
+        if self.code == 0 or (said and not self.reason):
             return
         self.unsaid = True
         known = {name: self.config.get(name) for name in ("stage", "seed")}
@@ -150,6 +152,12 @@ def this_program() -> str:
     return os.pathsep.join(path for path in paths if path)
 
 
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """Kills what an ended job has left in its process group: other ranks wait for it for ever, and hold their GPUs."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """Ends processes that still run, with those that they started: first as Ctrl-C does, all at once."""
     for sign, patience in ((signal.SIGINT, STOP_SECONDS), (signal.SIGKILL, 5.0)):
@@ -159,3 +167,5 @@ def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         limit = time.monotonic() + patience
         while any(process.poll() is None for process in processes) and time.monotonic() < limit:
             time.sleep(0.05)
+    for process in processes:
+        end_group(process)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import psutil
 
 from secvec.settings import ProcessSettings
-from secvec.sweep.job import Job, stop
+from secvec.sweep.job import Job, end_group, stop
 
 GB = 2**30
 MARGIN = 1.1
@@ -61,7 +61,9 @@ class LocalExecutor:
             self.peak[job] = max(self.peak.get(job, 0), self.memory[job])
         ended = [job for job, process in self.running.items() if process.poll() is not None]
         for job in ended:
-            job.code = self.running.pop(job).returncode
+            process = self.running.pop(job)
+            job.code = process.returncode
+            end_group(process)
             if job.code == 0:
                 self.need = max(self.need, self.peak.get(job, 0))
         return ended
@@ -84,7 +86,7 @@ class LocalExecutor:
         if self.threads and "OMP_NUM_THREADS" not in os.environ:
             given["OMP_NUM_THREADS"] = str(self.threads)
         if self._processes(job) > 1:
-            given["MASTER_PORT"] = str(self._port())
+            given["MASTER_PORT"] = job.environment.get("MASTER_PORT") or str(self._port())
         if self.cards[job]:
             given["CUDA_VISIBLE_DEVICES"] = ",".join(self.cards[job])
         return given

@@ -79,6 +79,7 @@ class SlurmExecutor:
             return []
         for job in chosen:
             job.environment |= {"OMP_NUM_THREADS": str(max(1, self.settings.cpus_per_task // _devices(job)))}
+            job.began = time.time()  # here: what the node notes in its copy does not come back
         with self.submitit.batch():
             handles = [self.submitit.submit(Task(job)) for job in chosen]
         self.running |= dict(zip(chosen, handles, strict=True))

@@ -23,9 +23,9 @@ def multirun(tmp_path: Path):  # type: ignore[no-untyped-def]
     (tmp_path / "conf").symlink_to(ROOT / "conf")
     shutil.copy(ROOT / "tests" / "stand_in.py", tmp_path)
 
-    def call(*given: str) -> subprocess.CompletedProcess[str]:
+    def call(*given: str, outputs: str = "out") -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "stand_in.py", "-m", *given, "paths.outputs=out"],
+            [sys.executable, "stand_in.py", "-m", *given, f"paths.outputs={outputs}"],
             cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
             capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
@@ -84,6 +84,10 @@ def test_collisions_are_refused_before_anything_starts(multirun, tmp_path: Path)
         done = multirun(*given)
         assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not list(tmp_path.rglob("starts"))
+    (tmp_path / "file").write_text("")
+    done = multirun("seed=0,1", outputs="file/out")
+    assert done.returncode == 2 and "file/out/multirun: Not a directory" in done.stderr, done.stderr
+    assert "composed" not in done.stderr
     done = multirun("hydra/launcher=slrum")
     assert done.returncode == 2 and "(did you mean 'slurm'?); allowed: basic, process, slurm" in done.stderr
 

@@ -174,6 +174,53 @@ def test_what_an_earlier_try_failed_with_is_not_said_of_this_one(tmp_path: Path)
     assert "signal 9" in record["error"] and record["metrics"] == {"a": 1} and one.unsaid
 
 
+def test_how_the_queue_ended_a_job_is_said_even_where_an_earlier_stop_wrote_a_record(tmp_path: Path) -> None:
+    one = job(tmp_path)
+    one.began = time.time() - 100
+    write(tmp_path, status="failed", error="KeyboardInterrupt")
+    one.code, one.reason = 1, "SLURM job 7 ended as TIMEOUT"
+    one.mark_failure()
+    assert json.loads((tmp_path / "record.json").read_text())["error"] == one.reason and one.unsaid
+
+
+def test_a_job_that_has_to_wait_keeps_its_port(tmp_path: Path) -> None:
+    theirs = job(tmp_path, SLEEP, trainer={"accelerator": "cpu", "devices": 2})
+    process = theirs.start()
+    ours = job(tmp_path, SLEEP, trainer={"accelerator": "cpu", "devices": 2})
+    executor = LocalExecutor(settings(), [ours])
+    assert executor.admit([ours]) == [] and executor.admit([ours]) == []
+    assert process is not None
+    stop([process])
+    assert list(executor.ports) == [int(ours.environment["MASTER_PORT"])]
+
+
+@pytest.mark.parametrize("ends", ["os.kill(os.getpid(), 9)", "time.sleep(60)"])
+def test_no_rank_outlives_its_job(ends: str, tmp_path: Path) -> None:
+    """One that ignores SIGINT, as one in a collective does."""
+    rank = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
+    code = f"""if True:
+        import os, subprocess, sys, time
+        child = subprocess.Popen([sys.executable, "-c", {rank!r}], stdout=subprocess.PIPE)
+        child.stdout.readline()
+        open({str(tmp_path / "pid")!r} + ".part", "w").write(str(child.pid))
+        os.rename({str(tmp_path / "pid")!r} + ".part", {str(tmp_path / "pid")!r})
+        {ends}"""
+    one = job(tmp_path / "run", code)
+    executor = LocalExecutor(settings(), [one])
+    executor.admit([one])
+    while not (tmp_path / "pid").exists():
+        time.sleep(0.05)
+    child = psutil.Process(int((tmp_path / "pid").read_text()))
+    assert child.is_running()
+    if "kill" in ends:
+        while not executor.ended():
+            time.sleep(0.05)
+    else:
+        executor.stop()
+    psutil.wait_procs([child], timeout=10)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
 def test_a_job_that_another_multirun_runs_is_waited_for_and_not_run_again(tmp_path: Path) -> None:
     record = json.dumps({"status": "completed", "content": "key", "stages": ["infer"]})
     theirs = job(
