@@ -59,10 +59,12 @@ class OptunaSweeper(Sweeper):
                 search.save(folder / "search.json")
                 print(_progress(search), flush=True)
         finally:
-            report(folder)
+            unreported = report(folder)
         print(search.table(), folder / "search.json", sep="\n", flush=True)
         if all(trial.value is None for trial in search.trials):
             raise FailedJobs(f"no trial of the search ended well; the last one: {search.trials[-1].error}", 1)
+        if unreported:
+            raise FailedJobs("the search ended well, but there is no report of it: see above", unreported)
         return search.trials
 
     def _narrow(self, arguments: Sequence[str]) -> list[str]:

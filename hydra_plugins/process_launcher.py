@@ -74,10 +74,11 @@ class ProcessLauncher(Launcher):
                 if job.unsaid:
                     _tell_tracker(job)
         finally:
-            if self.alone:
-                report(sweep)
+            unreported = report(sweep) if self.alone else 0
         if (error := _failure(jobs)) and self.alone:
             raise error
+        if unreported:
+            raise FailedJobs("the jobs ended well, but there is no report of them: see above", unreported)
         return [_returned(job) for job in asked]
 
     def _jobs(self, job_overrides: Sequence[Sequence[str]], sweep: Path, first: int) -> list[Job]:

@@ -72,11 +72,12 @@ def show_plans(jobs: Sequence[Job]) -> None:
         raise FailedJobs(f"{len(failed)} of {len(jobs)} jobs would fail: {'; '.join(failed)}", 2)
 
 
-def report(sweep: Path) -> None:
-    """Writes the report over the records below `sweep` and says where it is."""
-    if any(sweep.glob("*/record.json")):
-        command = [sys.executable, "-m", "secvec.report", str(sweep)]
-        subprocess.run(command, check=False, env=os.environ | {"PYTHONPATH": this_program()})
+def report(sweep: Path) -> int:
+    """Writes the report over the records below `sweep` and says where it is, or why not; its exit code."""
+    if not any(sweep.glob("*/record.json")):
+        return 0
+    command = [sys.executable, "-m", "secvec.report", str(sweep)]
+    return subprocess.run(command, check=False, env=os.environ | {"PYTHONPATH": this_program()}).returncode
 
 
 class Board:

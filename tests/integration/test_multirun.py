@@ -92,6 +92,14 @@ def test_collisions_are_refused_before_anything_starts(multirun, tmp_path: Path)
     assert done.returncode == 2 and "(did you mean 'slurm'?); allowed: basic, process, slurm" in done.stderr
 
 
+def test_a_multirun_without_its_report_has_not_ended_well(multirun, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    broken = tmp_path / "out" / "multirun" / "another" / "record.json"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("{")
+    done = multirun("seed=0,1")
+    assert done.returncode == 2 and "not valid JSON" in done.stderr and "there is no report of them" in done.stderr
+
+
 def test_a_search_goes_on_where_it_was_cut_off(multirun, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     space = "{optimizer.lr: {low: 1e-3, high: 1.0, log: true}, tune: [full, lora], defense: [none]}"
     bounds = "{after/task_accuracy: {min: 0.7}}"
