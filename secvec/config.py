@@ -13,7 +13,7 @@ from pydantic import BaseModel, DirectoryPath, Field, SerializeAsAny, Validation
 from secvec.defenses.base import Defense
 from secvec.errors import ConfigError
 from secvec.faults import describe
-from secvec.naming import NOT_IN_KEY, content_key
+from secvec.naming import NOT_IN_KEY, run_key
 from secvec.settings import (
     EvaluationSettings,
     FinetuneSettings,
@@ -95,7 +95,7 @@ class AnyConfig(Settings):
 
     def key(self) -> str:
         """Content hash of all that shapes the results: equal keys, equal runs."""
-        return content_key(self.model_dump(mode="json", exclude=NOT_IN_KEY))
+        return run_key(self.model_dump(mode="json", exclude=NOT_IN_KEY))
 
 
 class EvaluateConfig(AnyConfig):

@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ import secvec
 
 NOT_IN_KEY = {"stage", "paths", "logger", "run_dir", "sweep", "force", "plan", "content"}
 """Settings that do not shape results: where things go, which part is run."""
+
+OF_DATA = ("behavior", "data", "vector")
+"""Settings that name data files. Others name files that a run writes (a judge's cache)."""
 
 BUILT_IN = ("tiny", "tiny_joint")
 """Models whose recipe is for the weights that are built in: with a `name_or_path` it is another model."""
@@ -35,14 +38,19 @@ def _alike(content: Any) -> Any:
 
 
 def content_key(content: Any) -> str:
-    """12 hex digits that name `content` (JSON-able) and the files that it names, under this version of the program."""
-    named = [_alike(content), *filter(None, [_files(content)])]
-    text = json.dumps([secvec.__version__, *named], sort_keys=True, default=str)
+    """12 hex digits that name `content` (JSON-able) under this version of the program."""
+    text = json.dumps([secvec.__version__, _alike(content)], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def run_key(settings: Mapping[str, Any]) -> str:
+    """Key of all that shapes the results of a run: its settings, and what is in the data files that they name."""
+    files = _files([settings.get(name) for name in OF_DATA])
+    return content_key([settings, files] if files else settings)
+
+
 def _files(content: Any) -> dict[str, str]:
-    """Digest by path: a data file that was changed makes another run."""
+    """Digest by path."""
     if isinstance(content, dict | list | tuple):
         parts = content.values() if isinstance(content, dict) else content
         return {path: digest for part in parts for path, digest in _files(part).items()}
@@ -69,13 +77,13 @@ def run_name(root: DictConfig) -> str:
     shown = model.get("name") if not (model.get("name") in BUILT_IN and model.get("name_or_path")) else None
     shown = shown or str(model.get("name_or_path")).rstrip("/").rpartition("/")[2]
     defense = plain.get("defense", {}).get("name", "evaluate")
-    return f"{defense}-{plain['behavior'].get('name')}-{shown}-s{plain.get('seed')}-{content_key(plain)[:8]}"
+    return f"{defense}-{plain['behavior'].get('name')}-{shown}-s{plain.get('seed')}-{run_key(plain)[:8]}"
 
 
 def register_resolvers() -> None:
     """For the yaml files: `${run_name:}`, `${content:}`, and `${by:KEY,{a: 1, b: 2}}`: what the table has for KEY."""
     OmegaConf.register_new_resolver("run_name", lambda *, _root_: run_name(_root_), replace=True)
-    OmegaConf.register_new_resolver("content", lambda *, _root_: content_key(composed(_root_)), replace=True)
+    OmegaConf.register_new_resolver("content", lambda *, _root_: run_key(composed(_root_)), replace=True)
     OmegaConf.register_new_resolver("by", lambda key, table: table[key], replace=True)
 
 

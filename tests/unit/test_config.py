@@ -422,6 +422,14 @@ def test_a_data_file_that_was_changed_makes_another_run(tmp_path: Path) -> None:
     )
 
 
+def test_a_judge_s_cache_that_fills_makes_no_other_run(tmp_path: Path) -> None:
+    given = ["judge=classifier", "judge.model=some", "judge.behavior_label=0", f"paths.cache={tmp_path}"]
+    cache = Path(composed(*given).judge.cache)
+    before = names_of(*given), composed(*given).content
+    cache.write_text("a judgement")
+    assert cache.parent == tmp_path and before == (names_of(*given), composed(*given).content)
+
+
 @pytest.mark.parametrize("given", PLACES)
 def test_where_things_go_changes_neither_name_nor_key(given: str) -> None:
     config = composed(given)
