@@ -17,7 +17,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from secvec.cli import composed
+from secvec.cli import started
 from secvec.errors import ConfigError, FailedJobs
 from secvec.faults import checked
 from secvec.naming import VARIES
@@ -60,7 +60,7 @@ class ProcessLauncher(Launcher):
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         sweep = Path(str(self.config.hydra.sweep.dir))
         asked = self._jobs(job_overrides, sweep, initial_job_idx)
-        composed()
+        started()
         jobs = list(dict.fromkeys(asked))
         if self.config.plan:
             show_plans(jobs)
@@ -88,10 +88,10 @@ class ProcessLauncher(Launcher):
         for given in job_overrides:
             # what an experiment sets and the command line sets too counts as on the command line, which is last
             overrides = list({text.partition("=")[0].lstrip("+~"): text for text in given}.values())
-            config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
-            with open_dict(config):
-                config.hydra.job.id, config.hydra.job.num = str(first + len(jobs)), first + len(jobs)
-            job = self._job(overrides, config, sweep / str(config.hydra.sweep.subdir))
+            composed = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+            with open_dict(composed):
+                composed.hydra.job.id, composed.hydra.job.num = str(first + len(jobs)), first + len(jobs)
+            job = self._job(overrides, composed, sweep / str(composed.hydra.sweep.subdir))
             other = jobs.setdefault(job.folder, job)
             if other.config != job.config:
                 texts = [" ".join(filter_overrides(one.overrides)) for one in (other, job)]
@@ -106,13 +106,13 @@ class ProcessLauncher(Launcher):
             job.label, job.environment[VARIES] = " ".join(varies), "\n".join(varies)
         return asked
 
-    def _job(self, overrides: list[str], root: DictConfig, folder: Path) -> Job:
-        config: dict[str, Any] = OmegaConf.to_container(root, resolve=False)  # type: ignore[assignment]
+    def _job(self, overrides: list[str], composed: DictConfig, folder: Path) -> Job:
+        config: dict[str, Any] = OmegaConf.to_container(composed, resolve=False)  # type: ignore[assignment]
         config = {name: value for name, value in config.items() if name not in ("hydra", "content")}
-        config["sweep"] = root.sweep  # may stand for other settings
+        config["sweep"] = composed.sweep  # may stand for other settings
         script = str(Path(sys.argv[0]).resolve())
         command = [sys.executable, script, *_flags(), *self._hydra_overrides(), *overrides]
-        return Job(overrides, config, root.content, folder, [*command, f"hydra.run.dir='{folder}'"])
+        return Job(overrides, config, composed.content, folder, [*command, f"hydra.run.dir='{folder}'"])
 
     def _hydra_overrides(self) -> list[str]:
         """Hydra's own settings that a job needs too (search path, logging), not those of the multirun."""

@@ -46,12 +46,13 @@ def exit_code(main: Callable[[], None], config_name: str) -> int:
     except KeyboardInterrupt:
         return _complain("interrupted; the same command goes on from the last whole epoch, batch or job", 130)
     except Exception as error:
-        if not _started and isinstance(error, OSError) and error.filename:  # Hydra makes the folder of a multirun
+        if _started:
+            traceback.print_exc()
+            return 1
+        if isinstance(error, OSError) and error.filename:  # Hydra makes the folder of a multirun
             return _complain(f"{error.filename}: {error.strerror}", USER_ERROR)
-        if not _started:  # some of Hydra's complaints about an override are plain ValueErrors
-            return _complain(_composition_faults(config_name, error), USER_ERROR)
-        traceback.print_exc()
-        return 1
+        # some of Hydra's complaints about an override are plain ValueErrors
+        return _complain(_composition_faults(config_name, error), USER_ERROR)
     return 0
 
 
@@ -59,7 +60,7 @@ _stopped: list[SecVecError] = []
 _started: list[bool] = []
 
 
-def composed() -> None:
+def started() -> None:
     """Says that the configuration is composed: what fails from here on is not its fault."""
     _started.append(True)
 
@@ -69,7 +70,7 @@ def for_people(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], Non
 
     @wraps(task)
     def run(cfg: DictConfig) -> None:
-        composed()
+        started()
         try:
             task(cfg)
         except SecVecError as error:
