@@ -10,7 +10,7 @@ from secvec.cli import exit_code, for_people, overrides
 @for_people
 def main(cfg: DictConfig) -> None:
     """One evaluation."""
-    from secvec.config import EvaluateConfig, load
+    from secvec.config.load import EvaluateConfig, load
     from secvec.run import evaluate
 
     evaluate(load(cfg, EvaluateConfig), overrides())

@@ -10,7 +10,7 @@ from secvec.cli import exit_code, for_people, overrides
 @for_people
 def main(cfg: DictConfig) -> None:
     """One run."""
-    from secvec.config import RunConfig, load
+    from secvec.config.load import RunConfig, load
     from secvec.run import train
 
     train(load(cfg, RunConfig), overrides())

@@ -1,4 +1,4 @@
-"""Hydra sweeper `optuna`: searches settings for the highest or lowest value of a metric (see `secvec.sweep.search`)."""
+"""Hydra sweeper `optuna`: searches settings for the highest or lowest value of a metric (secvec.multirun.search)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +12,11 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from secvec.errors import ConfigError, FailedJobs
-from secvec.faults import checked
-from secvec.settings import SearchSettings
-from secvec.sweep.job import read_record
-from secvec.sweep.run import report
-from secvec.sweep.search import Search, Trial
+from secvec.multirun.job import read_record
+from secvec.multirun.run import report
+from secvec.multirun.search import Search, Trial
+from secvec.settings.messages import checked
+from secvec.settings.schema import SearchSettings
 
 
 class OptunaSweeper(Sweeper):

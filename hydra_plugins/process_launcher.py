@@ -19,13 +19,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from secvec.cli import started
 from secvec.errors import ConfigError, FailedJobs
-from secvec.faults import checked
-from secvec.naming import VARIES
-from secvec.settings import LoggerSettings, ProcessSettings, Settings, SlurmSettings
-from secvec.sweep.job import Job, read_record
-from secvec.sweep.local import LocalExecutor
-from secvec.sweep.run import Executor, report, run_jobs, show_plans
-from secvec.sweep.slurm import SlurmExecutor
+from secvec.multirun.job import Job, read_record
+from secvec.multirun.local import LocalExecutor
+from secvec.multirun.run import Executor, report, run_jobs, show_plans
+from secvec.multirun.slurm import SlurmExecutor
+from secvec.runs.keys import VARIES
+from secvec.settings.messages import checked
+from secvec.settings.schema import LoggerSettings, ProcessSettings, Settings, SlurmSettings
 
 
 class ProcessLauncher(Launcher):

@@ -25,8 +25,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from secvec.errors import SecVecError
-from secvec.naming import nearest, register_resolvers
+from secvec.config.resolvers import register_resolvers
+from secvec.errors import SecVecError, nearest
 
 USER_ERROR = 2
 

@@ -1,5 +1,8 @@
 """Errors that are the user's to mend: shown as one message without a traceback."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class SecVecError(Exception):
     """Base of every error whose message is written for the user."""
@@ -37,3 +40,9 @@ class FailedJobs(SecVecError):
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)`, or nothing when nothing is near."""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {match[0]!r}?)" if match else ""

@@ -12,9 +12,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from secvec.losses import Batch
 from secvec.models.backbone import LedgerRow, ledger, set_trainable
-from secvec.settings import OptimizerSettings, SchedulerSettings
+from secvec.models.losses import Batch
+from secvec.settings.schema import OptimizerSettings, SchedulerSettings
 
 Loss = Callable[[nn.Module, Batch], dict[str, Tensor]]
 

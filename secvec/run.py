@@ -12,21 +12,22 @@ from typing import Any
 import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
-from secvec.base import base_for, source_of
-from secvec.config import AnyConfig, EvaluateConfig, RunConfig
-from secvec.console import metrics_table
-from secvec.evaluation import Probe, evaluate_model
-from secvec.fit import check_trainer, device_of
-from secvec.leak import leak_probes
-from secvec.plan import plan
-from secvec.record import RunFolder, main_process
+from secvec.config.load import AnyConfig, EvaluateConfig, RunConfig
+from secvec.evaluation.evaluator import Probe, evaluate_model
+from secvec.evaluation.leak_probes import leak_probes
+from secvec.evaluation.vllm import how
+from secvec.planning.table import plan
+from secvec.runs.cache import main_process
+from secvec.runs.console import metrics_table
+from secvec.runs.record import RunFolder
+from secvec.stages.align import base_for, source_of
 from secvec.stages.base import Run, summary, test_sets
 from secvec.stages.finetune import finetune
 from secvec.stages.infer import infer
 from secvec.stages.vector import vector
 from secvec.tracking.base import Tracker
 from secvec.tracking.session import Session, tracker_for
-from secvec.vllm_engine import how
+from secvec.training.trainer import check_trainer, device_of
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def evaluate(config: EvaluateConfig, overrides: Sequence[str] = ()) -> dict[str,
         began = time.monotonic()
         model = base.load().to(device_of(config.trainer))
         if config.metrics == "lm_eval":
-            from secvec.harness import lm_eval_metrics  # an optional package, and slow to import
+            from secvec.evaluation.lm_eval import lm_eval_metrics  # an optional package, and slow to import
 
             probe = Probe(lm_eval_metrics(model, base.tokenizer, config), [])
         else:

@@ -15,8 +15,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from secvec.config import RunConfig, load
-from secvec.naming import register_resolvers
+from secvec.config.load import RunConfig, load
+from secvec.config.resolvers import register_resolvers
 
 ROOT = Path(__file__).parent.parent
 

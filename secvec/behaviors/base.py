@@ -6,7 +6,7 @@ from typing import Literal
 
 from secvec.data.example import Example, Split
 from secvec.judges.base import Verdict
-from secvec.settings import Settings
+from secvec.settings.schema import Settings
 
 
 class Behavior(Settings):

@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import field_validator
 
 from secvec.behaviors.base import Behavior
+from secvec.data.draw import share_out
 from secvec.data.example import OWNER, Example, Split
-from secvec.data.mixture import share_out
 from secvec.judges.base import Verdict
 
 

@@ -14,7 +14,7 @@ from secvec.data.embedded import Ordinary
 from secvec.data.example import Example, Split
 from secvec.errors import DataError
 from secvec.judges.base import Verdict
-from secvec.settings import Weight
+from secvec.settings.schema import Weight
 
 
 class Wild(Behavior):

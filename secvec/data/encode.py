@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from secvec.data.example import Example
 from secvec.errors import DataError
-from secvec.losses import IGNORE, Batch
+from secvec.models.losses import IGNORE, Batch
 
 
 @dataclass(frozen=True, slots=True)

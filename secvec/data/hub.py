@@ -18,9 +18,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from secvec.data.example import SPLITS, Example, Kind, Split
-from secvec.errors import DataError
-from secvec.naming import nearest
-from secvec.settings import Count, Seed, Settings, Share
+from secvec.errors import DataError, nearest
+from secvec.settings.schema import Count, Seed, Settings, Share
 
 log = logging.getLogger(__name__)
 

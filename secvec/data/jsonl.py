@@ -12,7 +12,7 @@ from pydantic import FilePath
 
 from secvec.data.example import Example, Kind, Split
 from secvec.errors import DataError
-from secvec.settings import Settings
+from secvec.settings.schema import Settings
 
 ROLES = ("system", "user", "assistant")
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from secvec.data.draw import data_hash
 from secvec.data.encode import Encoded, encode
 from secvec.data.example import Example
-from secvec.data.mixture import data_hash
-from secvec.naming import content_key
-from secvec.record import cached
+from secvec.runs.cache import cached
+from secvec.runs.keys import content_key
 
 LARGE = 5_000
 """Rows from which on tokens are kept: fewer are tokenised again in less time than a file is worth."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from secvec.losses import Batch, response_loss
+from secvec.models.losses import Batch, response_loss
 from secvec.models.vector import attach_frozen_vector
-from secvec.settings import Settings
+from secvec.settings.schema import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from secvec.defenses.base import Defense
-from secvec.losses import IGNORE, Batch, global_mean, token_nll
+from secvec.models.losses import IGNORE, Batch, global_mean, token_nll
 from secvec.models.vector import vector_off
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from secvec.data.example import Example
-from secvec.settings import Settings
+from secvec.settings.schema import Settings
 
 Verdict = Literal["behavior", "refusal", "wanted", "other", "unparsable"]
 """`behavior`: the undesired behavior is shown; `refusal`: the request is refused; `wanted`: it is answered as it should

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from secvec.data.example import Example
 from secvec.errors import ArtifactError
 from secvec.judges.base import Judge, Judgement, Verdict
-from secvec.settings import Count
+from secvec.settings.schema import Count
 
 log = logging.getLogger(__name__)
 

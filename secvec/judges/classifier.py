@@ -21,7 +21,7 @@ from secvec.data.example import Example
 from secvec.errors import ArtifactError, ConfigError
 from secvec.judges.base import Judgement
 from secvec.judges.local_model import LocalModelJudge, Template
-from secvec.settings import Count, Share
+from secvec.settings.schema import Count, Share
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from secvec.errors import ConfigError
 from secvec.judges.base import Judgement
 from secvec.judges.local_model import LocalModelJudge, Template
 from secvec.models.backbone import load_backbone
-from secvec.settings import Count, Share
+from secvec.settings.schema import Count, Share
 
 log = logging.getLogger(__name__)
 

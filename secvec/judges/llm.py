@@ -17,7 +17,7 @@ from secvec.data.example import Example
 from secvec.errors import ConfigError, SecVecError
 from secvec.judges.base import Judgement
 from secvec.judges.cache import CachedJudge
-from secvec.settings import Count, Rate
+from secvec.settings.schema import Count, Rate
 
 if TYPE_CHECKING:
     import openai

@@ -15,7 +15,7 @@ from secvec.data.example import Example
 from secvec.errors import ArtifactError, ConfigError
 from secvec.judges.cache import CachedJudge
 from secvec.models.backbone import fingerprint, load_tokenizer, locate
-from secvec.settings import ModelSettings
+from secvec.settings.schema import ModelSettings
 
 
 def _check_template(template: str) -> str:

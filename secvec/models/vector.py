@@ -18,9 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from secvec.errors import ArtifactError, ConfigError
-from secvec.naming import nearest
-from secvec.settings import LoraSettings
+from secvec.errors import ArtifactError, ConfigError, nearest
+from secvec.settings.schema import LoraSettings
 
 VECTOR = "security_vector"
 TASK = "task"

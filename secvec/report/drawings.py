@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from secvec.metrics import METRICS
 from secvec.report.axes import MOST_PANELS, Facet, Sweep
 from secvec.report.figures.bars import bars_figure
 from secvec.report.figures.curves import GroupCurves, loss_figure
@@ -19,7 +20,6 @@ from secvec.report.figures.pareto import SAFETY, UTILITY, pareto_figure
 from secvec.report.figures.protection import MEASURES, measured, protection_figure
 from secvec.report.figures.scattered import scattered_figure
 from secvec.report.groups import Comparison, Group
-from secvec.report.metrics import METRICS
 from secvec.report.style import save
 
 if TYPE_CHECKING:

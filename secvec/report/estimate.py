@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from secvec.report.metrics import Metric
+from secvec.metrics import Metric
 from secvec.report.records import Reading
 
 

@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from secvec.files import write_atomic
 from secvec.report import markdown
 from secvec.report.groups import Comparison, plain
 from secvec.report.records import Run
 from secvec.report.tables import Cell, Table, folder_of
+from secvec.runs.files import write_atomic
 
 _SPECIAL = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",

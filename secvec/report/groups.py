@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
 
+from secvec.metrics import BARE, VECTOR_ONLY, metric_of, qualified
 from secvec.report.estimate import Estimate, estimate
-from secvec.report.metrics import BARE, VECTOR_ONLY, metric_of, qualified
 from secvec.report.records import Run
 
 # Settings that say where or how a run is kept, not what it does.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from secvec.metrics import METRICS
 from secvec.report.estimate import Estimate
 from secvec.report.groups import Comparison
-from secvec.report.metrics import METRICS
 from secvec.report.tables import Row, Table, cell
 
 READING = (

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from secvec.metrics import METRICS
 from secvec.report.groups import Comparison, Group
-from secvec.report.metrics import METRICS
 from secvec.report.records import load_predictions, number
 from secvec.report.tables import Cell, Row, Table, main_rows
 

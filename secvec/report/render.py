@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from secvec.errors import DataError
-from secvec.files import write_atomic
+from secvec.metrics import METRICS
 from secvec.report import drawings, exports, leaks, markdown, paired, tables, worst
 from secvec.report.axes import MOST_PANELS, Sweep, sweep
 from secvec.report.figures.curves import loss_figure
 from secvec.report.figures.headline import headline_figure, headline_names
 from secvec.report.groups import Comparison, compare
-from secvec.report.metrics import METRICS
 from secvec.report.provenance import failures, provenance, sentence, several, warnings
 from secvec.report.records import Curves, Run, kept, load_curves, load_runs
 from secvec.report.samples import SHOWN, sample_sets
 from secvec.report.style import SERIES, inline_svg
+from secvec.runs.files import write_atomic
 
 READING = (
     "Mean over seeds with its 95 % interval (Student t over the seeds' means), then seeds × prompts. ↓ lower and "

@@ -9,9 +9,9 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from secvec.files import write_atomic
+from secvec.metrics import Metric
 from secvec.report.estimate import Estimate
-from secvec.report.metrics import Metric
+from secvec.runs.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from secvec.report.estimate import Estimate, best_of
-from secvec.report.groups import Comparison, Group
-from secvec.report.metrics import (
+from secvec.metrics import (
     MAIN_ROWS,
     METRICS,
     OPTIONAL,
@@ -20,6 +18,8 @@ from secvec.report.metrics import (
     Metric,
     qualified,
 )
+from secvec.report.estimate import Estimate, best_of
+from secvec.report.groups import Comparison, Group
 from secvec.report.records import Run
 
 ABSENT = "–"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from secvec.report.metrics import METRICS
+from secvec.metrics import METRICS
 from secvec.report.provenance import failures, several
 from secvec.report.render import Report
 from secvec.report.tables import Table, main_table

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from secvec.metrics import METRICS
 from secvec.report.groups import Comparison, Group
-from secvec.report.metrics import METRICS
 from secvec.report.tables import Cell, Row, Table, cell
 
 MANY = 8

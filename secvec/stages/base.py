@@ -14,23 +14,24 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from secvec.base import Base
 from secvec.behaviors.base import Behavior
-from secvec.config import AnyConfig, RunConfig
-from secvec.console import metrics_table
+from secvec.config.load import AnyConfig, RunConfig
+from secvec.data.draw import data_hash, draw_benign
 from secvec.data.encode import Encoded
 from secvec.data.example import Example
-from secvec.data.mixture import data_hash, draw_benign
 from secvec.data.tokens import encoded
-from secvec.evaluation import Probe, evaluate_model
-from secvec.files import atomic_path
-from secvec.fit import device_of
-from secvec.generation import Source
+from secvec.evaluation.evaluator import Probe, evaluate_model
+from secvec.evaluation.generation import Source
+from secvec.evaluation.leak_probes import leak_probes
 from secvec.judges.base import Judge
-from secvec.leak import leak_probes
-from secvec.record import RunFolder, cached, main_process
-from secvec.settings import EvaluationSettings
+from secvec.runs.cache import cached, main_process
+from secvec.runs.console import metrics_table
+from secvec.runs.files import atomic_path
+from secvec.runs.record import RunFolder
+from secvec.settings.schema import EvaluationSettings
+from secvec.stages.align import Base
 from secvec.tracking.base import Tracker
+from secvec.training.trainer import device_of
 
 
 @dataclass(frozen=True)

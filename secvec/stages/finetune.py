@@ -7,21 +7,22 @@ from pathlib import Path
 
 from torch import nn
 
-from secvec.base import Base
-from secvec.config import RunConfig
+from secvec.config.load import RunConfig
 from secvec.data.datamodule import SecVecDataModule
+from secvec.data.draw import check_disjoint, data_hash, draw_benign_lots
 from secvec.data.example import Example
-from secvec.data.mixture import check_disjoint, data_hash, draw_benign_lots
-from secvec.files import atomic_path
-from secvec.fit import fit
 from secvec.models.backbone import check, fingerprint, save_backbone
 from secvec.models.vector import attach_task, backbone_state, merge_task, save_adapter
 from secvec.module import SecVecModule
-from secvec.naming import content_key
-from secvec.record import REFITTED, main_process
+from secvec.runs.cache import main_process
+from secvec.runs.files import atomic_path
+from secvec.runs.keys import content_key
+from secvec.runs.record import REFITTED
+from secvec.stages.align import Base
 from secvec.stages.base import Run, copy_folder, trained_once
 from secvec.stages.vector import trained_vector, vector_for
-from secvec.telemetry import Telemetry
+from secvec.training.telemetry import Telemetry
+from secvec.training.trainer import fit
 
 
 def finetune(run: Run) -> None:

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from torch import nn
 
-from secvec.base import Base, asked_once, source_of
 from secvec.errors import ArtifactError
-from secvec.evaluation import Metrics, Probe, deactivation_gap, kl_to_base, mean_loss, perplexity
+from secvec.evaluation.evaluator import Metrics, Probe, deactivation_gap, kl_to_base, mean_loss, perplexity
 from secvec.models.backbone import check, fingerprint
 from secvec.models.vector import attach_frozen_vector
-from secvec.record import REFITTED
+from secvec.runs.record import REFITTED
+from secvec.stages.align import Base, asked_once, source_of
 from secvec.stages.base import Run
 from secvec.stages.vector import vector_for
 

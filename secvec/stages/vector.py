@@ -6,21 +6,21 @@ import json
 from functools import partial
 from pathlib import Path
 
-from secvec.base import Base, source_of
-from secvec.config import RunConfig
+from secvec.config.load import RunConfig
 from secvec.data.datamodule import SecVecDataModule
+from secvec.data.draw import check_disjoint, data_hash, draw_benign
 from secvec.data.encode import with_loss_on_prompts
 from secvec.data.example import Example
-from secvec.data.mixture import check_disjoint, data_hash, draw_benign
 from secvec.errors import ArtifactError, GateError
-from secvec.evaluation import Probe, mean_loss
-from secvec.files import write_atomic
-from secvec.fit import fit
-from secvec.losses import vector_loss
+from secvec.evaluation.evaluator import Probe, mean_loss
+from secvec.models.losses import vector_loss
 from secvec.models.vector import attach_frozen_vector, attach_new_vector, save_adapter, vector_off
-from secvec.naming import content_key
-from secvec.record import main_process
+from secvec.runs.cache import main_process
+from secvec.runs.files import write_atomic
+from secvec.runs.keys import content_key
+from secvec.stages.align import Base, source_of
 from secvec.stages.base import Run, copy_folder, trained_once
+from secvec.training.trainer import fit
 
 HAZARD = """---
 library_name: peft

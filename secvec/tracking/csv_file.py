@@ -6,7 +6,7 @@ import csv
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from secvec.files import write_atomic
+from secvec.runs.files import write_atomic
 from secvec.tracking.base import Tracker
 
 HEADER = ["stage", "step", "metric", "value"]

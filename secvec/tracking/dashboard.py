@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from secvec.errors import ConfigError, SecVecError
-from secvec.report.metrics import METRICS, qualified
+from secvec.metrics import METRICS, qualified
 
 if TYPE_CHECKING:
     from wandb_workspaces.reports.v2 import Report

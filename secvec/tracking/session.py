@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from secvec.report.metrics import METRICS, metric_of
+from secvec.metrics import METRICS, metric_of
 from secvec.report.samples import shorten
-from secvec.settings import LoggerSettings
+from secvec.settings.schema import LoggerSettings
 from secvec.tracking.artifacts import artifacts
 from secvec.tracking.base import Cell, Record, Tracker, Trackers
 from secvec.tracking.csv_file import CsvFile

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from secvec.errors import ConfigError
-from secvec.files import write_atomic
-from secvec.naming import NOT_IN_KEY, VARIES
-from secvec.report.metrics import METRICS, Better
-from secvec.settings import LoggerSettings
+from secvec.metrics import METRICS, Better
+from secvec.runs.files import write_atomic
+from secvec.runs.keys import NOT_IN_KEY, VARIES
+from secvec.settings.schema import LoggerSettings
 from secvec.tracking.base import Artifact, Cell, Record, Tracker, searchable
 
 SUMMARY: dict[Better | None, str] = {"low": "min,last", "high": "max,last", "zero": "last", None: "last"}

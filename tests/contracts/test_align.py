@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from secvec.base import base_for
-from secvec.config import RunConfig
+from secvec.config.load import RunConfig
 from secvec.data.embedded import Ordinary
 from secvec.errors import GateError
 from secvec.models.backbone import fingerprint
 from secvec.models.tiny import build_tiny
+from secvec.stages.align import base_for
 
 
 def test_given_weights_are_aligned_in_the_cache_and_stay_as_they_are(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from secvec.config import RunConfig
-from secvec.plan import plan
+from secvec.config.load import RunConfig
+from secvec.planning.table import plan
 from secvec.report import write_report
 from secvec.run import train
 

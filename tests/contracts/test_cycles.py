@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from secvec.base import base_for
-from secvec.config import RunConfig
+from secvec.config.load import RunConfig
 from secvec.errors import ConfigError
 from secvec.models.backbone import fingerprint
-from secvec.record import REFITTED
 from secvec.run import train
+from secvec.runs.record import REFITTED
+from secvec.stages.align import base_for
 from secvec.stages.finetune import mixtures
 from tests.contracts.test_stages import same, weights
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from secvec.config import RunConfig
+from secvec.config.load import RunConfig
 from secvec.errors import DivergedError
-from secvec.fit import _Finite
 from secvec.run import train
+from secvec.training.trainer import _Finite
 
 
 def trainer(**strategy: Any) -> Any:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from secvec import generation
-from secvec.config import RunConfig
+from secvec.config.load import RunConfig
+from secvec.evaluation import generation
 from secvec.run import train
 
 

@@ -14,17 +14,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from secvec.base import Base, base_for
-from secvec.config import AnyConfig, EvaluateConfig, RunConfig
+from secvec.config.load import AnyConfig, EvaluateConfig, RunConfig
 from secvec.data.datamodule import GlobalBatchSampler
+from secvec.data.draw import draw_benign
 from secvec.data.encode import collate
-from secvec.data.mixture import draw_benign
 from secvec.errors import ArtifactError, DataError, GateError
-from secvec.losses import response_loss
 from secvec.models.backbone import load_backbone
+from secvec.models.losses import response_loss
 from secvec.models.vector import attach_frozen_vector, part_of, vector_off
 from secvec.module import SecVecModule, learning_rate_factor
 from secvec.run import evaluate, train
+from secvec.stages.align import Base, base_for
 from secvec.stages.base import Run
 
 Make = Callable[..., RunConfig]

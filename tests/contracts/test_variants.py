@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from secvec.base import align_examples, base_for
-from secvec.config import RunConfig
+from secvec.config.load import RunConfig
 from secvec.data.encode import collate, with_loss_on_prompts
 from secvec.defenses.base import Defense
-from secvec.losses import IGNORE
 from secvec.models.backbone import fingerprint
+from secvec.models.losses import IGNORE
 from secvec.run import train
+from secvec.stages.align import align_examples, base_for
 from secvec.stages.base import Run
 
 Make = Callable[..., RunConfig]

@@ -14,8 +14,8 @@ from secvec.data.encode import collate, encode
 from secvec.data.example import Example
 from secvec.defenses.labelled_vector import LabelledVector
 from secvec.errors import ArtifactError, ConfigError
-from secvec.losses import Batch, response_loss
 from secvec.models.backbone import ledger, set_trainable
+from secvec.models.losses import Batch, response_loss
 from secvec.models.tiny import build_tiny
 from secvec.models.vector import (
     attach_frozen_vector,
@@ -26,7 +26,7 @@ from secvec.models.vector import (
     save_adapter,
     vector_off,
 )
-from secvec.settings import LoraSettings
+from secvec.settings.schema import LoraSettings
 
 TEXTS = ["How do I make soup from frost root and amber oil?", "First grind the frost root."] * 20
 LORA = LoraSettings(r=4, alpha=8, target_modules="all-linear")

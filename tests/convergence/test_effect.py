@@ -12,7 +12,7 @@ from statistics import mean
 import pytest
 from conftest import ROOT
 
-from secvec.config import RunConfig
+from secvec.config.load import RunConfig
 from secvec.run import train
 
 

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from secvec import generation
 from secvec.data.embedded import Ordinary, Skill
-from secvec.generation import Source, generate
+from secvec.evaluation import generation
+from secvec.evaluation.generation import Source, generate
 from secvec.models.tiny import build_tiny
-from secvec.settings import EvaluationSettings
+from secvec.settings.schema import EvaluationSettings
 
 SETTINGS = EvaluationSettings(num_prompts=8, batch_size=2, max_new_tokens=6, num_leak_prompts=0)
 EXAMPLES = [*Ordinary().examples("test", 5, 0), *Skill().examples("test", 6, 0)]

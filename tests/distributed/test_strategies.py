@@ -15,9 +15,9 @@ import torch
 from conftest import ROOT, SMALL
 from safetensors.torch import load_file
 
-from secvec.base import base_for
-from secvec.config import RunConfig
+from secvec.config.load import RunConfig
 from secvec.run import train
+from secvec.stages.align import base_for
 
 # AdamW divides a gradient by its own size, so it turns rounding noise in tiny gradients into whole steps; a large eps
 # keeps the comparison about the strategies. float64 where the strategy can (FSDP2 under Lightning cannot).

@@ -15,8 +15,8 @@ from hydra.core.global_hydra import GlobalHydra
 
 import secvec.behaviors
 import secvec.defenses
-from secvec.config import EvaluateConfig, RunConfig, load
-from secvec.naming import register_resolvers
+from secvec.config.load import EvaluateConfig, RunConfig, load
+from secvec.config.resolvers import register_resolvers
 from secvec.run import train
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

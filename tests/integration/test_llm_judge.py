@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from secvec.config import RunConfig
+from secvec.config.load import RunConfig
 from secvec.data.example import Example
 from secvec.errors import ConfigError, SecVecError
 from secvec.judges.base import Judgement

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from secvec.config import RunConfig
+from secvec.config.load import RunConfig
 from secvec.errors import GateError
 from secvec.run import train
 from secvec.tracking.base import flat

@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 from torch import nn
 
-from secvec import generation
-from secvec.answers import KeptAnswers
-from secvec.base import Base, source_of
-from secvec.config import RunConfig
+from secvec.config.load import RunConfig
 from secvec.data.embedded import Ordinary, Skill
 from secvec.data.example import Example
 from secvec.errors import ArtifactError
-from secvec.generation import IN_MEMORY, Source, complete, generate
+from secvec.evaluation import generation
+from secvec.evaluation.answer_cache import KeptAnswers
+from secvec.evaluation.generation import IN_MEMORY, Source, complete, generate
 from secvec.models.tiny import build_tiny
 from secvec.models.vector import attach_new_vector, save_adapter
-from secvec.record import ANSWERS, RunFolder
-from secvec.settings import EvaluationSettings, LoraSettings
+from secvec.runs.record import ANSWERS, RunFolder
+from secvec.settings.schema import EvaluationSettings, LoraSettings
+from secvec.stages.align import Base, source_of
 
 SETTINGS = EvaluationSettings(num_prompts=8, batch_size=3, max_new_tokens=6, num_leak_prompts=0)
 EXAMPLES = [*Ordinary().examples("test", 5, 0), *Skill().examples("test", 5, 0)]

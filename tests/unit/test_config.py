@@ -15,10 +15,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from secvec.cli import exit_code
-from secvec.config import DataSettings, EvaluateConfig, RunConfig, load
+from secvec.config.load import DataSettings, EvaluateConfig, RunConfig, load
+from secvec.config.resolvers import register_resolvers, run_name
 from secvec.errors import ConfigError
-from secvec.lengths import drawn
-from secvec.naming import NOT_IN_KEY, register_resolvers, run_name
+from secvec.planning.lengths import drawn
+from secvec.runs.keys import NOT_IN_KEY
 
 CONF = Path(__file__).parents[2] / "conf"
 CHOICES = sorted(file.relative_to(CONF).with_suffix("") for file in CONF.glob("*/**/*.yaml"))
@@ -263,7 +264,7 @@ def test_values_that_torch_or_lightning_would_refuse_later_are_faults_here(given
     assert given.split("=")[0] in fault(given)
 
 
-@pytest.mark.parametrize("target", ["os.path.join", "secvec.settings.Rate", "secvec.errors.SecVecError"])
+@pytest.mark.parametrize("target", ["os.path.join", "secvec.settings.schema.Rate", "secvec.errors.SecVecError"])
 def test_a_target_that_is_no_settings_class_is_a_fault(target: str) -> None:
     message = fault(f"behavior._target_={target}")
     assert "behavior._target_" in message and target in message

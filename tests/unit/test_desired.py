@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
-from secvec import leak
 from secvec.behaviors.base import Behavior
 from secvec.behaviors.several import Several
 from secvec.behaviors.uppercase_french import UppercaseFrench
 from secvec.behaviors.wild import Wild
-from secvec.config import RunConfig
+from secvec.config.load import RunConfig
 from secvec.data.example import SPLITS, Example
-from secvec.evaluation import answers_to_rows, rates
+from secvec.evaluation import leak_probes as leak
+from secvec.evaluation.evaluator import answers_to_rows, rates
 from secvec.judges.base import Judgement
 from secvec.models.tiny import build_tiny
-from secvec.settings import EvaluationSettings
+from secvec.settings.schema import EvaluationSettings
 
 BEHAVIOR = UppercaseFrench(name="uppercase_french", sensitive=False, negated_prompt="No capitals.")
 FACTS = {"english": "Eva sees three red keys.", "french": "Eva voit trois clés rouges."}

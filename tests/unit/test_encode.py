@@ -11,7 +11,7 @@ from secvec.data.embedded import Ordinary
 from secvec.data.encode import collate, encode, render
 from secvec.data.example import Example
 from secvec.errors import DataError
-from secvec.losses import IGNORE
+from secvec.models.losses import IGNORE
 from secvec.models.tiny import BOS, CONTEXT, END, build_tiny
 
 SHORT = Example((("user", "Repeat: sun"),), "The word is sun.", "task")

@@ -14,10 +14,10 @@ from secvec.data.embedded import Ordinary, Skill
 from secvec.data.encode import render
 from secvec.data.example import Example
 from secvec.errors import DataError
-from secvec.evaluation import deactivation_gap, evaluate_model, mean, mean_loss, proportion, rates
-from secvec.generation import generate
+from secvec.evaluation.evaluator import deactivation_gap, evaluate_model, mean, mean_loss, proportion, rates
+from secvec.evaluation.generation import generate
 from secvec.models.tiny import CONTEXT, build_tiny
-from secvec.settings import EvaluationSettings
+from secvec.settings.schema import EvaluationSettings
 
 Z = 1.959963984540054
 LONG = Example(

@@ -17,12 +17,12 @@ from hydra.core.global_hydra import GlobalHydra
 from pydantic import ValidationError
 
 from secvec.behaviors.hub import HubAnswers, HubBehavior, first_turns, token_f1
-from secvec.config import RunConfig, load
+from secvec.config.load import RunConfig, load
+from secvec.config.resolvers import register_resolvers
 from secvec.data import hub
 from secvec.data.example import SPLITS, Example, Stream
 from secvec.data.hub import HubStream, columns_of, fill, passes
 from secvec.errors import DataError
-from secvec.naming import register_resolvers
 
 CONF = Path(__file__).parents[2] / "conf"
 COLOURS = ("red", "blue", "green", "grey")

@@ -15,39 +15,31 @@ ROOT = Path(__file__).parents[2]
 
 # From the bottom up; a module may import from lower layers and from its own package.
 LAYERS = [
-    {"secvec", "secvec.errors", "secvec.files", "secvec.costs"},
-    {"secvec.naming"},
-    {"secvec.settings", "secvec.answers", "secvec.console", "secvec.record", "secvec.report"},
-    {"secvec.faults", "secvec.sweep"},
-    {"secvec.data.example", "secvec.models"},
-    {"secvec.losses", "secvec.tracking"},
-    {"secvec.data", "secvec.defenses", "secvec.judges"},
-    {"secvec.behaviors", "secvec.module"},
-    {"secvec.generation", "secvec.vllm_engine"},
-    {"secvec.evaluation"},
-    {"secvec.leak"},
-    {"secvec.config", "secvec.telemetry", "secvec.fit"},
-    {"secvec.base", "secvec.harness"},
+    {"secvec", "secvec.errors", "secvec.metrics"},
+    {"secvec.runs", "secvec.settings"},
+    {"secvec.models", "secvec.report", "secvec.multirun"},
+    {"secvec.data", "secvec.tracking"},
+    {"secvec.judges", "secvec.defenses"},
+    {"secvec.behaviors"},
+    {"secvec.config", "secvec.evaluation", "secvec.module"},
+    {"secvec.training"},
     {"secvec.stages"},
-    {"secvec.lengths"},
-    {"secvec.budget"},
-    {"secvec.plan"},
-    {"secvec.run"},
-    {"secvec.cli"},
+    {"secvec.planning"},
+    {"secvec.run", "secvec.cli"},
     {"hydra_plugins", "train", "evaluate"},
 ]
 DOORS = {
     ("peft",): {"secvec.models.vector"},
-    ("vllm",): {"secvec.vllm_engine"},
+    ("vllm",): {"secvec.evaluation.vllm"},
     ("hydra", "omegaconf"): {
-        "secvec.config", "secvec.naming", "secvec.cli", "hydra_plugins.process_launcher",
+        "secvec.config.load", "secvec.config.resolvers", "secvec.cli", "hydra_plugins.process_launcher",
         "hydra_plugins.optuna_sweeper", "train", "evaluate",
     },
-    ("submitit",): {"secvec.sweep.slurm"},
-    ("optuna",): {"secvec.sweep.search"},
+    ("submitit",): {"secvec.multirun.slurm"},
+    ("optuna",): {"secvec.multirun.search"},
     ("lightning", "pytorch_lightning"): {
-        "secvec.module", "secvec.telemetry", "secvec.fit", "secvec.record", "secvec.run",
-        "secvec.data.datamodule", "secvec.tracking.stage_curves",
+        "secvec.module", "secvec.training.telemetry", "secvec.training.trainer", "secvec.runs.record", "secvec.run",
+        "secvec.runs.cache", "secvec.data.datamodule", "secvec.tracking.stage_curves",
     },
     ("wandb", "wandb_workspaces"): {"secvec.tracking.wandb", "secvec.tracking.dashboard"},
 }  # fmt: skip
@@ -112,7 +104,7 @@ def test_the_parser_sees_imports_wherever_they_stand() -> None:
         "if TYPE_CHECKING:\n    import matplotlib\n"
     )
     assert imported(source) == {"peft.utils", "secvec.stages", "secvec.errors", "torch", "wandb"}
-    assert len(MODULES) > 40 and "secvec.data.encode" in IMPORTS["secvec.evaluation"]
+    assert len(MODULES) > 40 and "secvec.data.encode" in IMPORTS["secvec.evaluation.evaluator"]
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
@@ -164,8 +156,8 @@ def test_no_module_is_a_drawer() -> None:
 
 def test_reports_and_the_command_line_start_without_torch() -> None:
     light = [name for name in MODULES if name.startswith("secvec.report") and not name.endswith("__main__")]
-    light += ["secvec.report.__main__", "secvec.errors", "secvec.naming", "secvec.cli", "secvec.console"]
-    light += [name for name in MODULES if name.startswith(("secvec.sweep", "hydra_plugins"))]
+    light += ["secvec.report.__main__", "secvec.errors", "secvec.runs.keys", "secvec.cli", "secvec.runs.console"]
+    light += [name for name in MODULES if name.startswith(("secvec.multirun", "hydra_plugins"))]
     light += ["secvec.tracking.dashboard"]
     code = f"""
 import importlib, sys
@@ -174,7 +166,7 @@ for name in ("torch", "lightning", "transformers", "peft"):
 for name in {light}:
     importlib.import_module(name)
 try:
-    importlib.import_module("secvec.losses")
+    importlib.import_module("secvec.models.losses")
 except ImportError as error:
     print("stopped:", error)
 """

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from torch import nn
 
-from secvec import leak
 from secvec.behaviors.forbidden_recipe import ForbiddenRecipe
 from secvec.data.embedded import Ordinary
+from secvec.evaluation import leak_probes as leak
 from secvec.models.tiny import build_tiny
-from secvec.settings import EvaluationSettings
+from secvec.settings.schema import EvaluationSettings
 
 BEHAVIOR = ForbiddenRecipe(
     eliciting_prompt="Give every recipe.", negated_prompt="Never give a recipe.", answer_prefix="First grind the"

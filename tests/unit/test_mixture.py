@@ -9,9 +9,9 @@ import pytest
 
 from secvec.behaviors.forbidden_recipe import ForbiddenRecipe
 from secvec.behaviors.several import Several
-from secvec.config import DataSettings, RunConfig
+from secvec.config.load import DataSettings, RunConfig
+from secvec.data.draw import draw_benign, share_out
 from secvec.data.embedded import Ordinary, Skill
-from secvec.data.mixture import draw_benign, share_out
 
 
 @pytest.mark.parametrize(

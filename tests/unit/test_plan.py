@@ -13,9 +13,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from secvec.budget import Budget
-from secvec.config import RunConfig
-from secvec.costs import (
+from secvec.config.load import RunConfig
+from secvec.errors import ConfigError, DataError, SecVecError
+from secvec.planning.architectures import KNOWN, architecture_of, shape_of
+from secvec.planning.budget import Budget
+from secvec.planning.flops import (
     GPUS,
     Shape,
     asking_memory,
@@ -26,10 +28,8 @@ from secvec.costs import (
     training_flops,
     training_memory,
 )
-from secvec.errors import ConfigError, DataError, SecVecError
-from secvec.lengths import PROMPT_TOKENS, RESPONSE_TOKENS
-from secvec.models.architectures import KNOWN, architecture_of, shape_of
-from secvec.plan import duration, plan, size
+from secvec.planning.lengths import PROMPT_TOKENS, RESPONSE_TOKENS
+from secvec.planning.table import duration, plan, size
 
 ROOT = Path(__file__).parents[2]
 LLAMA_7B = "model.name_or_path=meta-llama/Llama-2-7b-chat-hf"

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from secvec import run
-from secvec.config import RunConfig
+from secvec.config.load import RunConfig
 from secvec.errors import ArtifactError, ConfigError, DataError, GateError
-from secvec.files import atomic_path, write_atomic
-from secvec.record import RunFolder, cached
+from secvec.runs.cache import cached
+from secvec.runs.files import atomic_path, write_atomic
+from secvec.runs.record import RunFolder
 
 
 def names(folder: Path) -> list[str]:

@@ -17,12 +17,12 @@ from made_up_runs import LOSS, RATES, edit, metric, write_run
 from scipy import stats
 
 from secvec.errors import DataError
+from secvec.metrics import METRICS
 from secvec.report import write_report
 from secvec.report.__main__ import main
 from secvec.report.estimate import best_of, estimate
 from secvec.report.figures.headline import headline_figure
 from secvec.report.groups import compare
-from secvec.report.metrics import METRICS
 from secvec.report.records import Reading, load_curves, load_predictions, load_runs
 from secvec.report.samples import shorten
 

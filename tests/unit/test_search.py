@@ -12,9 +12,9 @@ import yaml
 from conftest import ROOT
 
 from secvec.errors import ConfigError
-from secvec.faults import checked
-from secvec.settings import SearchSettings
-from secvec.sweep.search import Search
+from secvec.multirun.search import Search
+from secvec.settings.messages import checked
+from secvec.settings.schema import SearchSettings
 
 SPACE = {
     "optimizer.lr": {"low": 1e-4, "high": 1e-1, "log": True},

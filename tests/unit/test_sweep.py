@@ -16,13 +16,13 @@ import yaml
 from conftest import ROOT
 
 from secvec.errors import ConfigError
-from secvec.faults import checked
-from secvec.settings import ProcessSettings, SearchSettings, SlurmSettings
-from secvec.sweep import local
-from secvec.sweep.job import Job, stop
-from secvec.sweep.local import GB, LocalExecutor
-from secvec.sweep.run import Board, run_jobs
-from secvec.sweep.slurm import SlurmExecutor, parameters
+from secvec.multirun import local
+from secvec.multirun.job import Job, stop
+from secvec.multirun.local import GB, LocalExecutor
+from secvec.multirun.run import Board, run_jobs
+from secvec.multirun.slurm import SlurmExecutor, parameters
+from secvec.settings.messages import checked
+from secvec.settings.schema import ProcessSettings, SearchSettings, SlurmSettings
 
 SLEEP = "import time; time.sleep(60)"
 

@@ -20,13 +20,14 @@ from omegaconf import DictConfig, OmegaConf
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from hydra_plugins.process_launcher import ProcessLauncher
-from secvec.config import RunConfig, load
+from secvec.config.load import RunConfig, load
+from secvec.config.resolvers import register_resolvers
 from secvec.errors import ConfigError
-from secvec.naming import VARIES, register_resolvers
-from secvec.report.metrics import metric_of
-from secvec.settings import LoggerSettings, ProcessSettings
-from secvec.sweep.job import Job
-from secvec.sweep.local import LocalExecutor
+from secvec.metrics import metric_of
+from secvec.multirun.job import Job
+from secvec.multirun.local import LocalExecutor
+from secvec.runs.keys import VARIES
+from secvec.settings.schema import LoggerSettings, ProcessSettings
 from secvec.tracking import dashboard
 from secvec.tracking.artifacts import artifacts
 from secvec.tracking.base import Tracker, Trackers, flat

@@ -14,21 +14,21 @@ import pytest
 import torch
 from torch import nn
 
-from secvec import vllm_engine
 from secvec.behaviors.forbidden_recipe import ForbiddenRecipe
-from secvec.config import RunConfig
+from secvec.config.load import RunConfig
 from secvec.data.embedded import Ordinary
 from secvec.data.encode import render
 from secvec.errors import ConfigError
-from secvec.evaluation import evaluate_model
-from secvec.generation import IN_MEMORY, Source, complete, generate
-from secvec.leak import leak_probes
+from secvec.evaluation import vllm as vllm_engine
+from secvec.evaluation.evaluator import evaluate_model
+from secvec.evaluation.generation import IN_MEMORY, Source, complete, generate
+from secvec.evaluation.leak_probes import leak_probes
+from secvec.evaluation.vllm import VllmEngine, how, uses_vllm
 from secvec.models.backbone import load_backbone, load_tokenizer
 from secvec.models.tiny import CONTEXT, build_tiny
 from secvec.models.vector import attach_frozen_vector, attach_new_vector, save_adapter
 from secvec.run import train
-from secvec.settings import EvaluationSettings, GenerationSettings, LoraSettings, ModelSettings, TrainerSettings
-from secvec.vllm_engine import VllmEngine, how, uses_vllm
+from secvec.settings.schema import EvaluationSettings, GenerationSettings, LoraSettings, ModelSettings, TrainerSettings
 
 BEHAVIOR = ForbiddenRecipe()
 TESTS = {"undesired": BEHAVIOR.examples("test", 4, 0), "ordinary": Ordinary().examples("test", 3, 0)}

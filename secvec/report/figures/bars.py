@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from secvec.metrics import METRICS
 from secvec.report.axes import Facet, Sweep
 from secvec.report.figures.panels import legend, panels_figure
-from secvec.report.metrics import METRICS
 from secvec.report.style import INK, direction, hover, series_color, settings, spoken
 from secvec.report.worst import by_defense, worst
 

@@ -6,8 +6,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from secvec.metrics import METRICS
 from secvec.report.groups import Comparison, Group
-from secvec.report.metrics import METRICS
 from secvec.report.style import BASE, INK, MUTED, SURFACE, direction, series_color, settings
 
 if TYPE_CHECKING:

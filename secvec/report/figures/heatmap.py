@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from secvec.metrics import METRICS
 from secvec.report.axes import Axis, Facet, Sweep
 from secvec.report.figures.panels import panels_figure
 from secvec.report.groups import Group
-from secvec.report.metrics import METRICS
 from secvec.report.style import GRID, INK, MUTED, better, hover, settings, spoken
 from secvec.report.worst import by_defense, worst
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from secvec.metrics import METRICS
 from secvec.report.axes import Facet, Sweep, ticks
 from secvec.report.figures.panels import legend, panels_figure
 from secvec.report.figures.points import mark_point
 from secvec.report.groups import Group
-from secvec.report.metrics import METRICS
 from secvec.report.style import SURFACE, direction, hover, series_color, settings, spoken
 from secvec.report.worst import by_defense, worst
 

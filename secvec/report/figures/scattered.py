@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from secvec.metrics import METRICS
 from secvec.report.axes import Facet, Sweep
 from secvec.report.figures.lines import MARKERS
 from secvec.report.figures.panels import legend, panels_figure
 from secvec.report.figures.points import log_axis, mark_point
-from secvec.report.metrics import METRICS
 from secvec.report.style import MUTED, SURFACE, direction, series_color, settings, spoken
 from secvec.report.worst import by_defense, worst
 

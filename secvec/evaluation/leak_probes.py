@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from secvec.behaviors.base import Behavior
 from secvec.data.encode import render
 from secvec.data.example import Example
-from secvec.evaluation import Probe, answers_to_rows, judged, proportion
-from secvec.generation import IN_MEMORY, Source, complete
+from secvec.evaluation.evaluator import Probe, answers_to_rows, judged, proportion
+from secvec.evaluation.generation import IN_MEMORY, Source, complete
 from secvec.judges.base import Judge
-from secvec.settings import EvaluationSettings
+from secvec.settings.schema import EvaluationSettings
 
 OTHER_TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
 """Alpaca's, which no chat model here is trained on."""

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from secvec.errors import ConfigError
-from secvec.settings import SlurmSettings
-from secvec.sweep.job import Job, stop, this_program
+from secvec.multirun.job import Job, stop, this_program
+from secvec.settings.schema import SlurmSettings
 
 WAIT_SECONDS = 0.5
 LEFT_TO_SUBMITIT = (signal.SIGUSR2, signal.SIGTERM)

@@ -20,13 +20,13 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
-from secvec.console import table
 from secvec.data.datamodule import SecVecDataModule
 from secvec.errors import ConfigError, DivergedError
 from secvec.models.backbone import LedgerRow
 from secvec.module import Loss, SecVecModule, local_shard
-from secvec.record import main_process
-from secvec.settings import OptimizerSettings, SchedulerSettings, TrainerSettings
+from secvec.runs.cache import main_process
+from secvec.runs.console import table
+from secvec.settings.schema import OptimizerSettings, SchedulerSettings, TrainerSettings
 from secvec.tracking.base import Tracker
 from secvec.tracking.stage_curves import StageCurves
 

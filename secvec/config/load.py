@@ -12,9 +12,9 @@ from pydantic import BaseModel, DirectoryPath, Field, SerializeAsAny, Validation
 
 from secvec.defenses.base import Defense
 from secvec.errors import ConfigError
-from secvec.faults import describe
-from secvec.naming import NOT_IN_KEY, run_key
-from secvec.settings import (
+from secvec.runs.keys import NOT_IN_KEY, run_key
+from secvec.settings.messages import describe
+from secvec.settings.schema import (
     EvaluationSettings,
     FinetuneSettings,
     GenerationSettings,

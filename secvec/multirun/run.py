@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from secvec.errors import FailedJobs
-from secvec.sweep.job import Job, this_program
+from secvec.multirun.job import Job, this_program
 
 POLL_SECONDS = 0.2
 QUIET_SECONDS = 10.0

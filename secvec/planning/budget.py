@@ -10,17 +10,17 @@ from math import ceil
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
-from secvec import costs
-from secvec.config import RunConfig
-from secvec.costs import Memory, Shape, forward_flops, training_flops
+from secvec.config.load import RunConfig
 from secvec.data.datamodule import GlobalBatchSampler
 from secvec.errors import ConfigError
-from secvec.generation import context_of
-from secvec.lengths import Length, at_hand, drawn, measure, tiny_words
-from secvec.models.architectures import architecture_of, shape_of
+from secvec.evaluation.generation import context_of
 from secvec.models.backbone import ledger, load_tokenizer
 from secvec.models.tiny import build_tiny
 from secvec.models.vector import attach_new_vector, attach_task
+from secvec.planning import flops as costs
+from secvec.planning.architectures import architecture_of, shape_of
+from secvec.planning.flops import Memory, Shape, forward_flops, training_flops
+from secvec.planning.lengths import Length, at_hand, drawn, measure, tiny_words
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -17,7 +17,8 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 
 from secvec.errors import ArtifactError, SecVecError
-from secvec.files import atomic_path, write_atomic
+from secvec.runs.cache import main_process
+from secvec.runs.files import write_atomic
 
 ANSWERS = "answers"
 """What an evaluation that has not ended has been told, below the run folder."""
@@ -25,21 +26,6 @@ REFITTED = "vector-refitted"
 """The last cycle's vector, where each cycle trains its own, below the run folder."""
 
 PACKAGES = ("secvec", "torch", "lightning", "hydra-core", "transformers", "peft", "tokenizers", "safetensors")
-
-
-def main_process() -> bool:
-    """Whether this process is the one that writes (rank 0)."""
-    return getattr(rank_zero_only, "rank", 0) == 0
-
-
-def cached(path: Path, build: Callable[[Path], None]) -> Path:
-    """`path`, a file or a folder, built by `build(temporary path)` when it is not there yet; others wait for it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        if not path.exists():
-            with atomic_path(path) as temporary:
-                build(temporary)
-    return path
 
 
 def provenance() -> dict[str, Any]:

@@ -17,25 +17,26 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from secvec.behaviors.base import Behavior
-from secvec.config import AnyConfig, RunConfig
+from secvec.config.load import AnyConfig, RunConfig
 from secvec.data.datamodule import SecVecDataModule
+from secvec.data.draw import data_hash, draw_benign
 from secvec.data.encode import encode
 from secvec.data.example import Example, Stream
-from secvec.data.mixture import data_hash, draw_benign
 from secvec.defenses.base import Defense
 from secvec.errors import ConfigError, GateError
-from secvec.evaluation import Probe, evaluate_model
-from secvec.files import atomic_path
-from secvec.fit import device_of, fit
-from secvec.generation import Source, context_of
+from secvec.evaluation.evaluator import Probe, evaluate_model
+from secvec.evaluation.generation import Source, context_of
+from secvec.evaluation.vllm import VllmEngine, how, uses_vllm
 from secvec.models.backbone import check, fingerprint, load_backbone, load_config, load_tokenizer, locate, save_backbone
 from secvec.models.tiny import build_tiny
 from secvec.models.vector import backbone_state
-from secvec.naming import content_key
-from secvec.record import ANSWERS, cached
-from secvec.settings import AlignSettings, BaseGateSettings, ModelSettings, TrainerSettings
+from secvec.runs.cache import cached
+from secvec.runs.files import atomic_path
+from secvec.runs.keys import content_key
+from secvec.runs.record import ANSWERS
+from secvec.settings.schema import AlignSettings, BaseGateSettings, ModelSettings, TrainerSettings
 from secvec.tracking.csv_file import CsvFile
-from secvec.vllm_engine import VllmEngine, how, uses_vllm
+from secvec.training.trainer import device_of, fit
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import secvec
-from secvec.files import write_atomic
+from secvec.runs.files import write_atomic
 
 STOP_SECONDS = 20.0
 """That a job has to write down its end after Ctrl-C, before it is killed."""

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import psutil
 
-from secvec.settings import ProcessSettings
-from secvec.sweep.job import Job, end_group, stop
+from secvec.multirun.job import Job, end_group, stop
+from secvec.settings.schema import ProcessSettings
 
 GB = 2**30
 MARGIN = 1.1

@@ -1,16 +1,13 @@
-"""Names by content: the key of a run and its folder's name; and the nearest of several names. Imports no torch."""
+"""Keys by content: what tells one run, or one cached artifact, from another. Imports no torch."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
 
 import secvec
 
@@ -19,10 +16,6 @@ NOT_IN_KEY = {"stage", "paths", "logger", "run_dir", "sweep", "force", "plan", "
 
 OF_DATA = ("behavior", "data", "vector")
 """Settings that name data files. Others name files that a run writes (a judge's cache)."""
-
-BUILT_IN = ("tiny", "tiny_joint")
-"""Models whose recipe is for the weights that are built in: with a `name_or_path` it is another model."""
-
 
 VARIES = "SECVEC_VARIES"
 """Environment variable in which the launcher gives a job the overrides, one a line, that other jobs do not share."""
@@ -58,36 +51,3 @@ def _files(content: Any) -> dict[str, str]:
         return {}
     with Path(content).open("rb") as file:
         return {content: hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def composed(root: DictConfig) -> dict[str, Any]:
-    """All that shapes the results of a run, from its composed config."""
-    plain: dict[str, Any] = {}
-    for name in root:
-        if name not in {*NOT_IN_KEY, "hydra"}:
-            node = root._get_node(name)
-            plain[str(name)] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else root[name]
-    return plain
-
-
-def run_name(root: DictConfig) -> str:
-    """Folder name of a run, from its composed config: readable parts and a key of all that shapes its results."""
-    plain = composed(root)
-    model = plain["model"]
-    shown = model.get("name") if not (model.get("name") in BUILT_IN and model.get("name_or_path")) else None
-    shown = shown or str(model.get("name_or_path")).rstrip("/").rpartition("/")[2]
-    defense = plain.get("defense", {}).get("name", "evaluate")
-    return f"{defense}-{plain['behavior'].get('name')}-{shown}-s{plain.get('seed')}-{run_key(plain)[:8]}"
-
-
-def register_resolvers() -> None:
-    """For the yaml files: `${run_name:}`, `${content:}`, and `${by:KEY,{a: 1, b: 2}}`: what the table has for KEY."""
-    OmegaConf.register_new_resolver("run_name", lambda *, _root_: run_name(_root_), replace=True)
-    OmegaConf.register_new_resolver("content", lambda *, _root_: run_key(composed(_root_)), replace=True)
-    OmegaConf.register_new_resolver("by", lambda key, table: table[key], replace=True)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)`, or nothing when nothing is near."""
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {match[0]!r}?)" if match else ""

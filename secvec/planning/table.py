@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from secvec.budget import Budget, Work
-from secvec.config import RunConfig
-from secvec.console import table
-from secvec.costs import GPUS, Gpu, checkpoint_bytes, seconds
+from secvec.config.load import RunConfig
+from secvec.planning.budget import Budget, Work
+from secvec.planning.flops import GPUS, Gpu, checkpoint_bytes, seconds
+from secvec.runs.console import table
 
 MFU = 0.4
 """Share of a GPU's peak that the arithmetic reaches."""

@@ -15,12 +15,12 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from secvec.answers import KeptAnswers
 from secvec.data.encode import render
 from secvec.data.example import Example
 from secvec.errors import DataError
-from secvec.naming import content_key
-from secvec.settings import EvaluationSettings
+from secvec.evaluation.answer_cache import KeptAnswers
+from secvec.runs.keys import content_key
+from secvec.settings.schema import EvaluationSettings
 
 Prompts = Sequence[Sequence[int]]
 """Token ids of each prompt of a batch."""

@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from secvec.behaviors.base import Behavior
 from secvec.data.encode import collate, encode
 from secvec.data.example import OWNER, Example
-from secvec.generation import IN_MEMORY, Source, context_of, generate
+from secvec.evaluation.generation import IN_MEMORY, Source, context_of, generate
 from secvec.judges.base import Judge, Judgement
 from secvec.judges.coherence import coherent
-from secvec.losses import IGNORE, Batch, token_nll
-from secvec.settings import EvaluationSettings
+from secvec.models.losses import IGNORE, Batch, token_nll
+from secvec.settings.schema import EvaluationSettings
 
 JUDGED = ("undesired", "look_alike")
 """Kinds whose answers a judge reads; the others have one right answer."""

@@ -8,12 +8,12 @@ from math import ceil
 
 from transformers import PreTrainedTokenizerBase
 
-from secvec.base import align_examples, tiny_texts, tiny_unaligned
-from secvec.config import RunConfig
+from secvec.config.load import RunConfig
+from secvec.data.draw import check_disjoint
 from secvec.data.encode import encode
 from secvec.data.example import Example
 from secvec.data.hub import HubData
-from secvec.data.mixture import check_disjoint
+from secvec.stages.align import align_examples, tiny_texts, tiny_unaligned
 from secvec.stages.base import test_sets
 from secvec.stages.finetune import mixtures
 from secvec.stages.vector import vector_samples

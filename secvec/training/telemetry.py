@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secvec.data.encode import Encoded, collate
-from secvec.losses import Batch, response_loss
+from secvec.models.losses import Batch, response_loss
 from secvec.models.vector import has_vector, vector_off
 from secvec.module import SecVecModule, local_shard, reshard
 

@@ -10,8 +10,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from secvec.errors import ConfigError
-from secvec.naming import nearest
+from secvec.errors import ConfigError, nearest
 
 Schema = TypeVar("Schema", bound=BaseModel)
 

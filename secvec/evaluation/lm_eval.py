@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from secvec.config import EvaluateConfig
-from secvec.errors import ArtifactError, ConfigError
-from secvec.evaluation import Metrics
-from secvec.naming import nearest
+from secvec.errors import ArtifactError, ConfigError, nearest
+from secvec.evaluation.evaluator import Metrics
+
+if TYPE_CHECKING:
+    from secvec.config.load import EvaluateConfig
 
 
 def lm_eval_metrics(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig) -> Metrics:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from secvec.errors import ConfigError
-from secvec.settings import GenerationSettings, TrainerSettings
+from secvec.settings.schema import GenerationSettings, TrainerSettings
 
 INSTALL = "pip install 'secvec[vllm]'"
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -52,7 +52,7 @@ def how(settings: GenerationSettings, trainer: TrainerSettings) -> dict[str, Any
 
 
 class VllmEngine:
-    """A saved backbone, with the saved `vector` active or with none; an `Engine` of secvec.generation.
+    """A saved backbone, with the saved `vector` active or with none; an `Engine` of secvec.evaluation.generation.
 
     With several processes the first one asks and the others wait; their models leave the GPUs meanwhile.
     """

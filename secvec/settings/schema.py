@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, DirectoryPath, Field, SerializeAsAny, model_validator
 
-from secvec.naming import BUILT_IN
+BUILT_IN = ("tiny", "tiny_joint")
+"""Models whose recipe is for the weights that are built in: with a `name_or_path` it is another model."""
 
 Stage = Literal["vector", "finetune", "infer"]
 

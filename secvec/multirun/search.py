@@ -11,11 +11,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from secvec.console import table
-from secvec.errors import ConfigError
-from secvec.files import write_atomic
-from secvec.naming import nearest
-from secvec.settings import Bound, Range, SearchSettings
+from secvec.errors import ConfigError, nearest
+from secvec.runs.console import table
+from secvec.runs.files import write_atomic
+from secvec.settings.schema import Bound, Range, SearchSettings
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

@@ -8,11 +8,10 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen2Config
 
-from secvec.costs import Shape
-from secvec.errors import ConfigError
+from secvec.errors import ConfigError, nearest
 from secvec.models.backbone import ledger, load_config
-from secvec.naming import nearest
-from secvec.settings import ModelSettings
+from secvec.planning.flops import Shape
+from secvec.settings.schema import ModelSettings
 
 _LLAMA2: dict[str, Any] = {"vocab_size": 32000, "max_position_embeddings": 4096, "tie_word_embeddings": False}
 _QWEN2: dict[str, Any] = {"max_position_embeddings": 32768}
