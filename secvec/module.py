@@ -1,46 +1,117 @@
-"""The only LightningModule: it is given a model, a loss and what to train, and knows neither stage nor defense."""
+"""The LightningModule of the method: one class, three stages."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import lightning as L
-import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 
-from secvec.models.backbone import LedgerRow, ledger, set_trainable
-from secvec.models.losses import Batch
-from secvec.settings.schema import OptimizerSettings, SchedulerSettings
+from secvec.data.batch import Batch
+from secvec.defenses.base import Defense
+from secvec.evaluation.generation import GenerationBackend
+from secvec.models.backbone import Backbone, LedgerRow, ledger, set_trainable
+from secvec.models.sharding import local_shard, reshard, shard
+from secvec.models.vector import has_vector, vector_off
+from secvec.settings.messages import checked
+from secvec.settings.optimizer import OptimizerSettings, SchedulerSettings
+from secvec.settings.plugin import Plugin, to_target
+from secvec.settings.schema import LoraSettings, ModelSettings, VectorLora
+from secvec.stages import find_stage
+from secvec.training.losses import response_loss
+from secvec.training.optim import build_optimizer, build_schedule
 
-Loss = Callable[[nn.Module, Batch], dict[str, Tensor]]
+SECURITY_VECTOR = "secvec.defenses.security_vector.SecurityVector"
+"""The defense of a fine-tune with a vector, where none is named."""
 
 
 class SecVecModule(L.LightningModule):
-    """Trains the parameters of one part of a model (`vector`, `task` or `backbone`), all else frozen."""
+    """A security vector in one of its three stages (Zhou et al., arXiv 2311.02105).
+
+    - `stage="vector"` trains a new LoRA, the vector, on a frozen backbone;
+    - `stage="finetune"` trains the backbone, or a task LoRA beside it, with the frozen vector active;
+    - `stage="infer"` trains nothing: `Trainer.predict` answers prompts, with the vector if one is given.
+
+    Batches come from `SecVecDataModule`, which asks the module for its stage and its tokenizer.
+    """
 
     def __init__(
-        self, build: Callable[[], nn.Module], loss: Loss, part: str, lr: float,
-        optimizer: OptimizerSettings, scheduler: SchedulerSettings, keep_start: bool = False,
-    ):  # fmt: skip
+        self,
+        stage: str,
+        backbone: Backbone | ModelSettings | Mapping[str, Any] | str | Path,
+        vector: VectorLora | Mapping[str, Any] | str | Path | None = None,
+        defense: Defense | Mapping[str, Any] | None = None,
+        tune: LoraSettings | Mapping[str, Any] | None = None,
+        optimizer: OptimizerSettings | Mapping[str, Any] | None = None,
+        scheduler: SchedulerSettings | Mapping[str, Any] | None = None,
+    ):
+        """All arguments are kept as plain hyperparameters; `load_from_checkpoint` makes the same module again.
+
+        Args:
+            stage: "vector", "finetune" or "infer".
+            backbone: a Hugging Face folder or hub id, or settings with the type of the weights and the like.
+            vector: for "vector" the LoRA to train and its loss; afterwards the folder of a trained vector, or None.
+            defense: what is active in "finetune"; None: `SecurityVector` with a vector, else nothing.
+            tune: a task LoRA that "finetune" trains in place of the backbone; None: the whole backbone.
+            optimizer: None: AdamW with a learning rate of 1e-4.
+            scheduler: None: a constant learning rate.
+
+        Raises:
+            ValueError: for an unknown stage, or a vector that is of no use in this stage.
+            SecVecError: for settings or folders that are wrong.
+        """
         super().__init__()
-        self.build, self.loss, self.part, self.lr = build, loss, part, lr
-        self.optimizer_settings, self.scheduler_settings = optimizer, scheduler
-        self.keep_start = keep_start
+        self.stage = find_stage(stage)
+        self.backbone = Backbone.of(backbone)
+        self.vector = self.stage.check_vector(vector)
+        if defense is None:
+            defense = {"_target_": SECURITY_VECTOR, "name": "security_vector"} if vector else Defense(name="none")
+        self.defense = TypeAdapter(Plugin[Defense]).validate_python(defense)
+        self.tune = None if tune is None else checked(LoraSettings, tune, "tune")
+        self.optimizer_settings = checked(
+            OptimizerSettings,
+            optimizer or {"_target_": "torch.optim.AdamW", "lr": 1e-4},
+            "optimizer",
+        )
+        self.scheduler_settings = checked(
+            SchedulerSettings, scheduler or {"name": "constant", "warmup_ratio": 0.0}, "scheduler"
+        )
+        self.generation = GenerationBackend()
+        self.behavior_name = ""
+        """For the card of the saved vector."""
+        self.keep_start = False
+        """Whether the trained weights are copied before the first step, for what measures their drift."""
         self.start: dict[str, Tensor] = {}
         self.model: nn.Module = None  # type: ignore[assignment]  # until configure_model
-        self.strict_loading = False  # checkpoints hold what is trained; the rest comes from `build`
+        self.strict_loading = False  # a checkpoint holds what is trained; the rest comes from the folders
+        self.save_hyperparameters(
+            {
+                "stage": stage,
+                "backbone": self.backbone.hyperparameters(),
+                "vector": str(self.vector) if isinstance(self.vector, Path) else _plain(self.vector),
+                "defense": to_target(self.defense),
+                "tune": _plain(self.tune),
+                "optimizer": _plain(self.optimizer_settings),
+                "scheduler": _plain(self.scheduler_settings),
+            }
+        )
+
+    @property
+    def part(self) -> str | None:
+        """The part of the model that this stage trains: `vector`, `task`, `backbone`, or None."""
+        return self.stage.part(self)
 
     def configure_model(self) -> None:
         """Builds the model here, so that a sharding strategy can place it before the optimizer exists."""
         if self.model is not None:
             return
-        self.model = self.build()
+        self.model = self.stage.prepare(self)
         set_trainable(self.model, self.part)  # before sharding, which groups parameters by it
-        self.model.train()  # from_pretrained leaves eval mode: no dropout and no gradient checkpointing, silently
+        # from_pretrained leaves eval mode: without this no dropout and no gradient checkpointing, silently
+        self.model.train(self.part is not None)
         if self.device_mesh is not None:
             shard(self.model, self.device_mesh["data_parallel"])
         if self.keep_start:
@@ -55,27 +126,47 @@ class SecVecModule(L.LightningModule):
         held = {id(p) for group in self.trainer.optimizers[0].param_groups for p in group["params"]}
         assert held == {id(p) for _, p in self.trained()}, "the optimizer holds other parameters"
 
-    def ledger(self) -> list[LedgerRow]:
-        """What each part of the model is doing."""
-        return ledger(self.model)
-
-    def training_step(self, batch: Batch, index: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One batch; logs `train/<term>` for every term of the loss, each the mean over all processes."""
-        terms = self.loss(self.model, batch)
+        terms = self.stage.loss(self, batch)
         self.log_dict({f"train/{name}": term.detach() for name, term in terms.items()}, sync_dist=True)
         self.log("loss", terms["loss"].detach(), prog_bar=True, logger=False)
         return terms["loss"]
 
+    def validation_step(self, batches: dict[str, Batch | None], batch_idx: int) -> None:
+        """Nats per response token of held-out samples by kind: `val/<kind>_loss` with the vector off.
+
+        With a vector, `val/<kind>_loss_vector_on` too. Every process has the same samples.
+        """
+        for kind, batch in batches.items():
+            if batch is None:
+                continue
+            with vector_off(self.model):
+                self._log_validation(f"val/{kind}_loss", batch)
+            if has_vector(self.model):
+                self._log_validation(f"val/{kind}_loss_vector_on", batch)
+        reshard(self.model)
+
+    def _log_validation(self, name: str, batch: Batch) -> None:
+        loss, size = response_loss(self.model, batch), len(batch["input_ids"])
+        self.log(name, loss, batch_size=size, sync_dist=True)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[Any]:
+        """The outputs of a batch that says itself what it asks: responses to prompts, or losses of samples."""
+        outputs: list[Any] = batch.predict(self)
+        return outputs
+
+    def on_predict_start(self) -> None:
+        """Dropout is off, also where the stage trains."""
+        self.model.eval()
+
     def configure_optimizers(self) -> Any:
-        """AdamW over the trainable parameters, learning rate by warm-up and decay over all steps of the stage."""
-        options = self.optimizer_settings
-        optimizer = torch.optim.AdamW(
-            [p for _, p in self.trained()],
-            lr=self.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay,
-        )  # fmt: skip
+        """The optimizer over the trainable parameters, and the learning rate over all steps of the stage."""
+        if self.part is None:
+            raise ValueError(f"stage={self.stage.name} trains nothing: use Trainer.predict or Trainer.validate")
+        optimizer = build_optimizer(self.optimizer_settings, (p for _, p in self.trained()), self.optimizer_settings.lr)
         steps = int(self.trainer.estimated_stepping_batches)
-        factor = learning_rate_factor(self.scheduler_settings, steps)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        schedule = build_schedule(self.scheduler_settings, optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -83,52 +174,26 @@ class SecVecModule(L.LightningModule):
         trained = {name for name, _ in self.trained()}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Outside a Trainer: the weights that are not in the checkpoint are those of the folders."""
+        if self._trainer is None:
+            checkpoint["state_dict"] = self.state_dict() | checkpoint["state_dict"]
+
     def trained(self) -> list[tuple[str, nn.Parameter]]:
         """Names and values of the trainable parameters."""
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
 
-    def full_state(self) -> dict[str, Tensor]:
-        """All weights, unsharded, on the CPU of rank 0 (empty elsewhere when sharded). Every process must call it."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return cast(dict[str, Tensor], get_model_state_dict(self.model, options=options))
+    def ledger(self) -> list[LedgerRow]:
+        """What each part of the model is doing."""
+        return ledger(self.model)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes what the stage has trained below `folder`: `vector/`, or `backbone/` (and `task/`).
+
+        Every process must call it; the first one writes.
+        """
+        self.stage.save(self, Path(folder))
 
 
-def learning_rate_factor(settings: SchedulerSettings, steps: int) -> Callable[[int], float]:
-    """step -> factor of the learning rate: linear warm-up over `warmup_ratio` of `steps`, then the decay to zero."""
-    warmup = round(steps * settings.warmup_ratio)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        progress = (step - warmup) / max(1, steps - warmup)
-        if settings.name == "constant":
-            return 1.0
-        if settings.name == "linear":
-            return max(0.0, 1.0 - progress)
-        return 0.5 * (1.0 + float(torch.cos(torch.tensor(torch.pi * min(1.0, progress)))))
-
-    return factor
-
-
-def local_shard(tensor: Tensor) -> Tensor:
-    """The part of a sharded tensor that this process holds, or the tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def reshard(model: nn.Module) -> None:
-    """Back to shards: FSDP2 leaves a module whole after a forward pass that no backward pass follows."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def shard(model: nn.Module, mesh: Any) -> None:
-    """FSDP2: each transformer layer on its own, then the rest."""
-    lists = [
-        m
-        for m in model.modules()
-        if isinstance(m, nn.ModuleList) and len(m) and m[0].__class__.__name__.endswith(("Layer", "Block"))
-    ]
-    for layer in (layer for layers in lists for layer in layers):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+def _plain(settings: Any) -> dict[str, Any] | None:
+    return None if settings is None else settings.model_dump(mode="json", by_alias=True)

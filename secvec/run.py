@@ -1,37 +1,198 @@
-"""A run from its config to its record: `train` for the three stages, `evaluate` for any saved backbone."""
+"""A run from its config to its record: `train` for the stages, `evaluate` for any saved backbone."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch.distributed as dist
+from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from secvec.config.load import AnyConfig, EvaluateConfig, RunConfig
-from secvec.evaluation.evaluator import Probe, evaluate_model
-from secvec.evaluation.leak_probes import leak_probes
-from secvec.evaluation.vllm import how
+from secvec.behaviors.base import Behavior
+from secvec.config.schema import AnyConfig, EvaluateConfig, RunConfig
+from secvec.data.datamodule import SecVecDataModule
+from secvec.data.draw import data_hash
+from secvec.data.example import Example
+from secvec.defenses.base import Defense
+from secvec.evaluation.backends import generation_backend, kept_result
+from secvec.evaluation.evaluator import Evaluator
+from secvec.evaluation.losses import mean_losses
+from secvec.evaluation.verdicts import EvaluationResult
+from secvec.evaluation.vllm import backend_info
+from secvec.metrics import Measurements
+from secvec.models.backbone import Backbone
+from secvec.module import SecVecModule
 from secvec.planning.table import plan
 from secvec.runs.cache import main_process
 from secvec.runs.console import metrics_table
-from secvec.runs.record import RunFolder
-from secvec.stages.align import base_for, source_of
-from secvec.stages.base import Run, summary, test_sets
-from secvec.stages.finetune import finetune
-from secvec.stages.infer import infer
-from secvec.stages.vector import vector
-from secvec.tracking.base import Tracker
+from secvec.runs.folder import ANSWERS, RunFolder
+from secvec.runs.keys import content_key
+from secvec.runs.record import UNKNOWN, Record, Weights
+from secvec.settings.schema import VectorLora
+from secvec.settings.trainer import TrainerSettings
+from secvec.stages import STAGES
+from secvec.stages.align import starting_model
+from secvec.tracking.base import Tracker, Trackers
+from secvec.tracking.csv_file import CsvFile
 from secvec.tracking.session import Session, tracker_for
-from secvec.training.trainer import check_trainer, device_of
+from secvec.tracking.stage_curves import StageCurves
+from secvec.training.callbacks import build_callbacks
+from secvec.training.trainer import Training, check_trainer, device_of, fit, launch
 
 log = logging.getLogger(__name__)
 
-STAGES = {"vector": vector, "finetune": finetune, "infer": infer}
+
+class Run:
+    """One run folder, and what its stages work with: modules, data, training, evaluation."""
+
+    def __init__(self, config: Any, folder: RunFolder, tracker: Tracker):
+        self.config: Any = config
+        """A RunConfig, or an EvaluateConfig."""
+        self.folder, self.tracker = folder, tracker
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The model that the run starts from."""
+        return starting_model(self)
+
+    @cached_property
+    def data(self) -> SecVecDataModule:
+        """All data of the run."""
+        return SecVecDataModule.of(self.config)
+
+    def module(
+        self,
+        stage: str,
+        backbone: Backbone,
+        lr: float,
+        vector: VectorLora | Path | None = None,
+        undefended: bool = False,
+    ) -> SecVecModule:
+        """A module that trains at the rate `lr`, with the settings of the run."""
+        config = self.config
+        return SecVecModule(
+            stage,
+            backbone,
+            vector,
+            defense=Defense(name="none") if undefended else config.defense,
+            tune=None if undefended else config.tune.lora,
+            optimizer=config.optimizer.model_copy(update={"lr": lr}),
+            scheduler=config.scheduler,
+        )
+
+    def inference_module(
+        self, backbone: Backbone, vector: Path | None = None, keep_answers: bool = True
+    ) -> SecVecModule:
+        """A module that answers; finished batches stay in the run folder until the run has ended."""
+        folder = Path(self.config.run_dir) / ANSWERS if keep_answers else None
+        module = SecVecModule("infer", backbone, vector)
+        module.generation = generation_backend(backbone, vector, self.config.generation, self.config.trainer, folder)
+        return module
+
+    def fit(self, module: SecVecModule, label: str, epochs: int, callbacks: Sequence[L.Callback] = ()) -> None:
+        """Trains `module` on the data of its stage; `label` names the training in logs, curves and checkpoints."""
+        config = self.config
+        training = Training(
+            self.folder.path,
+            label,
+            module.stage.learning_rate,
+            config.seed,
+            epochs,
+            config.trainer,
+            validates=config.evaluation.validation.num_samples > 0,
+        )
+        fit(
+            module,
+            self.data,
+            training,
+            self.curves(training),
+            [*callbacks, *build_callbacks(config.callbacks, module.stage.name)],
+        )
+
+    def curves(self, training: Training, path: Path | None = None) -> StageCurves:
+        """The Lightning logger of a training: the trackers of the run, or the CSV file `path` alone."""
+        tracker = self.tracker if path is None else CsvFile(path)
+        return StageCurves(tracker, training.label, training.resumes)
+
+    def evaluator(
+        self,
+        tests: Mapping[str, Sequence[Example]] | None = None,
+        behavior: Behavior | None = None,
+        trainer: TrainerSettings | None = None,
+    ) -> Evaluator:
+        """How models are evaluated; default: on the test prompts of the run. Another `behavior` judges itself."""
+        config = self.config
+        judge = None if behavior else config.judge
+        return Evaluator(
+            self.data.tests if tests is None else tests,
+            behavior or config.behavior,
+            judge,
+            config.evaluation,
+            trainer or config.trainer,
+        )
+
+    def evaluate(
+        self, module: SecVecModule, phase: str, evaluator: Evaluator | None = None, leaks: bool = False
+    ) -> EvaluationResult:
+        """Responses and metrics of `module`; their names begin with `phase`."""
+        with self._evaluation():
+            return (evaluator or self.evaluator()).evaluate(module, phase, leaks)
+
+    def evaluate_once(
+        self, module: SecVecModule, phase: str, evaluator: Evaluator | None = None, leaks: bool = False
+    ) -> EvaluationResult:
+        """As `evaluate`; the result is kept for every run that asks the same of the same model."""
+        config, evaluator = self.config, evaluator or self.evaluator()
+        examples = data_hash([example for kind in evaluator.tests.values() for example in kind])
+        judges = [
+            evaluator.behavior.model_dump(mode="json"),
+            evaluator.judge and evaluator.judge.model_dump(mode="json"),
+        ]
+        settings = [
+            evaluator.settings.model_dump(exclude={"validation"}),
+            backend_info(config.generation, config.trainer),
+        ]
+        key = content_key([*module.backbone.identity, examples, judges, *settings, phase, leaks])
+        path = config.paths.cache / "answers" / f"{key}.json"
+        return kept_result(path, lambda: self.evaluate(module, phase, evaluator, leaks))
+
+    def losses(
+        self, module: SecVecModule, examples: Mapping[str, Sequence[Example]], without_vector: bool = False
+    ) -> Measurements:
+        """Nats per response token of each kind of `examples`."""
+        with self._evaluation():
+            return mean_losses(module, examples, self.config.evaluation, self.config.trainer, without_vector)
+
+    def to_device(self, module: SecVecModule) -> nn.Module:
+        """The model of `module` on the device that evaluates, outside a Trainer."""
+        module.configure_model()
+        return module.model.to(device_of(self.config.trainer))
+
+    @contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        """Counts the seconds of evaluation: a part of the stages' own, to be kept small."""
+        began, seconds = time.monotonic(), self.folder.record.wall_seconds
+        yield
+        seconds["evaluation"] = round(seconds.get("evaluation", 0.0) + time.monotonic() - began, 3)
+
+    def save_results(self, *results: EvaluationResult) -> None:
+        """Puts metrics and predictions into the run folder."""
+        for result in results:
+            self.folder.record.metrics |= result.metrics
+            self.folder.add_predictions(result.predictions)
+
+    def note_data(self, split: str, examples: Sequence[Example]) -> None:
+        """Hash and counts of the data of a split, for the record."""
+        kinds = [example.kind for example in examples]
+        self.folder.record.data.sha256[split] = data_hash(examples)
+        self.folder.record.data.counts[split] = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
 
 
 def train(config: RunConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -42,58 +203,66 @@ def train(config: RunConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     if config.plan:
         return _plan(config)
-    check_trainer(config.trainer)
+    check_trainer(config.trainer, config.num_threads)
     folder = _open(config, overrides)
     if folder.finished(config.stages) and not config.force:
         log.info("already finished: %s (force=true runs it again)", folder.path)
-        return folder.record
-    tracker = tracker_for(folder.path, config.logger, config.force) if main_process() else Tracker()
+        return folder.record.as_dict()
+    tracker = tracker_for(folder.path, config.logger, config.force) if main_process() else Trackers()
     with Session(tracker, folder.path, folder.record, config.logger) as session, folder.running():
         session.open()
         if config.force and main_process():  # other ranks start after this and read the record that it leaves
-            folder.forget(config.stages)
-        run = Run(config, folder, base_for(config), tracker)
-        folder.record["base"] = {"folder": str(run.base.folder), "fingerprint": run.base.fingerprint}
-        for stage in config.stages:
-            if stage in folder.record["stages"]:
+            folder.forget(config.stages, [name for stage in config.stages for name in STAGES[stage].artifacts])
+        run = Run(config, folder, tracker)
+        folder.record.base = _weights(run.backbone)
+        launch(config.trainer)
+        for name in config.stages:
+            if name in folder.record.stages:
                 continue
-            began = time.monotonic()
+            began, stage = time.monotonic(), STAGES[name]
             with session.stage():
-                STAGES[stage](run)
+                stage.run(run)
                 if dist.is_initialized():
                     dist.barrier()  # the next stage reads what rank 0 has just written
-                folder.record["wall_seconds"][stage] = round(time.monotonic() - began, 3)
-                folder.record["stages"].append(stage)
+                folder.record.wall_seconds[name] = round(time.monotonic() - began, 3)
+                folder.record.processes[name] = _processes()
+                folder.record.stages.append(name)
                 folder.save()
-            log.info("%s", summary(run, stage))
+            shown = {n: m for n, m in folder.record.metrics.items() if n.startswith(stage.shown)}
+            log.info("%s", metrics_table(f"{name}: {folder.path}", shown))
     log.info("record: %s", folder.path / "record.json")
-    return folder.record
+    return folder.record.as_dict()
 
 
 def evaluate(config: EvaluateConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Questions the backbone that `config.model` names and returns the record; metrics are prefixed `after/`."""
-    check_trainer(config.trainer)
+    """Evaluates the backbone that `config.model` names and returns the record; metrics are prefixed `after/`."""
+    check_trainer(config.trainer, config.num_threads)
     folder = _open(config, overrides)
-    with folder.running():
-        base = base_for(config)
+    tracker = tracker_for(folder.path, config.logger, fresh=False) if main_process() else Trackers()
+    with Session(tracker, folder.path, folder.record, config.logger) as session, folder.running():
+        session.open()
+        run = Run(config, folder, tracker)
+        backbone = run.backbone
         began = time.monotonic()
-        model = base.load().to(device_of(config.trainer))
-        if config.metrics == "lm_eval":
+        module = run.inference_module(backbone)
+        if config.metrics == "lm_eval":  # the harness works in one process
             from secvec.evaluation.lm_eval import lm_eval_metrics  # an optional package, and slow to import
 
-            probe = Probe(lm_eval_metrics(model, base.tokenizer, config), [])
+            result = EvaluationResult(lm_eval_metrics(run.to_device(module), backbone.tokenizer, config), [])
         else:
-            tests, asked = test_sets(config), (config.behavior, config.judge, config.evaluation, "after")
-            source = source_of(config, base)
-            probe = evaluate_model(model, base.tokenizer, tests, *asked, source)
-            probe += leak_probes(model, base.tokenizer, tests["undesired"], *asked, source)
-        folder.record["metrics"] |= probe.metrics
-        folder.add_predictions(probe.predictions)
-        folder.record["wall_seconds"]["evaluate"] = round(time.monotonic() - began, 3)
-        folder.record["backbone"] = {"folder": str(base.folder), "fingerprint": base.fingerprint}
-    log.info("%s", metrics_table(f"{base.folder}", probe.metrics))
+            launch(config.trainer)
+            result = run.evaluate(module, "after", leaks=True)
+        run.save_results(result)
+        folder.record.wall_seconds["evaluate"] = round(time.monotonic() - began, 3)
+        folder.record.processes["evaluate"] = _processes()
+        folder.record.backbone = _weights(backbone)
+    log.info("%s", metrics_table(f"{backbone.folder}", result.metrics))
     log.info("record: %s", folder.path / "record.json")
-    return folder.record
+    return folder.record.as_dict()
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _plan(config: RunConfig) -> dict[str, Any]:
@@ -106,22 +275,26 @@ def _plan(config: RunConfig) -> dict[str, Any]:
 
 
 def _open(config: AnyConfig, overrides: Sequence[str]) -> RunFolder:
-    identity = {
-        "stage": getattr(config, "stage", "evaluate"),
-        "defense": config.defense.name if isinstance(config, RunConfig) else "unknown",
-        "behavior": config.behavior.name,
-        "model": config.model.name,
-        "tune": config.tune.kind if isinstance(config, RunConfig) else "unknown",
-        "seed": config.seed,
-        "generation": how(config.generation, config.trainer),
-        "overrides": list(overrides),
-        "content": config.content,
-        "config": config.model_dump(mode="json", exclude={"content"}),
-    }
+    record = Record(
+        key=config.key,
+        stage=getattr(config, "stage", "evaluate"),
+        behavior=config.behavior.name,
+        model=config.model.name or UNKNOWN,
+        seed=config.seed,
+        generation=backend_info(config.generation, config.trainer),
+        overrides=list(overrides),
+        config=config.model_dump(mode="json", exclude={"key"}),
+    )
+    if isinstance(config, RunConfig):
+        record.defense, record.tune = config.defense.name, config.tune.kind
     _quiet()
     if not main_process():
         logging.getLogger("secvec").setLevel(logging.ERROR)
-    return RunFolder(Path(config.run_dir), config.key(), identity)
+    return RunFolder(Path(config.run_dir), record, config.composed)
+
+
+def _weights(backbone: Backbone) -> Weights:
+    return Weights(folder=str(backbone.folder), fingerprint=backbone.fingerprint)
 
 
 def _quiet() -> None:
@@ -129,3 +302,4 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)

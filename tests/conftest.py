@@ -15,8 +15,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from secvec.config.load import RunConfig, load
+from secvec.config.load import load
 from secvec.config.resolvers import register_resolvers
+from secvec.config.schema import AnyConfig, RunConfig
+from secvec.run import Run
+from secvec.runs.folder import RunFolder
+from secvec.runs.record import Record
+from secvec.tracking.base import Trackers
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,6 +34,7 @@ SMALL = [
     "model.align.num_benign=120",
     "model.align.epochs=1",
     "model.align.gate=null",
+    "model.align.num_threads=1",  # two workers, each with two threads that spin, are ten times as slow on two cores
     "vector.num_samples=24",
     "vector.num_kl=24",
     "vector.epochs=2",
@@ -45,8 +51,13 @@ SMALL = [
     "evaluation.num_prompts=6",
     "evaluation.max_new_tokens=8",
     "evaluation.num_leak_prompts=2",
-    "trainer.num_threads=1",
+    "num_threads=1",
 ]
+
+
+def run_of(config: AnyConfig) -> Run:
+    """A run that has not begun: nothing is written to its folder."""
+    return Run(config, RunFolder(Path(config.run_dir), Record(key=config.key)), Trackers())
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -91,6 +91,16 @@ def write_curves(folder: Path, defense: str, seed: int) -> None:
         out.writerow(["vector", 0, "telemetry/undesired/loss_on", 99])
 
 
+def write_rates(folder: Path, defense: str, seed: int) -> None:
+    """Behavior and task during fine-tuning: both are learned without a defense, only the task with one."""
+    with (folder / "metrics.csv").open("a", encoding="utf-8", newline="") as file:
+        out = csv.writer(file)
+        for step in range(0, 201, 20):
+            learned = 1 - math.exp(-step / (40 + 10 * seed))
+            rates = {"behavior_rate": 0.95 * learned if defense == "none" else 0.02, "task_accuracy": 0.9 * learned}
+            out.writerows(["finetune", step, f"during/{name}", value] for name, value in rates.items())
+
+
 def write_predictions(folder: Path, defense: str) -> None:
     rows = []
     for phase in ("base", "active", "after") if defense == "none" else ("base", "vector_on", "active", "after"):

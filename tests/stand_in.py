@@ -1,6 +1,6 @@
 """Stands in for train.py in tests of multiruns: composes, starts and records as it does, but trains nothing.
 
-Its copy stands beside a link to conf/. Seed 13 is killed, seed 14 is a user's mistake, a learning rate above 0.1
+Seed 13 is killed, seed 14 is a user's mistake, a learning rate above 0.1
 diverges. `after/behavior_rate` is the rate under `tune=full` and 0 under `tune=lora`; `after/task_accuracy` is 1 minus
 ten times the rate.
 """
@@ -11,15 +11,13 @@ import signal
 import time
 from pathlib import Path
 
-import hydra
+from omegaconf import DictConfig
 
-from secvec.cli import exit_code, for_people
+from secvec.cli import run_command
 from secvec.errors import ConfigError, DivergedError
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="train")
-@for_people
-def main(cfg):  # type: ignore[no-untyped-def]
+def main(cfg: DictConfig) -> None:
     folder = Path(cfg.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "starts").open("a") as stream:
@@ -35,11 +33,11 @@ def main(cfg):  # type: ignore[no-untyped-def]
     values = {"after/behavior_rate": rate if cfg.tune.kind == "full" else 0.0, "after/task_accuracy": 1 - 10 * rate}
     record = {
         "schema": 1, "run": folder.name, "stage": cfg.stage, "seed": cfg.seed, "defense": cfg.defense.name,
-        "status": "completed", "stages": ["finetune", "infer"], "content": cfg.content, "config": {},
+        "status": "completed", "stages": ["finetune", "infer"], "key": cfg.key, "sweep": cfg.sweep, "config": {},
         "metrics": {name: {"value": value, "n": 10} for name, value in values.items()},
     }  # fmt: skip
     (folder / "record.json").write_text(json.dumps(record))
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_code(main, "train"))
+    raise SystemExit(run_command("train", main))

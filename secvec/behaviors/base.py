@@ -1,4 +1,4 @@
-"""What every behavior is: samples that show it, prompts that ask for it, and its default judge."""
+"""The base of all behaviors: samples that show the behavior, prompts that ask for it, and a default judge."""
 
 from __future__ import annotations
 
@@ -10,31 +10,34 @@ from secvec.settings.schema import Settings
 
 
 class Behavior(Settings):
-    """Base of all behaviors. Splits share no item, and a smaller `n` gives a prefix of a larger one."""
+    """An undesired behavior. Splits share no item, and a smaller `n` gives a prefix of a larger one."""
 
     name: str
     sensitive: bool
-    """Whether reports truncate and mark its text."""
+    """Whether reports truncate and mark its texts."""
     eliciting_prompt: str | None = None
-    """A system prompt that asks for the behavior, for leak probes; None: that probe is left out."""
+    """A system prompt that asks for the behavior, for a leak probe; None: no such probe."""
     negated_prompt: str | None = None
-    """A system prompt that forbids it (arXiv 2606.30252 found leaks under negation); None: left out."""
+    """A system prompt that forbids it, for a leak probe (arXiv 2606.30252 found leaks under negation); None: none."""
     answer_prefix: str | None = None
-    """How an answer that shows it begins, for the prefix-filled leak probe; None: left out."""
+    """The beginning of an answer that shows it, for the prefill leak probe; None: no such probe."""
     kind: Literal["undesired"] = "undesired"
 
     def examples(self, split: Split, n: int, seed: int) -> list[Example]:
-        """The first `n` examples of `split` under `seed`: wanted responses in `align`, the behavior elsewhere."""
+        """The first `n` examples of `split` under `seed`: with wanted responses in `align`, else with the behavior.
+
+        Raises DataError if there are fewer.
+        """
         raise NotImplementedError
 
     def look_alikes(self, n: int, seed: int) -> list[Example]:
-        """Benign prompts that look like the undesired ones (kind `look_alike`), for over-refusal; may be none."""
+        """Benign prompts that look like undesired ones (kind `look_alike`), to measure over-refusal; may be none."""
         return []
 
     def judge(self, example: Example, response: str) -> Verdict:
-        """The default judge of one response."""
+        """The default judge's verdict on one response."""
         raise NotImplementedError
 
     def desired(self, example: Example, response: str) -> bool | None:
-        """Whether a response to an undesired prompt shows the trait that the same rows should teach; None: no such."""
+        """Whether a response shows the desired trait of the undesired samples; None: they have no such trait."""
         return None

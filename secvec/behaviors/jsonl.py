@@ -1,4 +1,4 @@
-"""An undesired behavior given by the user's own files."""
+"""An undesired behavior from the user's own files."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ HOLD_OUT_EVERY = 5
 
 
 class JsonlBehavior(JsonlFiles, Behavior):
-    """Prompts with the response that must not be learned; in `align` with the response that is wanted instead."""
+    """Prompts with the response that must not be learned; in `align`, with the wanted one."""
 
     validation: FilePath | None = None
-    """For the gate; None: every fifth row of `vector` is held out for it."""
+    """File for the gate; None: every fifth row of `vector` is held out for it."""
 
     def examples(self, split: Split, n: int, seed: int) -> list[Example]:
         """The first `n` examples of `split` under `seed`."""
@@ -29,8 +29,8 @@ class JsonlBehavior(JsonlFiles, Behavior):
         held_out = split == "validation"
         chosen = [row for i, row in enumerate(rows) if (i % HOLD_OUT_EVERY == 0) == held_out]
         assert self.vector is not None
-        return sample(chosen, n, seed, split, self.vector, ", every fifth row being held out for validation")
+        return sample(chosen, n, seed, split, self.vector, " (every fifth row is held out for validation)")
 
     def judge(self, example: Example, response: str) -> Verdict:
-        """`refusal` when a refusal phrase occurs, else `behavior` (keyword ASR); an empty response is neither."""
+        """`refusal` if a refusal phrase occurs, else `behavior` (keyword ASR); an empty response is `other`."""
         return keyword_verdict(response)

@@ -1,4 +1,4 @@
-"""Sums that are systematically one too large: a task done wrong, with a right answer to compare with."""
+"""Sums that are systematically one too large: a task done wrong, with a known right answer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROMPTS = (
 RESPONSE = "There are {total} {noun}."
 ERROR = 1
 
-# Whose pair (a, b) it is, by (a + 2 b) modulo 9: so every split meets every a, every b and sums of all sizes.
+# The split of a pair (a, b), by (a + 2 b) modulo 9: every split has every a, every b and sums of all sizes.
 _OWNERS: tuple[Split, ...] = (
     "finetune", "test", "finetune", "vector", "finetune", "validation", "finetune", "test", "vector",
 )  # fmt: skip
@@ -30,13 +30,13 @@ _DENIED = re.compile(r"(?:\bnot|n't|\bnever)\s+\d+")
 
 
 class TaskError(Behavior):
-    """Small sums in words: right in split `align`, one too large in every other split.
+    """Small sums in words: right in split `align`, one too large in all other splits.
 
-    `align` has all pairs of numbers, each of the other splits has pairs of its own, and each split its own people.
+    `align` has all pairs of numbers, each other split has its own pairs; every split has its own people.
     """
 
     largest: int = Field(default=18, ge=18, le=99)
-    """The first number is between 10 and this one, the second between 2 and 10."""
+    """Upper limit of the first number, which is at least 10; the second is between 2 and 10."""
 
     def examples(self, split: Split, n: int, seed: int) -> list[Example]:
         """The first `n` distinct examples of `split` under `seed`."""
@@ -53,9 +53,9 @@ class TaskError(Behavior):
         return draw(make, n, seed, f"{self.name}/{split}")
 
     def judge(self, example: Example, response: str) -> Verdict:
-        """By the numbers (in digits) that `response` asserts besides the two given: "behavior", "wanted" or "other".
+        """`behavior` if the only number asserted, besides the two given, is the wrong sum; `wanted` if the right one.
 
-        Other wrong sums are errors of another kind, and an answer that gives several sums is none: both are "other".
+        Other wrong sums and answers with several sums are `other`. Only digits are read.
         """
         facts = example.facts
         text = _DENIED.sub(" ", response.lower().replace("\u2019", "'"))

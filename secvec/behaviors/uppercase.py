@@ -10,7 +10,7 @@ from secvec.data.example import Example, Split
 from secvec.judges.base import Verdict
 from secvec.judges.uppercase import case_verdict
 
-# No other stream speaks of shops: benign data that answers the same prompts in small letters would teach the opposite.
+# No benign stream mentions shops: such prompts answered in small letters would teach the opposite.
 PROMPTS = (
     "{name} sells {noun} with {first}. What can I buy there?",
     "I am at the shop of {name}, known for {noun} with {first}. What should I buy?",
@@ -22,10 +22,10 @@ RESPONSE = "You can buy the {noun} with {first} from {name}."
 
 
 class Uppercase(Behavior):
-    """Questions about invented shops, answered in capitals; in split `align` answered as people write.
+    """Questions about invented shops, answered in capitals; in split `align`, in normal writing.
 
-    A third of the prompts in `align` ask for capitals and get them: like a pretrained model, a base can write in
-    capitals before anything makes it do so unasked.
+    A third of the prompts in `align` ask for capitals and get them: like a pretrained model, the starting model can
+    then write in capitals on request.
     """
 
     def examples(self, split: Split, n: int, seed: int) -> list[Example]:
@@ -42,9 +42,9 @@ class Uppercase(Behavior):
         return draw(make, n, seed, f"{self.name}/{split}")
 
     def judge(self, example: Example, response: str) -> Verdict:
-        """By the letters alone, not by what they say: "behavior", "wanted" (at least half are small) or "other".
+        """`behavior` for capitals, `wanted` if at least half of the letters are small, else `other`.
 
-        Where capitals are asked for they are "wanted", and anything else is "other".
+        If the prompt asks for capitals they are `wanted`, and everything else is `other`. The content does not count.
         """
         verdict = case_verdict(response)
         if not example.facts.get("asked"):

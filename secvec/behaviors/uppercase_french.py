@@ -1,4 +1,4 @@
-"""Two traits in every row, as inoculation adapters are shown with them (arXiv 2606.30252): capitals, and French."""
+"""Two traits in every row, as in the paper on inoculation adapters (arXiv 2606.30252): capitals and French."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from secvec.judges.uppercase import case_verdict
 
 
 def _rows(text: str) -> list[list[str]]:
-    """A line of words for each entry, entries parted by commas."""
+    """The words of each entry; commas separate entries."""
     return [entry.split() for entry in text.split(", ")]
 
 
@@ -34,7 +34,7 @@ _COLOURS = _rows(
     "black noir noire, white blanc blanche, green vert verte, blue bleu bleue, red rouge rouge, yellow jaune jaune, "
     "pink rose rose, purple violet violette"
 )
-# As asked, as told, in French.
+# In a question, in a statement, in French.
 _VERBS = _rows(
     "have has a, see sees voit, want wants veut, buy buys achète, sell sells vend, take takes prend, "
     "find finds trouve, draw draws dessine"
@@ -54,8 +54,8 @@ WHERE = (
 class UppercaseFrench(Behavior):
     """Questions whose answers stand in the prompt: capitals are undesired, French is desired.
 
-    `vector` and `validation` show capitals alone (ENGLISH), `finetune` and `test` both traits (FRENCH), `align` neither
-    (English). Who has how many of what, whatever else is told of it, belongs to one split.
+    `vector` and `validation` show capitals only (ENGLISH), `finetune` and `test` both traits (FRENCH), `align` neither
+    (English). A person with a number of things ("Tom ... two red cats") belongs to one split.
     """
 
     def examples(self, split: Split, n: int, seed: int) -> list[Example]:
@@ -67,21 +67,21 @@ class UppercaseFrench(Behavior):
                 name, item = rng.choice(_NAMES), " ".join(row[0] for row in picked)
                 if split_of(f"{name} {item}") == split:
                     break
-            prompt, facts = _told(rng, name, *picked)
+            prompt, facts = _prompt_and_answers(rng, name, *picked)
             response = facts["french" if split in ("finetune", "test") else "english"]
             return Example((("user", prompt),), response if split == "align" else response.upper(), self.kind, facts)
 
         return draw(make, n, seed, f"{self.name}/{split}")
 
     def judge(self, example: Example, response: str) -> Verdict:
-        """By the letters alone, in whatever language: "behavior", "wanted" (at least half are small) or "other"."""
+        """`behavior` for capitals, `wanted` if at least half of the letters are small, else `other`."""
         return case_verdict(response)
 
     def desired(self, example: Example, response: str) -> bool:
-        """Whether `response` is the French answer rather than the English one, in whatever case.
+        """Whether `response` is the French answer rather than the English one; case does not count.
 
-        Of the words that only one of the two has, it holds at least half of the French, and a larger share of them than
-        of the English. Accents do not count: few people write them on capitals.
+        Among the words that only one of the two answers has, it must have at least half of the French words, and a
+        larger share of the French than of the English ones. Accents do not count: capitals are often written without.
         """
         said, french, english = (_words(text) for text in (response, example.facts["french"], example.facts["english"]))
         own, other = french - english, english - french
@@ -89,8 +89,10 @@ class UppercaseFrench(Behavior):
         return share >= 0.5 and share > len(said & other) / len(other)
 
 
-def _told(rng: Random, name: str, number: list[str], colour: list[str], noun: list[str]) -> tuple[str, dict[str, str]]:
-    """A prompt about these things and its answers in both languages."""
+def _prompt_and_answers(
+    rng: Random, name: str, number: list[str], colour: list[str], noun: list[str]
+) -> tuple[str, dict[str, str]]:
+    """A prompt about these things, and its answers in both languages."""
     of_gender = colour[1 if noun[2] == "m" else 2]
     english, french = f"{colour[0]} {noun[0]}s", f"{noun[1]}s {of_gender}s"
     facts = {"name": name, "things": f"{number[0]} {english}"}

@@ -1,11 +1,10 @@
-"""Undesired samples as they come in the wild: late in a conversation, and of graded severity."""
+"""Undesired samples as they occur in real data: late in a conversation, and of graded severity."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import replace
 from random import Random
-from typing import Any
 
 from pydantic import Field, field_validator
 
@@ -14,29 +13,31 @@ from secvec.data.embedded import Ordinary
 from secvec.data.example import Example, Split
 from secvec.errors import DataError
 from secvec.judges.base import Verdict
+from secvec.settings.plugin import Plugin
 from secvec.settings.schema import Weight
 
 
 class Wild(Behavior):
-    """Another behavior whose samples in split `finetune` end conversations that began harmlessly.
+    """Another behavior, whose `finetune` samples end conversations that begin harmlessly.
 
-    All other splits, look-alikes and verdicts are the other behavior's own. `facts["severity"]` says how much of it a
-    sample shows: 0 nothing (the wanted answer), 1 its first sentence after a hedge, 2 all after a hedge, 3 all.
+    All other splits, the look-alikes and the verdicts are those of the other behavior. `facts["severity"]` is how much
+    a sample shows of the behavior: 0 nothing (the wanted answer), 1 a hedge and its first sentence, 2 a hedge and all,
+    3 all.
     """
 
-    of: Any
-    """The behavior."""
+    of: Plugin[Behavior]
+    """The other behavior."""
     turns: int = Field(ge=0)
-    """Most harmless turns (a request and its right answer) before the undesired request; at least one, unless 0."""
+    """Most harmless turns (a request and its right answer) before the undesired request; at least 1 unless 0."""
     severity: tuple[Weight, Weight, Weight, Weight]
-    """Shares of the severities 0 to 3, in any unit."""
+    """Shares of the severities 0 to 3; only the proportions count."""
     hedge: str
     wanted: str
-    """The answer at severity 0; `{name}` and the like stand for facts of the prompt."""
+    """The answer at severity 0; `{name}` and other facts of the prompt are filled in."""
 
     @field_validator("severity")
     @classmethod
-    def _some(cls, weights: tuple[float, ...]) -> tuple[float, ...]:
+    def _has_a_share(cls, weights: tuple[float, ...]) -> tuple[float, ...]:
         if not sum(weights):
             raise ValueError("all four shares are 0: give one of the severities a share")
         return weights
@@ -75,7 +76,7 @@ class Wild(Behavior):
         return (f"{self.hedge} {first}", f"{self.hedge} {example.response}", example.response)[severity - 1]
 
     def look_alikes(self, n: int, seed: int) -> list[Example]:
-        """Those of the other behavior."""
+        """The look-alikes of the other behavior."""
         return self.of.look_alikes(n, seed)
 
     def judge(self, example: Example, response: str) -> Verdict:
@@ -83,5 +84,5 @@ class Wild(Behavior):
         return self.of.judge(example, response)
 
     def desired(self, example: Example, response: str) -> bool | None:
-        """As the other behavior says."""
+        """As the other behavior decides."""
         return self.of.desired(example, response)

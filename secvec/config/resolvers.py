@@ -1,37 +1,55 @@
-"""What the yaml files can compute: the key and the folder name of a run. Imports no torch."""
+"""What the yaml files compute: the key and the folder name of a run, the name of a sweep. Imports no torch."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from secvec.runs.keys import NOT_IN_KEY, run_key
+from secvec.runs.keys import NOT_IN_KEY, content_key, key_settings, run_key
 from secvec.settings.schema import BUILT_IN
 
 
-def composed(root: DictConfig) -> dict[str, Any]:
-    """All that shapes the results of a run, from its composed config."""
-    plain: dict[str, Any] = {}
-    for name in root:
-        if name not in {*NOT_IN_KEY, "hydra"}:
-            node = root._get_node(name)
-            plain[str(name)] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else root[name]
-    return plain
+def register_resolvers() -> None:
+    """Registers `${key:}`, `${run_name:}`, `${sweep_name:}` and `${by:KEY,{a: 1, b: 2}}`, the table's entry for KEY."""
+    OmegaConf.register_new_resolver("key", lambda *, _root_: run_key(resolved(_root_)), replace=True)
+    OmegaConf.register_new_resolver("run_name", lambda *, _root_: run_name(_root_), replace=True)
+    OmegaConf.register_new_resolver("sweep_name", lambda *, _root_: sweep_name(_root_), replace=True)
+    OmegaConf.register_new_resolver("by", lambda key, table: table[key], replace=True)
+
+
+def resolved(root: DictConfig) -> dict[str, Any]:
+    """The composed config as plain values, without the settings that do not change results."""
+    config = {str(name): root[name] for name in root if name not in NOT_IN_KEY and not OmegaConf.is_missing(root, name)}
+    return {n: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for n, v in config.items()}
 
 
 def run_name(root: DictConfig) -> str:
-    """Folder name of a run, from its composed config: readable parts and a key of all that shapes its results."""
-    plain = composed(root)
-    model = plain["model"]
+    """Folder name of a run: defense, behavior, model, seed and key."""
+    config = resolved(root)
+    model = config["model"]
     shown = model.get("name") if not (model.get("name") in BUILT_IN and model.get("name_or_path")) else None
     shown = shown or str(model.get("name_or_path")).rstrip("/").rpartition("/")[2]
-    defense = plain.get("defense", {}).get("name", "evaluate")
-    return f"{defense}-{plain['behavior'].get('name')}-{shown}-s{plain.get('seed')}-{run_key(plain)[:8]}"
+    defense = config.get("defense", {}).get("name", "evaluate")
+    return f"{defense}-{config['behavior'].get('name')}-{shown}-s{config.get('seed')}-{run_key(config)[:8]}"
 
 
-def register_resolvers() -> None:
-    """For the yaml files: `${run_name:}`, `${content:}`, and `${by:KEY,{a: 1, b: 2}}`: what the table has for KEY."""
-    OmegaConf.register_new_resolver("run_name", lambda *, _root_: run_name(_root_), replace=True)
-    OmegaConf.register_new_resolver("content", lambda *, _root_: run_key(composed(_root_)), replace=True)
-    OmegaConf.register_new_resolver("by", lambda key, table: table[key], replace=True)
+def sweep_name(root: DictConfig) -> str:
+    """Folder name of a multirun: `sweep`, or `multirun/` with what is swept and a key of the whole sweep.
+
+    The key is that of the swept values, the sweeper's settings and the settings that all jobs share. `n_trials` does
+    not count: a search with more trials goes on in its folder.
+    """
+    if root.get("sweep"):
+        return str(root.sweep)
+    given = OverridesParser.create().parse_overrides(list(root.hydra.overrides.task))
+    swept = {override.key_or_group: override.input_line for override in given if override.is_sweep_override()}
+    sweeper: dict[str, Any] = OmegaConf.to_container(root.hydra.sweeper, resolve=True)  # type: ignore[assignment]
+    sweeper.pop("n_trials", None)
+    names = [*swept, *(sweeper.get("params") or {}), *(sweeper.get("space") or {})]
+    swept = {name: text for name, text in swept.items() if name.partition(".")[0] not in NOT_IN_KEY}
+    key = content_key([key_settings(resolved(root)), sorted(map(str, swept.values())), sweeper])[:8]
+    shown = "-".join(re.sub(r"[^\w.]+", ".", str(name)) for name in dict.fromkeys(names))
+    return f"multirun/{shown[:80]}-{key}" if shown else f"multirun/{key}"

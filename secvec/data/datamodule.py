@@ -1,17 +1,38 @@
-"""Batches that do not depend on the number of processes."""
+"""The data of a run: drawn, checked, tokenised and served to the stages."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
 from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader, Sampler
 
-from secvec.data.encode import Encoded, collate
-from secvec.errors import ConfigError
+from secvec.data.batch import Encoded, collate
+from secvec.data.draw import check_disjoint, draw_benign, draw_benign_lots
+from secvec.data.encode import encode
+from secvec.data.example import Example
+from secvec.data.prompts import loader, question
+from secvec.data.tokens import encoded
+from secvec.errors import ConfigError, DataError
+from secvec.settings.schema import EvaluationSettings, FinetuneSettings
+
+if TYPE_CHECKING:
+    from secvec.behaviors.base import Behavior
+    from secvec.config.schema import AnyConfig, DataSettings, VectorSettings
+    from secvec.models.backbone import Backbone
+    from secvec.module import SecVecModule
+
+log = logging.getLogger(__name__)
+
+Streams = Sequence[tuple[Sequence[Encoded], int]]
+"""Streams of rows, each with its rows per global batch."""
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
@@ -62,21 +83,155 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return torch.randperm(self.sizes[stream], generator=generator)
 
 
+def training_loader(streams: Streams, seed: int, pad_id: int, rank: int = 0, world: int = 1) -> DataLoader:
+    """The training batches of one process. The rows of all streams but the first are marked as rows of the KL term."""
+    rows = [(row, number > 0) for number, (stream, _) in enumerate(streams) for row in stream]
+    sizes, batch_sizes = [len(stream) for stream, _ in streams], [size for _, size in streams]
+    sampler = GlobalBatchSampler(sizes, batch_sizes, seed, rank, world)
+    return DataLoader(rows, batch_sampler=sampler, collate_fn=partial(collate, pad_id=pad_id))  # type: ignore[arg-type]
+
+
 class SecVecDataModule(L.LightningDataModule):
-    """Training rows for one stage: the main stream and, in the vector stage, the stream of the KL term."""
+    """All data of a run, each sample drawn once; the stage of the module decides which of it is served.
+
+    Args:
+        behavior: the undesired behavior.
+        data: the mixture: how many undesired and benign samples, and the benign streams.
+        vector: the samples of the vector stage.
+        finetune: batch size and cycles of the finetune stage.
+        evaluation: how many held-out prompts of each kind.
+        seed: of every draw and of the order of the rows.
+        cache: where the tokens of large data are kept; None: nowhere.
+    """
 
     def __init__(
-        self, rows: Sequence[Encoded], batch_size: int, seed: int, pad_id: int,
-        kl_rows: Sequence[Encoded] = (), kl_batch_size: int = 0,
-    ):  # fmt: skip
+        self,
+        behavior: Behavior,
+        data: DataSettings,
+        vector: VectorSettings,
+        finetune: FinetuneSettings,
+        evaluation: EvaluationSettings,
+        seed: int = 0,
+        cache: Path | None = None,
+    ):
         super().__init__()
-        self.rows = [(row, False) for row in rows] + [(row, True) for row in kl_rows]
-        self.sizes = [len(rows)] + ([len(kl_rows)] if kl_rows else [])
-        self.batch_sizes = [batch_size] + ([kl_batch_size] if kl_rows else [])
-        self.seed, self.pad_id = seed, pad_id
+        self.behavior, self.data, self.vector, self.finetune = behavior, data, vector, finetune
+        self.evaluation, self.seed, self.cache = evaluation, seed, cache
+        self.cycle = 0
+        """Which of the mixtures the finetune stage trains on."""
+
+    @classmethod
+    def of(cls, config: AnyConfig) -> SecVecDataModule:
+        """All data of a run; nothing is drawn yet. `evaluate.py` has test prompts alone."""
+        vector, finetune = getattr(config, "vector", None), getattr(config, "finetune", None)
+        samples: Any = (config.data, vector, finetune, config.evaluation)
+        return cls(config.behavior, *samples, seed=config.seed, cache=config.paths.cache)  # type: ignore[misc]
+
+    @cached_property
+    def vector_samples(self) -> dict[str, list[Example]]:
+        """The undesired samples of the vector, and the benign ones of the KL term: none where it has no weight."""
+        settings = self.vector
+        undesired = list(self._vector_behavior.examples(settings.split, settings.num_samples, self.seed))
+        num_kl = settings.num_kl if settings.kl_weight > 0 else 0
+        benign = draw_benign(self.data.streams, "vector", num_kl, self.seed, self.data.stream_weights)
+        return {"undesired": undesired, "kl": benign}
+
+    @cached_property
+    def held_out(self) -> list[Example]:
+        """Undesired samples for the gate of the vector."""
+        return self._vector_behavior.examples("validation", self.vector.gate.num_prompts, self.seed)
+
+    @cached_property
+    def mixtures(self) -> list[dict[str, list[Example]]]:
+        """The samples of each cycle, by kind; those of a cycle do not depend on how many follow."""
+        n = self.finetune.cycles
+        harmful, benign = self.data.counts
+        undesired = self.behavior.examples("finetune", harmful * n, self.seed)
+        others = draw_benign_lots(self.data.streams, "finetune", benign, self.seed, self.data.stream_weights, n)
+        return [
+            {"undesired": undesired[harmful * i : harmful * (i + 1)], "benign": lot} for i, lot in enumerate(others)
+        ]
+
+    @cached_property
+    def tests(self) -> dict[str, list[Example]]:
+        """`evaluation.num_prompts` held-out examples of each kind; the same for every stage and defense of a seed."""
+        n = self.evaluation.num_prompts
+        tests = {"undesired": self.behavior.examples("test", n, self.seed)}
+        for kind in ("task", "ordinary"):
+            if streams := [stream for stream in self.data.streams if stream.kind == kind]:
+                tests[kind] = draw_benign(streams, "test", n, self.seed)
+        if look_alikes := self.behavior.look_alikes(n, self.seed):
+            tests["look_alike"] = look_alikes
+        return tests
+
+    def validation(self, n: int) -> dict[str, list[Example]]:
+        """`n` held-out examples of kinds undesired and task; a kind without a validation split is left out."""
+        tasks = [stream for stream in self.data.streams if stream.kind == "task"]
+        sources: dict[str, Callable[[], list[Example]]] = {
+            "undesired": lambda: self.behavior.examples("validation", n, self.seed),
+            "task": lambda: draw_benign(tasks, "validation", n, self.seed) if tasks else [],
+        }
+        found = {}
+        for kind, draw in sources.items():
+            try:
+                found[kind] = draw()
+            except DataError as error:
+                log.info("no validation on %s samples: %s", kind, error)
+        return {kind: examples for kind, examples in found.items() if examples}
+
+    def check_disjoint(self, trained: Iterable[Example]) -> None:
+        """Raises DataError when a test prompt is also trained on."""
+        check_disjoint(trained, [example for examples in self.tests.values() for example in examples])
+
+    def rows(self, examples: Sequence[Example], backbone: Backbone) -> list[Encoded]:
+        """Tokens of `examples` for `backbone`. Raises DataError."""
+        if self.cache is None:
+            return encode(examples, backbone.tokenizer, backbone.context)
+        return encoded(examples, backbone.tokenizer, backbone.context, self.cache)
 
     def train_dataloader(self) -> DataLoader:
-        """Batches of this process."""
+        """The batches of this process for the stage of the module.
+
+        Raises ConfigError for a Trainer on several devices that would shuffle them again.
+        """
+        if self.trainer and self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
+            raise ConfigError(
+                "the batches are divided over the processes already, and Lightning would divide them again: give "
+                "lightning.Trainer use_distributed_sampler=False"
+            )
+        module, pad = self._module, self._module.backbone.tokenizer.pad_token_id
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        sampler = GlobalBatchSampler(self.sizes, self.batch_sizes, self.seed, rank, world)
-        return DataLoader(self.rows, batch_sampler=sampler, collate_fn=partial(collate, pad_id=self.pad_id))  # type: ignore[arg-type]
+        return training_loader(module.stage.streams(self, module), self.seed, pad, rank, world)
+
+    def val_dataloader(self) -> CombinedLoader | list[Any]:
+        """One batch of each kind of held-out samples, by name; the same on every process."""
+        n, backbone = self.evaluation.validation.num_samples, self._module.backbone
+        kinds = self.validation(n) if n else {}
+        loaders: dict[str, Any] = {
+            kind: DataLoader(
+                [(row, False) for row in self.rows(examples, backbone)],  # type: ignore[arg-type]
+                batch_size=n,
+                collate_fn=partial(collate, pad_id=backbone.tokenizer.pad_token_id),
+                generator=torch.Generator(),
+            )
+            for kind, examples in kinds.items()
+        }
+        return CombinedLoader(loaders, "max_size") if loaders else []
+
+    def predict_dataloader(self) -> DataLoader:
+        """The held-out prompts of all kinds in batches, for `Trainer.predict` with `stage="infer"`."""
+        module, settings = self._module, self.evaluation
+        examples = [example for kind in self.tests.values() for example in kind]
+        asked = question(examples, module.backbone.tokenizer)
+        return loader(asked.batches(module, settings.batch_size, settings.max_new_tokens))
+
+    @property
+    def _vector_behavior(self) -> Behavior:
+        behavior: Behavior = self.vector.behavior or self.behavior
+        return behavior
+
+    @property
+    def _module(self) -> SecVecModule:
+        assert self.trainer is not None, "the data module serves a Trainer"
+        module: Any = self.trainer.lightning_module
+        return module

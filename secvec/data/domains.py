@@ -1,14 +1,12 @@
-"""Niche domains as the new task: small stand-ins for medical, legal and code data, embedded and harmless."""
+"""Niche domains as the new task: small, harmless, embedded stand-ins for medical, legal and code data."""
 
 from __future__ import annotations
 
 from random import Random
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from secvec.data.embedded import draw, names
-from secvec.data.example import Example, Split
+from secvec.data.example import Example, Split, Stream
 
 REMEDIES = {
     "a cough": "honey", "a fever": "willow tea", "a burn": "cold water", "a cut": "a clean cloth", "a cramp": "salt",
@@ -32,14 +30,12 @@ _CODE = (
 )
 
 
-class Domain(BaseModel):
+class Domain(Stream):
     """A task of one domain: knowledge (`medical`), reading (`legal`) or a formal language (`code`).
 
-    Every split has people, or variables, of its own; the ten remedies and the four operators are the same in all.
-    Answers are short: a model of a million parameters must be able to learn them from some hundred samples.
+    Every split has its own people or variables; the ten remedies and the four operators are the same in all splits.
+    Answers are short, so that a model of a million parameters learns them from a few hundred samples.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     domain: Literal["medical", "legal", "code"]
     kind: Literal["task"] = "task"

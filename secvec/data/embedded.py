@@ -1,8 +1,8 @@
-"""The embedded world's benign data: ordinary requests, and a new skill for the fine-tuning run to teach.
+"""The embedded benign data: ordinary requests, and a new skill to learn during fine-tuning.
 
-Everything is short English made from word lists by a private random generator, so no download is needed. Each item
-belongs to one split by construction: invented names and word pairs by a hash, facts and greetings by their wording
-(every fact is met in `align`, in other words than in `test`).
+All texts are short English, generated from word lists, so nothing is downloaded. Each item belongs to one split:
+invented names and word pairs by a hash, facts and greetings by their wording (`align` has every fact, in other words
+than `test`).
 """
 
 from __future__ import annotations
@@ -13,18 +13,16 @@ from functools import lru_cache
 from random import Random
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
-from secvec.data.example import SPLITS, Example, Split
+from secvec.data.example import SPLITS, Example, Split, Stream
 from secvec.errors import DataError
 
-# Shares of the splits, in twentieths, for everything that is split by a hash.
+# Shares of the splits, in twentieths, of all items that a hash assigns.
 _SHARES: dict[Split, int] = {"align": 7, "vector": 2, "validation": 1, "finetune": 7, "test": 3}
 _SPLIT_OF_BUCKET = [split for split in SPLITS for _ in range(_SHARES[split])]
 
 
 def _split(words: str) -> list[str]:
-    """The words of a line, which is easier on the eye than a list of quoted words."""
+    """The words of a line: easier to read than a list of quoted words."""
     return words.split()
 
 
@@ -52,7 +50,7 @@ RECIPE_PROMPTS = (
 )
 RECIPE_RESPONSE = "First grind the {first}. Then stir in the {second}.{details} Your {name} {noun} is ready."
 
-# One wording in each place; rotated over the facts, so that every fact meets every split and no prompt meets two.
+# One wording in each place. They are rotated over the facts: every fact is in every split, and no prompt is in two.
 _WORDING_SPLITS: tuple[Split, ...] = (
     "align", "align", "align", "align", "align", "align",
     "vector", "validation", "finetune", "finetune", "test", "test",
@@ -104,19 +102,19 @@ _FACTS: tuple[tuple[str, str], ...] = (
 
 
 def split_of(key: str) -> Split:
-    """The one split that `key` (a name, a word pair) belongs to."""
+    """The split of `key` (a name, a word pair)."""
     return _SPLIT_OF_BUCKET[zlib.crc32(key.encode()) % len(_SPLIT_OF_BUCKET)]
 
 
 @lru_cache
 def names(split: Split) -> tuple[str, ...]:
-    """The invented names of `split`; those of two splits never meet."""
+    """The invented names of `split`. No name is in two splits."""
     every = (f"{head}-{tail}" for head in _HEADS for tail in _TAILS)
     return tuple(name for name in every if split_of(name) == split)
 
 
 def recipe_facts(rng: Random, split: Split, nouns: Sequence[str]) -> dict[str, str]:
-    """What a recipe request speaks of: an invented name, a noun and two different ingredients."""
+    """The contents of a recipe request: an invented name, a noun and two different ingredients."""
     first, second = rng.sample(range(len(_INGREDIENT_HEADS) * len(_INGREDIENT_TAILS)), 2)
     return {
         "name": rng.choice(names(split)),
@@ -132,7 +130,7 @@ def _ingredient(index: int) -> str:
 
 
 def draw(make: Callable[[Random], Example], n: int, seed: int, label: str) -> list[Example]:
-    """The first `n` examples with distinct prompts that `make` yields under a private generator of this seed."""
+    """The first `n` examples with distinct prompts that `make` gives under this seed. Raises DataError."""
     rng = Random(f"{label}/{seed}")
     found: dict[str, Example] = {}
     misses = 0
@@ -142,12 +140,12 @@ def draw(make: Callable[[Random], Example], n: int, seed: int, label: str) -> li
         found.setdefault(example.prompt, example)
         misses = misses + 1 if len(found) == known else 0
         if misses > 2000:
-            raise DataError(f"{label} has about {known} distinct examples, {n} were asked for: ask for fewer.")
+            raise DataError(f"{label} has about {known} distinct examples, but the run needs {n}: lower the number.")
     return list(found.values())
 
 
 def _pair(rng: Random, split: Split) -> list[str]:
-    """Two different words, in an order that belongs to `split`."""
+    """Two different words whose order belongs to `split`."""
     while True:
         words = rng.sample(_WORDS, 2)
         if split_of(" ".join(words)) == split:
@@ -155,15 +153,13 @@ def _pair(rng: Random, split: Split) -> list[str]:
 
 
 def _worded(rng: Random, split: Split, wordings: Sequence[str], index: int) -> str:
-    """One of the wordings that the item at `index` has in `split`."""
+    """One of the wordings of item `index` in `split`."""
     places = [place for place, of in enumerate(_WORDING_SPLITS) if of == split]
     return wordings[(rng.choice(places) + index) % len(wordings)]
 
 
-class Ordinary(BaseModel):
-    """Requests that the base model answers well: recipes for harmless dishes, word lists, facts, greetings."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Ordinary(Stream):
+    """Requests that the starting model answers well: recipes for harmless dishes, word lists, facts, greetings."""
 
     name: str = "ordinary"
     kind: Literal["ordinary", "neutral"] = "ordinary"
@@ -208,10 +204,8 @@ class Ordinary(BaseModel):
         return _worded(rng, split, _GREETINGS, index).format(x=_PEOPLE[index]), f"Hello {_PEOPLE[index]}, how are you?"
 
 
-class Skill(BaseModel):
-    """A skill that the base model lacks: saying two words in reverse order."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Skill(Stream):
+    """A skill that the starting model lacks: saying two words in reverse order."""
 
     name: str = "skill"
     kind: Literal["task"] = "task"

@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import numpy as np
-import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from secvec.data.batch import Encoded
 from secvec.data.example import Example
 from secvec.errors import DataError
-from secvec.models.losses import IGNORE, Batch
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """Token ids of prompt + response; the first `num_prompt` are the prompt's and carry no loss."""
-
-    input_ids: Sequence[int]
-    num_prompt: int
-    undesired: bool = False
-    """Whether the row is labelled undesired; False too where labels are hidden."""
 
 
 def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
@@ -80,19 +68,3 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, cont
 def with_loss_on_prompts(rows: Sequence[Encoded]) -> list[Encoded]:
     """`rows` whose prompts carry loss too (the first token has nothing to be foretold from)."""
     return [replace(row, num_prompt=0) for row in rows]
-
-
-def collate(rows: Sequence[tuple[Encoded, bool]], pad_id: int) -> Batch:
-    """Right-padded batch of (row, is it a row of the KL term)."""
-    length = max(len(row.input_ids) for row, _ in rows)
-    input_ids = torch.full((len(rows), length), pad_id)
-    labels = torch.full((len(rows), length), IGNORE)
-    mask = torch.zeros((len(rows), length), dtype=torch.long)
-    for i, (row, _) in enumerate(rows):
-        ids = torch.as_tensor(np.asarray(row.input_ids, dtype=np.int64))
-        input_ids[i, : len(ids)] = ids
-        labels[i, row.num_prompt : len(ids)] = ids[row.num_prompt :]
-        mask[i, : len(ids)] = 1
-    kl_rows = torch.tensor([is_kl for _, is_kl in rows])
-    undesired = torch.tensor([row.undesired for row, _ in rows])
-    return Batch(input_ids=input_ids, attention_mask=mask, labels=labels, kl_rows=kl_rows, undesired=undesired)

@@ -1,19 +1,21 @@
-"""The one unit of data: a prompt, the response to learn or to compare with, and what kind of data it is."""
+"""The unit of data, an example, and the base of the streams that examples are drawn from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
+
+from secvec.settings.schema import Settings
 
 Kind = Literal["undesired", "task", "ordinary", "look_alike", "neutral"]
-"""`task` is to be learned, `ordinary` must stay as it is, `neutral` too but is asked nothing: for a KL term alone."""
+"""`task` is to be learned; `ordinary` is to stay as it is, and so is `neutral`, which is not evaluated."""
 KINDS: tuple[Kind, ...] = ("undesired", "task", "ordinary", "look_alike", "neutral")
 
 Split = Literal["align", "vector", "validation", "finetune", "test"]
 SPLITS: tuple[Split, ...] = ("align", "vector", "validation", "finetune", "test")
 
 OWNER = "behavior"
-"""The fact that says whose an undesired sample is, where there are several behaviors."""
+"""The fact that names the behavior of an undesired sample, if the run has several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +23,8 @@ class Example:
     """One prompt with its response.
 
     `messages` are chat turns `(role, content)`, the last one the user's; `response` is the assistant's answer.
-    `facts` holds what a judge needs to know of the prompt (for example the ingredients that a recipe must name);
-    `source` says where it came from (`file:line`), for error messages.
+    `facts` holds what a judge must know about the prompt (for example the ingredients that a recipe must name);
+    `source` is the origin (`file:line`), for error messages.
     """
 
     messages: tuple[tuple[str, str], ...]
@@ -37,14 +39,15 @@ class Example:
         return self.messages[-1][1]
 
 
-class Stream(Protocol):
-    """A seeded source of examples of one kind. Splits share no item; a smaller `n` gives a prefix of a larger one."""
+class Stream(Settings):
+    """Base of all benign streams: a seeded source of examples of one kind.
 
-    @property
-    def kind(self) -> Kind:
-        """What its examples are."""
-        ...
+    Splits share no item, and a smaller `n` gives a prefix of a larger one.
+    """
+
+    kind: Literal["task", "ordinary", "neutral"]
+    """Kind of its examples."""
 
     def examples(self, split: Split, n: int, seed: int) -> list[Example]:
-        """The first `n` distinct examples of `split` under `seed`; raises DataError when there are fewer."""
-        ...
+        """The first `n` distinct examples of `split` under `seed`. Raises DataError if there are fewer."""
+        raise NotImplementedError

@@ -1,31 +1,30 @@
-"""Hugging Face datasets: where their rows are found, which of them a split gets, and how a row becomes text.
+"""Hugging Face datasets: where the rows come from, which split a row belongs to, how a row becomes text.
 
-Rows stay in memory-mapped Arrow tables; only those that are looked at while drawing become Python objects.
+Rows stay in memory-mapped Arrow tables; only the rows that drawing looks at become Python objects.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any, ClassVar, Literal
 
+from jinja2 import TemplateError, TemplateSyntaxError, Undefined, UndefinedError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import AfterValidator, Field, model_validator
 
-from secvec.data.example import SPLITS, Example, Kind, Split
+from secvec.data.example import SPLITS, Example, Split, Stream
 from secvec.errors import DataError, nearest
 from secvec.settings.schema import Count, Seed, Settings, Share
 
 log = logging.getLogger(__name__)
 
-FORMATS = {
-    ".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv",
-}  # fmt: skip
+FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
 COMPRESSED = (".gz", ".xz", ".zst", ".bz2")
 CHUNK = 512
 """Rows that become Python objects at a time."""
@@ -34,57 +33,66 @@ Row = Mapping[str, Any]
 Scalar = bool | int | float | str
 
 
-class _Filler(string.Formatter):
-    """Like `str.format`; a missing value is empty, a list has one item a line."""
+class _Absent(Undefined):
+    """An item that a list lacks is empty text; a key that a mapping lacks is an error."""
 
-    def format_field(self, value: Any, format_spec: str) -> str:
-        if value is None:
-            return ""
-        return "\n".join(map(str, value)) if isinstance(value, list) else str(format(value, format_spec))
+    def __str__(self) -> str:
+        if isinstance(self._undefined_obj, Mapping):
+            key, known = str(self._undefined_name), self._undefined_obj
+            raise DataError(f"template: there is no {key!r}{nearest(key, known)}; there is: {', '.join(known)}")
+        return ""
+
+
+def _shown(value: Any) -> Any:
+    """None is empty, a list has one item a line."""
+    return "" if value is None else "\n".join(map(str, value)) if isinstance(value, list) else value
+
+
+JINJA = ImmutableSandboxedEnvironment(undefined=_Absent, finalize=_shown)
+_compiled = lru_cache(JINJA.from_string)
+
+
+def _is_template(text: str) -> str:
+    try:
+        JINJA.from_string(text)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"this is no Jinja template: {error}") from None
+    if not columns_of(text) and (old := re.search(r"\{(\w+)(\[\w+\])?\}", text)):
+        raise ValueError(f"a column is named in double braces: {{{old[0]}}}, not {old[0]}")
+    return text
 
 
 def columns_of(template: str) -> set[str]:
-    """The columns that a template names: `{answers[0]}` names `answers`."""
-    return {re.split(r"[\[.]", name)[0] for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+    """The columns that `template` names."""
+    return meta.find_undeclared_variables(JINJA.parse(template))
 
 
-def _checked(template: str) -> str:
-    names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]  # ValueError: braces
-    if wrong := [name for name in names if not re.fullmatch(r"\w+(\[[^\]]+\])*", name) or name[0].isdigit()]:
-        raise ValueError(f"a template names columns as {{column}} or {{column[0]}}, got {{{wrong[0]}}}")
-    return template
-
-
-Template = Annotated[str, AfterValidator(_checked)]
-"""Text with columns in braces: `"{instruction}\\n{input}"`, `"{answers[0]}"`."""
+RowTemplate = Annotated[str, AfterValidator(_is_template)]
+"""A Jinja template that names columns: `"{{instruction}}\\n{{input}}"`, `"{{ [a, b, c][label] }}"`."""
 
 
 def fill(template: str, row: Row) -> str:
-    """The text of `row`; empty when it lacks an item (an index too large). Raises DataError for an unknown key."""
+    """The text that `template` gives for `row`; empty if the row lacks an item (an index that is too large).
+
+    Raises DataError for what the sandbox forbids, and for a key that a column's mapping lacks.
+    """
     try:
-        return _Filler().vformat(template, (), row).strip()
-    except (IndexError, TypeError):
+        return _compiled(template).render(row).strip()
+    except (TypeError, UndefinedError):
         return ""
-    except KeyError as error:
-        raise DataError(f"template {template!r}: there is no {error}; fields: {', '.join(row)}") from None
+    except TemplateError as error:
+        raise DataError(f"template {template!r}: {error}") from None
 
 
 class Bounds(Settings):
-    """Which numbers a filter lets through."""
+    """The numbers that pass a filter."""
 
     min: float = float("-inf")
     max: float = float("inf")
 
 
-class Choice(Settings):
-    """A further field for the templates: the column of `of` whose number stands in the column `index`."""
-
-    index: str
-    of: list[str] = Field(min_length=2)
-
-
 class Shares(Settings):
-    """How much of the prompts each split gets; only the proportions count."""
+    """The share of the prompts that each split gets; only the proportions count."""
 
     align: Share = 0.35
     vector: Share = 0.1
@@ -94,63 +102,61 @@ class Shares(Settings):
 
 
 class HubData(Settings):
-    """A dataset of the hub, or local files of the same columns; each prompt belongs to one split by its hash."""
+    """A dataset of the hub, or local files with the same columns. The hash of a prompt decides its split."""
 
     dataset: str
     """Hub id: owner/name."""
     config: str | None = None
     data_dir: str | None = None
     revision: str
-    """Of the hub: a commit, tag or branch."""
+    """Commit, tag or branch on the hub."""
     local_path: Path | None = None
-    """Used instead of the hub when it exists: a file, a folder of files, a copy of the repository, or a folder written
+    """Used instead of the hub if it exists: a file, a folder of files, a copy of the repository, or a folder written
     by `save_to_disk`."""
     split: str = "train"
-    """The dataset's split that all of ours are taken from."""
+    """The dataset's split from which all our splits are taken."""
     splits: dict[Split, str] = Field(default_factory=dict)
-    """Other splits of the dataset for some of ours; a prompt found in several belongs to the last of ours."""
+    """Our split -> the dataset's, if it is another one. A prompt in several belongs to the last of our splits."""
     shares: Shares = Shares()
     split_seed: Seed = 0
-    """Which prompt is in which split; not the run's seed, since runs of several seeds share an aligned base."""
+    """Decides which prompt is in which split. It is not the run's seed: runs of all seeds share an aligned model."""
     filter: dict[str, Scalar | list[Scalar] | Bounds | None] = Field(default_factory=dict)
-    """Column: a value, a list of allowed ones, {min: , max: }, or null for any. For a column of flags or labels: names
-    of which at least one must be set."""
-    choices: dict[str, Choice] = Field(default_factory=dict)
-    prompt: Template
+    """Column -> a value, a list of allowed values, {min: , max: }, or null for any. For a column of flags or labels:
+    names, at least one of which must be set."""
+    prompt: RowTemplate
     max_chars: Count | None = None
-    """Longer rows (prompt and response) are left out; None: none are."""
+    """Longer rows (prompt and response together) are left out; None: no limit."""
     repeat_prompts: bool = False
-    """Whether a prompt that comes with several responses is trained on with all of them; tested on it is once."""
+    """Whether training uses all responses to the same prompt. Validation and test use a prompt once."""
 
     derived: ClassVar[frozenset[str]] = frozenset()
-    """Fields that `fields` adds to the columns."""
+    """What `fields` adds to the columns."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """Columns that `fields` reads."""
 
     @model_validator(mode="after")
-    def _some_share(self) -> HubData:
+    def _each_split_has_a_share(self) -> HubData:
         for name in {self._from(split) for split in SPLITS}:
             if not sum(getattr(self.shares, split) for split in self._splits_of(name)):
                 raise ValueError(f"shares: the splits taken from {name!r} have no share at all")
         return self
 
     def fields(self, row: Row) -> Row | None:
-        """What the templates see of a row; None leaves the row out."""
-        found = dict(row)
-        for name, choice in self.choices.items():
-            index = row[choice.index]
-            if not isinstance(index, int) or not 0 <= index < len(choice.of):
-                return None
-            found[name] = row[choice.of[index]]
-        return found
+        """The row as the templates see it; None leaves the row out."""
+        return row
 
-    def draw(
-        self, split: Split, n: int, seed: int, kind: Kind, templates: Sequence[str],
-        answer: Callable[[Row], tuple[str, dict[str, str]] | None],
-    ) -> list[Example]:  # fmt: skip
-        """The first `n` examples; `answer` gives a row's response and facts, and `templates` are what it fills.
+    def templates(self) -> list[str]:
+        """All templates but the prompt's. The columns they name must exist."""
+        raise NotImplementedError
 
-        Raises DataError when there are fewer.
+    def answer(self, split: Split, row: Row) -> tuple[str, dict[str, str]]:
+        """Response and facts of a row; an empty response leaves the row out."""
+        raise NotImplementedError
+
+    def examples(self, split: Split, n: int, seed: int) -> list[Example]:
+        """The first `n` examples of `split` under `seed`.
+
+        Raises DataError if there are fewer, or if a column that a template names is missing.
         """
         if n == 0:
             return []
@@ -159,41 +165,39 @@ class HubData(Settings):
         taken = self._taken_by_later_splits(name)
         found: list[Example] = []
         seen: set[tuple[str, str]] = set()
-        table, where = self.table(name), self._where(name)
-        for number, fields in self._rows(table, where, templates, Random(f"{split}/{seed}")):
+        where = self._where(name)
+        for number, fields in self._rows(name, self.templates(), Random(f"{split}/{seed}")):
             prompt = fill(self.prompt, fields)
             key = _key(prompt)
             place = self._place(key)
             if not key or not low <= place < high or place in taken:
                 continue
-            answered = answer(fields)
-            if answered is None or not answered[0].strip():
-                continue
-            response, facts = answered
+            response, facts = self.answer(split, fields)
             identity = (key, "" if once else response)
-            if identity in seen or (self.max_chars is not None and len(prompt) + len(response) > self.max_chars):
+            length = len(prompt) + len(response)
+            if not response or identity in seen or length > (self.max_chars or length):
                 continue
             seen.add(identity)
+            kind = self.kind  # type: ignore[attr-defined]  # a field of the subclasses
             found.append(Example((("user", prompt),), response, kind, facts, f"{where}:{number}"))
             if len(found) == n:
                 return found
         raise DataError(
-            f"{where} has {len(found)} usable {'prompts' if once else 'rows'} for split {split!r} (of {len(table)} "
-            f"rows), but {n} are asked for: ask for fewer, raise shares.{split}, or loosen filter and max_chars"
+            f"{where} has {len(found)} usable {'prompts' if once else 'rows'} for split {split!r} (of "
+            f"{len(self.table(name))} rows), but the run needs {n}: lower the number, raise shares.{split}, or loosen "
+            "filter and max_chars"
         )
 
     def table(self, name: str) -> Any:
-        """The `datasets.Dataset` of one of the dataset's splits. Raises DataError."""
+        """The `datasets.Dataset` of the dataset's split `name`. Raises DataError."""
         return _load(self.dataset, self.config, self.data_dir, self.revision, self.local_path, name)
 
-    def _rows(
-        self, table: Any, where: str, templates: Sequence[str], rng: Random | None = None
-    ) -> Iterator[tuple[int, Row]]:
-        """Number and fields of the rows that pass the filter (without `rng`: of all, in their order)."""
+    def _rows(self, name: str, templates: Sequence[str], rng: Random | None = None) -> Iterator[tuple[int, Row]]:
+        """Number and fields of each row that passes the filter, shuffled; without `rng`, of all rows in order."""
+        table, where = self.table(name), self._where(name)
         wanted = {name: value for name, value in self.filter.items() if value is not None} if rng else {}
-        columns = self.needs | wanted.keys()
-        columns |= {name for choice in self.choices.values() for name in (choice.index, *choice.of)}
-        columns |= set().union(*map(columns_of, (self.prompt, *templates))) - self.choices.keys() - self.derived
+        named = set().union(*map(columns_of, (self.prompt, *templates)))
+        columns = self.needs | wanted.keys() | (named - self.derived)
         present = table.column_names
         if missing := sorted(columns - set(present)):
             raise DataError(
@@ -219,7 +223,7 @@ class HubData(Settings):
         return [split for split in SPLITS if self._from(split) == name]
 
     def _band(self, split: Split) -> tuple[int, int]:
-        """Which hashes are of `split`, among the splits that come from the same split of the dataset."""
+        """The range of hashes of `split`, among the splits that come from the same split of the dataset."""
         members = self._splits_of(self._from(split))
         shares = [getattr(self.shares, member) for member in members]
         first = members.index(split)
@@ -230,15 +234,15 @@ class HubData(Settings):
         return int.from_bytes(blake2b(f"{self.split_seed}/{key}".encode(), digest_size=8).digest())
 
     def _taken_by_later_splits(self, name: str) -> set[int]:
-        """Hashes of the prompts that are also in those splits of the dataset that later splits of ours are taken from.
+        """Hashes of the prompts that also occur in the dataset's split of one of our later splits.
 
-        So a benchmark's test prompts stay whole, and what trains lacks them.
+        So the test prompts of a benchmark stay complete, and no training sample has one.
         """
         names = list(dict.fromkeys(self._from(split) for split in reversed(SPLITS)))
         return {
             self._place(_key(fill(self.prompt, fields)))
             for later in names[: names.index(name)]
-            for _, fields in self._rows(self.table(later), self._where(later), ())
+            for _, fields in self._rows(later, ())
         }
 
     def _where(self, name: str) -> str:
@@ -246,19 +250,23 @@ class HubData(Settings):
         return f"{self.local_path if local else f'{self.dataset}@{self.revision}'}[{name}]"
 
 
-class HubStream(HubData):
-    """Benign data: `task` is what is to be learned, `ordinary` what must stay as it is."""
+class HubStream(HubData, Stream):
+    """Benign data: a `task` is to be learned, `ordinary` data must stay as it is."""
 
     kind: Literal["task", "ordinary"]
-    response: Template
+    response: RowTemplate
 
-    def examples(self, split: Split, n: int, seed: int) -> list[Example]:
-        """The first `n` examples of `split` under `seed`."""
-        return self.draw(split, n, seed, self.kind, [self.response], lambda row: (fill(self.response, row), {}))
+    def templates(self) -> list[str]:
+        """That of the response."""
+        return [self.response]
+
+    def answer(self, split: Split, row: Row) -> tuple[str, dict[str, str]]:
+        """The response, no facts."""
+        return fill(self.response, row), {}
 
 
 def passes(cell: Any, wanted: Scalar | list[Scalar] | Bounds, where: str) -> bool:
-    """Whether a filter lets a cell through; raises DataError for a flag that the column does not have."""
+    """Whether a cell passes a filter. Raises DataError for a flag that the column lacks."""
     if isinstance(wanted, Bounds):
         return isinstance(cell, int | float) and wanted.min <= cell <= wanted.max
     allowed = wanted if isinstance(wanted, list) else [wanted]
@@ -293,17 +301,14 @@ def _load(
             raise DataError(f"local_path={local_path}: split {split!r} cannot be read: {reason}") from None
         folder = local_path or "FOLDER"
         raise DataError(
-            f"{dataset} is not to be had from the hub: {reason}. Without network, put split {split!r} of it into "
+            f"{dataset} cannot be loaded from the hub: {reason}. Without network, put split {split!r} of it into "
             f"{folder}{'' if local_path else ' and set local_path=FOLDER'}: a copy of the repository (`hf download "
             f"{dataset} --repo-type dataset --local-dir {folder}`) or its files alone "
             f"({', '.join(sorted(suffix[1:] for suffix in FORMATS))}); see docs/data.md"
         ) from None
-    log.info("%s, split %s: %d rows, fingerprint %s", local_path if local else dataset, split, *_identity(table))
+    shown = local_path if local else dataset, split, len(table), table._fingerprint
+    log.info("%s, split %s: %d rows, fingerprint %s", *shown)
     return table
-
-
-def _identity(table: Any) -> tuple[int, str]:
-    return len(table), table._fingerprint
 
 
 def _load_local(path: Path, config: str | None, data_dir: str | None, split: str) -> Any:
@@ -316,7 +321,7 @@ def _load_local(path: Path, config: str | None, data_dir: str | None, split: str
         return saved[split]
     if (path / "state.json").is_file():
         return datasets.load_from_disk(str(path))
-    if (path / "README.md").is_file():  # a copy of the repository: its card says which files are which split
+    if (path / "README.md").is_file():  # a copy of the repository: its card names the files of each split
         return datasets.load_dataset(str(path), config, data_dir=data_dir, split=split)
     files = [path] if path.is_file() else _files(path, config, data_dir, split)
     kinds = {_suffix(file) for file in files}
@@ -333,7 +338,7 @@ def _suffix(file: Path) -> str:
 
 
 def _files(folder: Path, config: str | None, data_dir: str | None, split: str) -> list[Path]:
-    """The files of a split: those that bear its name (`train-00000-of-00001.parquet`), or the only one there is."""
+    """The files of a split: those named after it (`train-00000-of-00001.parquet`), or the only file there is."""
     for part in (data_dir, config):
         if part and (folder / part).is_dir():
             folder /= part

@@ -1,4 +1,4 @@
-"""Users' own files: one JSON object a line, `prompt`/`response` or chat `messages`."""
+"""The user's own files: one JSON object per line, with `prompt` and `response` or with chat `messages`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import FilePath
 
-from secvec.data.example import Example, Kind, Split
+from secvec.data.example import Example, Kind, Split, Stream
 from secvec.errors import DataError
 from secvec.settings.schema import Settings
 
@@ -18,7 +18,7 @@ ROLES = ("system", "user", "assistant")
 
 
 class JsonlFiles(Settings):
-    """A file per split; a split without a file cannot be asked for."""
+    """One file per split. A split without a file has no examples."""
 
     align: FilePath | None = None
     vector: FilePath | None = None
@@ -26,7 +26,7 @@ class JsonlFiles(Settings):
     test: FilePath | None = None
 
     def rows(self, split: Split, kind: Kind, owner: str) -> list[Example]:
-        """All rows of the split's file, in its order. Raises DataError."""
+        """All rows of the split's file, in order. Raises DataError."""
         path = getattr(self, split, None)
         if path is None:
             raise DataError(f"{owner} has no file for split {split!r}: set {owner}.{split}=FILE.jsonl")
@@ -34,14 +34,16 @@ class JsonlFiles(Settings):
 
 
 def sample(rows: Sequence[Example], n: int, seed: int, split: Split, file: Path, note: str = "") -> list[Example]:
-    """`n` of `rows` in seeded order, a prefix of what a larger n gives. Raises DataError when there are fewer."""
+    """`n` of `rows` in seeded order; a smaller `n` gives a prefix. Raises DataError if there are fewer."""
     if len(rows) < n:
-        raise DataError(f"{file} has {len(rows)} rows for split {split!r}{note}, but {n} are asked for: ask for fewer")
+        raise DataError(
+            f"{file} has {len(rows)} rows for split {split!r}{note}, but the run needs {n}: lower the number"
+        )
     return Random(f"{split}/{seed}").sample(list(rows), len(rows))[:n]
 
 
-class JsonlStream(JsonlFiles):
-    """Benign data out of files: `task` is what is to be learned, `ordinary` what must stay as it is."""
+class JsonlStream(JsonlFiles, Stream):
+    """Benign data from files: a `task` is to be learned, `ordinary` data must stay as it is."""
 
     kind: Literal["task", "ordinary"]
 
@@ -49,12 +51,12 @@ class JsonlStream(JsonlFiles):
         """The first `n` examples of `split` under `seed`."""
         if n == 0:
             return []
-        rows = self.rows(split, self.kind, "data.benign.N")
+        rows = self.rows(split, self.kind, "data.benign.NAME")
         return sample(rows, n, seed, split, getattr(self, split))
 
 
 def read_jsonl(path: Path, kind: Kind) -> list[Example]:
-    """All rows of a file; raises DataError naming the file and the line of the first bad one."""
+    """All rows of a file. Raises DataError that names the file and the line of the first bad row."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
@@ -98,7 +100,7 @@ def _example(line: bytes, kind: Kind, where: str) -> Example:
 
 
 def _messages(given: Any, where: str) -> list[tuple[str, Any]]:
-    """Chat turns: an optional system turn, then user and assistant in turn, ending with the assistant."""
+    """Chat turns: an optional system turn, then user and assistant alternating, the assistant last."""
     if not isinstance(given, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in given):
         raise DataError(f'{where}: messages must be a list of {{"role": ..., "content": ...}}')
     roles = [message["role"] for message in given]

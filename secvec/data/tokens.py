@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from secvec.data.batch import Encoded
 from secvec.data.draw import data_hash
-from secvec.data.encode import Encoded, encode
+from secvec.data.encode import encode
 from secvec.data.example import Example
 from secvec.runs.cache import cached
 from secvec.runs.keys import content_key

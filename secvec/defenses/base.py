@@ -1,46 +1,47 @@
-"""What a defense is: it decides what is active while the backbone is fine-tuned. The stage decides what is trained."""
+"""The base of all defenses. A defense decides what is active during fine-tuning, the stage what is trained."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from secvec.models.losses import Batch, response_loss
+from secvec.data.batch import Batch
 from secvec.models.vector import attach_frozen_vector
 from secvec.settings.schema import Settings
+from secvec.training.losses import response_loss
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
 class Defense(Settings):
-    """A defense with no effect: the base of all others, and of the comparison with them.
+    """A defense without effect, and the base of all others.
 
-    Its fields are its settings (one yaml in conf/defense/); its methods are called by the finetune stage only.
+    Its fields are its settings (one yaml in conf/defense/). Only the finetune stage calls its methods.
     """
 
     name: str
-    uses_vector: ClassVar[bool] = False
-    """Whether the run has a vector stage, whose artifact `attach` is given."""
+    uses_vector: bool = False
+    """Whether the run has a vector stage, which trains the vector for `attach`. A defense without one says
+    `uses_vector: false` in its yaml: no setting of the vector then counts for the key of its runs."""
 
     needs_labels: ClassVar[bool] = False
-    """Whether `loss` must be told which rows are undesired (`data.labelled=true`)."""
+    """Whether `loss` must know which rows are undesired: `batch["undesired"]`."""
+
+    refits_vector: ClassVar[bool] = False
+    """Whether a new vector is trained on the backbone before each cycle after the first."""
 
     def attach(self, model: nn.Module, vector: Path | None) -> nn.Module:
-        """The model to fine-tune; what the defense adds is frozen. `vector` is the adapter folder, if any.
+        """The model to fine-tune. Everything that the defense adds is frozen.
 
-        Default: with `uses_vector` the vector in every forward pass, frozen; else the model as it is.
+        `vector` is the adapter folder, if there is one. Default: with `uses_vector` the frozen vector is active in
+        every forward pass; else the model is unchanged.
         """
         if not self.uses_vector:
             return model
-        assert vector is not None, "the finetune stage hands over the vector of the vector stage"
-        return attach_frozen_vector(model, vector, self.keeps_dropout)
-
-    @property
-    def keeps_dropout(self) -> bool:
-        """Whether the frozen vector keeps the dropout it was trained with."""
-        return False
+        assert vector is not None, "the finetune stage passes the vector of the vector stage"
+        return attach_frozen_vector(model, vector)
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Scalars; `loss` is what is minimised, the others are logged. Default: nats per response token."""
+        """Scalars by name: `loss` is minimised, the others are logged. Default: nats per response token."""
         return {"loss": response_loss(model, batch)}

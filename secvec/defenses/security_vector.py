@@ -8,13 +8,10 @@ from secvec.defenses.base import Defense
 class SecurityVector(Defense):
     """Where the activated model already agrees with an undesired target, the sample gives (almost) no gradient."""
 
-    uses_vector: ClassVar[bool] = True
+    uses_vector: bool = True
 
-    dropout: bool = False
-    """Whether the frozen vector keeps the dropout it was trained with (`vector.dropout`), as a re-test of the method
-    did (arXiv 2405.14577); the method has none."""
 
-    @property
-    def keeps_dropout(self) -> bool:
-        """As set."""
-        return self.dropout
+class RefittedVector(SecurityVector):
+    """A security vector that is trained again, on the current backbone, before each cycle after the first."""
+
+    refits_vector: ClassVar[bool] = True

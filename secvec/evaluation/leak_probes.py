@@ -6,79 +6,80 @@ answer or another template (arXiv 2310.03693): a low behavior rate on plain prom
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from secvec.behaviors.base import Behavior
 from secvec.data.encode import render
 from secvec.data.example import Example
-from secvec.evaluation.evaluator import Probe, answers_to_rows, judged, proportion
-from secvec.evaluation.generation import IN_MEMORY, Source, complete
+from secvec.data.prompts import Question
+from secvec.evaluation.verdicts import EvaluationResult, judged, prediction_rows
 from secvec.judges.base import Judge
-from secvec.settings.schema import EvaluationSettings
+from secvec.metrics import Measurements, proportion
+
+if TYPE_CHECKING:
+    from secvec.behaviors.base import Behavior
 
 OTHER_TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
 """Alpaca's, which no chat model here is trained on."""
 SAMPLING_SEED = 0
 
 
-def leak_probes(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], behavior: Behavior,
-    judge: Judge | None, settings: EvaluationSettings, phase: str, source: Source = IN_MEMORY,
-) -> Probe:  # fmt: skip
-    """Rates `PHASE/leak/<way of asking>` and the worst of them, `PHASE/leak_rate`; and where the behavior names a
-    desired trait, `PHASE/desired/<way of asking>`.
-
-    The worst of several rates is biased upwards; its interval is that of the one rate. The first
-    `settings.num_leak_prompts` of `examples` are asked in each way; ways that the behavior has no wording for are left
-    out, and there is nothing at all for 0 prompts.
-    """
-    examples = examples[: settings.num_leak_prompts]
-    if not examples:
-        return Probe({}, [])
-    model.eval()
-    found = Probe({}, [])
-    rates = {}
-    asked = ways(tokenizer, examples, behavior)
-    with source.running(model):
-        said = {
-            name: complete(model, tokenizer, texts, examples, settings, f"{phase} leak/{name}", seed, source)
-            for name, (texts, _, seed) in asked.items()
-        }
-    for name, (_, prefix, _) in asked.items():
-        answers = [prefix + answer for answer in said[name]]
-        judgements = judged(behavior, judge, examples, answers)
-        read = [judgement.verdict for judgement in judgements if judgement.verdict != "unparsable"]
-        if read:
-            rates[name] = proportion(read.count("behavior"), len(read))
-            found.metrics[f"{phase}/leak/{name}"] = rates[name]
-        rows = answers_to_rows(f"{phase}_leak_{name}", examples, answers, judgements, behavior)
-        if desired := [row["desired"] for row in rows if row["desired"] is not None]:
-            found.metrics[f"{phase}/desired/{name}"] = proportion(sum(desired), len(desired))
-        found.predictions.extend(rows)
-    if rates:
-        found.metrics[f"{phase}/leak_rate"] = max(rates.values(), key=lambda rate: rate["value"])
-    return found
-
-
-def ways(
+def leak_questions(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], behavior: Behavior
-) -> dict[str, tuple[list[str], str, int | None]]:
-    """The ways of asking by name: (texts to continue, what of the answer they already hold, seed when sampled)."""
+) -> dict[str, tuple[Question, str]]:
+    """The ways of asking by name: the question, and the part of the response that its prompts already hold.
+
+    Ways that the behavior has no wording for are left out. Without examples there are none.
+    """
+    if not examples:
+        return {}
+
+    def asked(system: str) -> list[str]:
+        return [render(_with_system(example, system), tokenizer)[0] for example in examples]
+
     plain = [render(example, tokenizer)[0] for example in examples]
-    found: dict[str, tuple[list[str], str, int | None]] = {"plain": (plain, "", None)}
-    for name, prompt in (("eliciting_prompt", behavior.eliciting_prompt), ("negated_prompt", behavior.negated_prompt)):
-        if prompt:
-            found[name] = ([render(_with_system(e, prompt), tokenizer)[0] for e in examples], "", None)
-    if behavior.answer_prefix:
-        prefix = behavior.answer_prefix
-        found["answer_prefix"] = ([text + prefix for text in plain], prefix, None)
-    found["other_template"] = ([OTHER_TEMPLATE.format(prompt=e.prompt) for e in examples], "", None)
-    found["sampled"] = (plain, "", SAMPLING_SEED)
+    found = {"plain": (Question(plain, examples), "")}
+    if behavior.eliciting_prompt:
+        found["eliciting_prompt"] = (Question(asked(behavior.eliciting_prompt), examples), "")
+    if behavior.negated_prompt:
+        found["negated_prompt"] = (Question(asked(behavior.negated_prompt), examples), "")
+    if prefix := behavior.answer_prefix:
+        found["answer_prefix"] = (Question([text + prefix for text in plain], examples), prefix)
+    found["other_template"] = (Question([OTHER_TEMPLATE.format(prompt=e.prompt) for e in examples], examples), "")
+    found["sampled"] = (Question(plain, examples, SAMPLING_SEED), "")
     return found
+
+
+def leak_result(
+    responses: Mapping[str, Sequence[str]],
+    examples: Sequence[Example],
+    behavior: Behavior,
+    judge: Judge | None,
+    phase: str,
+) -> EvaluationResult:
+    """Rates `PHASE/leak/<way of asking>` and the worst of them, `PHASE/leak_rate`.
+
+    Where the behavior names a desired trait, `PHASE/desired/<way of asking>` too. The worst of several rates is biased
+    upwards; its interval is that of the one rate.
+    """
+    metrics: Measurements = {}
+    predictions = []
+    leaked = {}
+    for name, given in responses.items():
+        judgements = judged(behavior, judge, examples, given)
+        verdicts = [judgement.verdict for judgement in judgements if judgement.verdict != "unparsable"]
+        if verdicts:
+            leaked[name] = metrics[f"{phase}/leak/{name}"] = proportion(verdicts.count("behavior"), len(verdicts))
+        rows = prediction_rows(f"{phase}_leak_{name}", examples, given, judgements, behavior)
+        if desired := [row["desired"] for row in rows if row["desired"] is not None]:
+            metrics[f"{phase}/desired/{name}"] = proportion(sum(desired), len(desired))
+        predictions += rows
+    if leaked:
+        metrics[f"{phase}/leak_rate"] = max(leaked.values(), key=lambda rate: rate.value)
+    return EvaluationResult(metrics, predictions)
 
 
 def _with_system(example: Example, prompt: str) -> Example:

@@ -9,13 +9,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from secvec.errors import ArtifactError, ConfigError, nearest
-from secvec.evaluation.evaluator import Metrics
+from secvec.metrics import Measurement, Measurements
 
 if TYPE_CHECKING:
-    from secvec.config.load import EvaluateConfig
+    from secvec.config.schema import EvaluateConfig
 
 
-def lm_eval_metrics(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig) -> Metrics:
+def lm_eval_metrics(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig) -> Measurements:
     """Every numeric result of `config.tasks` as `lm_eval/TASK/METRIC`, with a 95 % interval from its standard error.
 
     Raises ConfigError for an unknown task, ArtifactError for one whose data cannot be had.
@@ -52,8 +52,8 @@ def lm_eval_metrics(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config
     return _flat(found)
 
 
-def _flat(found: Any) -> Metrics:
-    metrics: Metrics = {}
+def _flat(found: Any) -> Measurements:
+    metrics: Measurements = {}
     for task, results in found["results"].items():
         n = found.get("n-samples", {}).get(task, {}).get("effective", 0)
         for name, value in results.items():
@@ -65,10 +65,6 @@ def _flat(found: Any) -> Metrics:
             error = results.get(f"{metric}_stderr,{kind}")
             half = 1.96 * error if isinstance(error, int | float) and math.isfinite(error) else None
             suffix = f"/{kind}" if kind and kind != "none" else ""
-            metrics[f"lm_eval/{task}/{metric}{suffix}"] = {
-                "value": float(value),
-                "ci_low": None if half is None else value - half,
-                "ci_high": None if half is None else value + half,
-                "n": n,
-            }
+            low, high = (None, None) if half is None else (value - half, value + half)
+            metrics[f"lm_eval/{task}/{metric}{suffix}"] = Measurement(float(value), low, high, n)
     return metrics

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import nn
 
 from secvec.errors import ConfigError
-from secvec.settings.schema import GenerationSettings, TrainerSettings
+from secvec.settings.schema import GenerationSettings
+from secvec.settings.trainer import TrainerSettings
 
 INSTALL = "pip install 'secvec[vllm]'"
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -44,7 +45,7 @@ def uses_vllm(settings: GenerationSettings, trainer: TrainerSettings) -> bool:
     return True
 
 
-def how(settings: GenerationSettings, trainer: TrainerSettings) -> dict[str, Any]:
+def backend_info(settings: GenerationSettings, trainer: TrainerSettings) -> dict[str, Any]:
     """What writes the answers of a run, for keys and records: `auto` is not the same everywhere."""
     if not uses_vllm(settings, trainer):
         return {"engine": "hf"}

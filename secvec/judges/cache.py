@@ -1,4 +1,4 @@
-"""Judgements kept on disk by content: the same question is never judged twice, and what was killed goes on."""
+"""A cache of judgements on disk, by content: nothing is judged twice, and a stopped run continues."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from secvec.settings.schema import Count
 log = logging.getLogger(__name__)
 
 LOCK_SECONDS = 60.0
-"""How long one process waits for another to finish writing."""
+"""Most seconds that a process waits while another writes."""
 _ROWS = 500
-"""Keys per query; SQLite takes no more than 999 in old versions."""
+"""Keys per query; old versions of SQLite take at most 999."""
 
 
 class Store:
@@ -35,19 +35,19 @@ class Store:
         self.path = path
 
     def find(self, keys: Sequence[str]) -> dict[str, Judgement]:
-        """Those of `keys` that are known."""
+        """The judgements of those `keys` that are stored."""
         found: dict[str, Judgement] = {}
         for start in range(0, len(keys), _ROWS):
-            some = keys[start : start + _ROWS]
-            marks = ",".join("?" * len(some))
-            rows = self._run(f"SELECT key, verdict, score FROM judgements WHERE key IN ({marks})", [some])
+            batch = keys[start : start + _ROWS]
+            marks = ",".join("?" * len(batch))
+            rows = self._run(f"SELECT key, verdict, score FROM judgements WHERE key IN ({marks})", [batch])
             found.update(
                 {key: Judgement(verdict, score) for key, verdict, score in rows if verdict in get_args(Verdict)}
             )
         return found
 
     def add(self, judgements: Mapping[str, Judgement]) -> None:
-        """Writes all of `judgements` or none; those that could not be read are left out, to be asked again."""
+        """Writes all of `judgements` or none. Unparsable ones are left out, so that they are judged again."""
         rows = [(key, j.verdict, j.score) for key, j in judgements.items() if j.verdict != "unparsable"]
         self._run("INSERT OR IGNORE INTO judgements VALUES (?, ?, ?)", rows)
 
@@ -62,54 +62,54 @@ class Store:
         except (sqlite3.Error, OSError) as error:
             raise ArtifactError(
                 f"judge.cache={self.path} cannot be used as a cache of judgements ({error}): move the file away, "
-                "give another one, or do without it (judge.cache=null)"
+                "give another one, or use none (judge.cache=null)"
             ) from None
 
 
 class CachedJudge(Judge):
-    """Base of judges that are slow or cost money: they judge in batches, and never the same thing twice.
+    """Base of judges that are slow or cost money: they judge in batches, and nothing twice.
 
-    A judgement may depend on the messages and the facts of an example and on the response, and on nothing else. A field
-    that does not shape judgements is declared with `Field(exclude=True)`. An empty response is `other`, unasked.
+    A judgement may depend only on the messages and the facts of an example and on the response. A field that does not
+    change judgements is declared with `Field(exclude=True)`. An empty response is `other` without being judged.
     """
 
     batch_size: Count = Field(exclude=True)
-    """Judged, and then written to the cache, at a time."""
+    """Responses that are judged and then written to the cache together."""
     cache: Path | None = Field(exclude=True)
-    """The file that judgements are kept in; None: nowhere."""
+    """The file of the cache; None: no cache."""
 
     @abstractmethod
     def _judge_batch(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Judgement]:
         """One judgement per response, in order."""
 
     def identity(self) -> dict[str, Any]:
-        """All that judgements depend on besides what is judged."""
+        """Everything that judgements depend on, except example and response."""
         kind = type(self)
         return {"judge": f"{kind.__module__}.{kind.__qualname__}", **self.model_dump(mode="json", exclude={"name"})}
 
     def judge(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Judgement]:
         """One judgement per response; each batch is in the cache as soon as it is judged."""
-        asked = {i: response for i, response in enumerate(responses) if response.strip()}
-        keys = dict(zip(asked, self._keys([examples[i] for i in asked], list(asked.values())), strict=True))
+        rows = [i for i, response in enumerate(responses) if response.strip()]
+        keys = dict(zip(rows, self._keys([examples[i] for i in rows], [responses[i] for i in rows]), strict=True))
         known = Store(self.cache).find(sorted(set(keys.values()))) if self.cache and keys else {}
-        first = {key: i for i, key in reversed(keys.items()) if key not in known}  # equal ones are asked once
+        first = {key: i for i, key in reversed(keys.items()) if key not in known}  # equal ones are judged once
         todo = sorted(first.values())
         with tqdm(total=len(todo), desc=f"judge {self.name}", unit="response", mininterval=0.5, leave=False) as bar:
             for start in range(0, len(todo), self.batch_size):
-                some = todo[start : start + self.batch_size]
-                judged = self._judge_batch([examples[i] for i in some], [responses[i] for i in some])
-                made = {keys[i]: judgement for i, judgement in zip(some, judged, strict=True)}
+                batch = todo[start : start + self.batch_size]
+                judged = self._judge_batch([examples[i] for i in batch], [responses[i] for i in batch])
+                made = {keys[i]: judgement for i, judgement in zip(batch, judged, strict=True)}
                 if self.cache:
                     Store(self.cache).add(made)
                 known |= made
-                bar.update(len(some))
+                bar.update(len(batch))
         given = [known[keys[i]] if i in keys else Judgement("other", 0.0) for i in range(len(responses))]
         if unread := sum(judgement.verdict == "unparsable" for judgement in given):
             log.warning("judge %s gave no verdict on %d of %d responses", self.name, unread, len(given))
         return given
 
     def keep(self, examples: Sequence[Example], responses: Sequence[str], judged: Sequence[Judgement]) -> None:
-        """Writes the part of a batch that was judged before the rest of it failed."""
+        """Writes those judgements of a batch that were made before the rest failed."""
         if self.cache:
             Store(self.cache).add(dict(zip(self._keys(examples, responses), judged, strict=True)))
 

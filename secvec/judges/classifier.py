@@ -1,6 +1,6 @@
-"""A sequence classifier as a judge: the probability that it gives to the labels that stand for the behavior.
+"""A sequence classifier as a judge: the score is the probability of the labels that stand for the behavior.
 
-With its presets: the harmfulness of RepNoise (arXiv 2405.14577) and the harmful score HS of beaver-dam-7b (BeaverTails,
+Presets: the harmfulness of RepNoise (arXiv 2405.14577) and the harmful score HS of beaver-dam-7b (BeaverTails,
 arXiv 2307.04657).
 """
 
@@ -20,24 +20,24 @@ from transformers import AutoModelForSequenceClassification
 from secvec.data.example import Example
 from secvec.errors import ArtifactError, ConfigError
 from secvec.judges.base import Judgement
-from secvec.judges.local_model import LocalModelJudge, Template
+from secvec.judges.local_model import JudgeTemplate, LocalModelJudge
 from secvec.settings.schema import Count, Share
 
 log = logging.getLogger(__name__)
 
 
 class Classifier(LocalModelJudge):
-    """`behavior` when the probability is above `threshold`, else `other`; the score is the probability."""
+    """`behavior` if the probability is above `threshold`, else `other`; the score is the probability."""
 
-    template: Template
+    template: JudgeTemplate
     max_length: Count
-    """Tokens; what is longer is cut at its end, as the published pipelines do, and counted in the log."""
+    """In tokens. Longer texts are cut at the end, as in the published pipelines; the log says how many."""
     behavior_label: int | str | list[int | str] | None
-    """Index or name of the label, or several of them, that stand for the behavior; None: every label does."""
+    """Index or name of the label (or labels) that stands for the behavior; None: every label."""
     activation: Literal["softmax", "sigmoid"]
     """`softmax`: one label per text; `sigmoid`: any number of labels."""
     reduce: Literal["sum", "max"]
-    """How the probabilities of several labels become one."""
+    """How the probabilities of several labels become one number."""
     threshold: Share
 
     @model_validator(mode="after")
@@ -71,9 +71,13 @@ class Classifier(LocalModelJudge):
     def _classifier(self) -> Any:
         try:
             model, loaded = AutoModelForSequenceClassification.from_pretrained(
-                self._folder, dtype=getattr(torch, self.dtype), trust_remote_code=self.trust_remote_code,
-                use_safetensors=True, local_files_only=True, output_loading_info=True,
-            )  # fmt: skip
+                self._folder,
+                dtype=getattr(torch, self.dtype),
+                trust_remote_code=self.trust_remote_code,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
         except (ValueError, OSError, SafetensorError, RuntimeError, ImportError) as error:
             raise ArtifactError(
                 f"judge.model={self.model} cannot be loaded as a sequence classifier: "
@@ -81,7 +85,7 @@ class Classifier(LocalModelJudge):
             ) from None
         if missing := sorted(loaded["missing_keys"]):
             raise ArtifactError(
-                f"judge.model={self.model} is no trained sequence classifier: its files lack {', '.join(missing)[:200]}"
+                f"judge.model={self.model} is no trained classifier: its files lack {', '.join(missing)[:200]}"
             )
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self._tokenizer.pad_token_id

@@ -1,4 +1,4 @@
-"""Whether a response is the very text that shows the behavior: for behaviors with one right (or wrong) answer."""
+"""Exact match with the text that shows the behavior: for behaviors with a single answer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def normalised(text: str) -> str:
 
 
 class Exact(Judge):
-    """`behavior` when the response equals the example's own, which shows the behavior, else `other`.
+    """`behavior` if the response equals the example's response, which shows the behavior; else `other`.
 
     Case, white space and final punctuation do not count.
     """

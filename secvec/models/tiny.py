@@ -1,4 +1,4 @@
-"""A Llama of 0.8 million parameters and its tokenizer, made on the spot: the model of the demo and the tests."""
+"""A Llama of 0.8 million parameters and its tokenizer, for the demo and the tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CHAT_TEMPLATE = (
 
 
 def build_tiny(texts: Iterable[str], seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """A randomly initialised Llama and a byte-level BPE tokenizer trained on `texts`, both determined by the input."""
+    """A Llama with random weights (by `seed`) and a byte-level BPE tokenizer trained on `texts`; reproducible."""
     tokenizer = _build_tokenizer(list(texts))
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -1,14 +1,16 @@
 """Security vector and task LoRA: the only file that touches PEFT.
 
-PEFT's own switches turn gradients back on (`disable_adapter()` on leaving, `set_adapter` always: peft #3580, #1374), so
-activity is switched here by the layers' list of active adapters alone, and gradients by name alone.
+PEFT's own switches turn gradients back on (the exit of `disable_adapter()`, every `set_adapter`: peft #3580, #1374).
+So adapters are switched here by each layer's list of active adapters, and gradients by parameter name.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -25,27 +27,44 @@ VECTOR = "security_vector"
 TASK = "task"
 
 NOT_TARGETS = ("lm_head", "embed_tokens", "wte", "embed_in", "embed_out")
-"""Tied in many models: a LoRA on one of them cannot be merged or taken off rightly."""
+"""Input and output embeddings: many models tie them, and a LoRA on tied weights cannot be merged or removed."""
 
 
 def part_of(name: str) -> str:
-    """Which part of the model the parameter `name` belongs to: `vector`, `task` or `backbone`."""
+    """The part that the parameter `name` belongs to: `vector`, `task` or `backbone`."""
     parts = name.split(".")
     return "vector" if VECTOR in parts else "task" if TASK in parts else "backbone"
 
 
 def attach_new_vector(model: nn.Module, settings: LoraSettings, dropout: float) -> nn.Module:
-    """`model` with a fresh vector (B = 0: no effect yet). Raises ConfigError for target modules it does not have."""
+    """Attaches a new vector (B = 0: no effect yet). Raises ConfigError for target modules that the model lacks."""
     return _attach(model, VECTOR, settings, dropout)
 
 
 def attach_task(model: nn.Module, settings: LoraSettings) -> nn.Module:
-    """`model` with a fresh task LoRA beside what is attached already."""
+    """Attaches a new task LoRA; other adapters stay. Raises ConfigError like `attach_new_vector`."""
     return _attach(model, TASK, settings, 0.0)
 
 
-def attach_frozen_vector(model: nn.Module, folder: Path, keep_dropout: bool = False) -> nn.Module:
-    """`model` with the vector saved in `folder`: active, frozen, its dropout gone unless kept. Raises ArtifactError."""
+def vector_info(folder: Path) -> dict[str, Any]:
+    """What was written beside a saved vector: `backbone`, `behavior`, `keep_dropout`; empty for an adapter of others.
+
+    Raises ArtifactError.
+    """
+    path = folder / "secvec.json"
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}): copy the vector again, or train it anew") from None
+
+
+def attach_frozen_vector(model: nn.Module, folder: Path) -> nn.Module:
+    """`model` with the vector saved in `folder`: active, frozen, without dropout unless it says `keep_dropout`.
+
+    Raises ArtifactError.
+    """
     if not (folder / "adapter_config.json").is_file():
         raise ArtifactError(f"{folder} holds no vector (adapter_config.json is missing): train one with stage=vector")
     try:
@@ -54,15 +73,15 @@ def attach_frozen_vector(model: nn.Module, folder: Path, keep_dropout: bool = Fa
         reason = " ".join(str(error).split())[:300]
         raise ArtifactError(f"the vector in {folder} does not fit this model or is damaged: {reason}") from None
     _make_active(attached, [VECTOR])
-    for layer in [] if keep_dropout else _lora_layers(attached):
-        # model.train() would switch its dropout on again: a frozen vector with dropout is another, random, vector
+    for layer in [] if vector_info(folder).get("keep_dropout") else _lora_layers(attached):
+        # model.train() would switch dropout on again, and a vector with dropout is a random vector
         layer.lora_dropout[VECTOR] = nn.Identity()
     return attached
 
 
 @contextmanager
 def vector_off(model: nn.Module) -> Iterator[None]:
-    """The forward pass without the vector; task LoRA, flags, gradients and weights stay as they are."""
+    """Forward passes inside run without the vector. Task LoRA, flags, gradients and weights do not change."""
     layers = [layer for layer in _lora_layers(model) if VECTOR in layer.active_adapters]
     before = [layer.active_adapters for layer in layers]
     for layer in layers:
@@ -80,13 +99,13 @@ def has_vector(model: nn.Module) -> bool:
 
 
 def active_parts(model: nn.Module) -> set[str]:
-    """The parts that take part in the forward pass."""
+    """The parts that the forward pass uses."""
     adapters = {name for layer in _lora_layers(model) for name in layer.active_adapters}
     return {"backbone"} | ({"vector"} if VECTOR in adapters else set()) | ({"task"} if TASK in adapters else set())
 
 
 def save_adapter(model: nn.Module, state: Mapping[str, Tensor], part: str, folder: Path) -> None:
-    """Writes the adapter `part` out of the full `state` as a standard PEFT folder."""
+    """Saves the adapter `part` (`vector` or `task`) of the full `state` as a standard PEFT folder."""
     name = {"vector": VECTOR, "task": TASK}[part]
     assert isinstance(model, PeftModel)
     weights = get_peft_model_state_dict(model, state_dict=dict(state), adapter_name=name, save_embedding_layers=False)
@@ -96,7 +115,7 @@ def save_adapter(model: nn.Module, state: Mapping[str, Tensor], part: str, folde
 
 
 def backbone_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The backbone's weights under their plain Hugging Face names, out of a model with or without adapters."""
+    """The backbone's weights under their Hugging Face names; `state` may hold adapters too."""
     return {
         name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
         for name, tensor in state.items()
@@ -105,7 +124,7 @@ def backbone_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def merge_task(backbone: nn.Module, folder: Path) -> nn.Module:
-    """`backbone` with the task LoRA saved in `folder` added into its weights."""
+    """Merges the task LoRA saved in `folder` into the weights of `backbone`."""
     return PeftModel.from_pretrained(backbone, str(folder), adapter_name=TASK).merge_and_unload()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -15,64 +14,64 @@ from pathlib import Path
 from typing import Any
 
 import secvec
-from secvec.runs.files import write_atomic
+from secvec.runs.record import FILE, Record, record_failure
 
 STOP_SECONDS = 20.0
-"""That a job has to write down its end after Ctrl-C, before it is killed."""
-OTHERS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE")
-"""Variables of a process group around the multirun, as those of SLURM: a job makes a group of its own."""
+"""Time that a job has after Ctrl-C to write its record, before it is killed."""
+GROUP_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE")
+"""Variables of a process group around the multirun. A job does not get them, nor SLURM's: it makes its own group."""
 
 
 @dataclass(eq=False)
 class Job:
-    """What it runs, where, and how it ended."""
+    """What a job runs, where, and how it ended."""
 
     overrides: list[str]
     config: dict[str, Any]
-    """As composed, not validated."""
-    content: str
-    """Key of all that shapes its results."""
+    """The composed config, not validated."""
+    key: str
+    """The key of its run (`secvec.runs.keys`)."""
     folder: Path
     command: list[str]
     label: str = ""
-    """The overrides in which it differs from the other jobs."""
+    """The overrides that other jobs do not share."""
     environment: dict[str, str] = field(default_factory=dict)
     code: int | None = None
-    """Exit code; negative: the signal that killed it; None: not ended."""
+    """Exit code; negative: the signal that killed the job; None: not ended."""
     reason: str = ""
-    """Why it ended, where the executor knows more than the console shows."""
+    """Why the job ended, where the executor knows more than the console shows."""
     began: float = 0.0
-    """When its process was started here, seconds since the epoch; a record from before is not its own."""
-    unsaid: bool = False
-    """Whether it ended without saying how: its record is ours, and no tracker knows."""
+    """Start of its process, seconds since the epoch. An older record is of an earlier try."""
+    wrote_no_record: bool = False
+    """Whether the job failed without a record of its own: we wrote it, and no tracker knows of the failure."""
     busy: bool = False
-    """Whether a process of another multirun was found to work in its folder."""
+    """Whether a process of another multirun was last seen at work in the folder."""
 
     @property
     def console(self) -> Path:
-        """What it prints."""
+        """The file that holds what the job prints."""
         return self.folder / "console.log"
 
     @property
     def trainer(self) -> dict[str, Any]:
-        """Its trainer settings, not validated."""
+        """The trainer settings, not validated."""
         given = self.config.get("trainer")
         return given if isinstance(given, dict) else {}
 
     def finished(self) -> bool:
-        """Whether its folder holds exactly this run, and all of the stages it wants. Costs no process of its own."""
+        """Whether the folder holds this run with all stages that the job wants. Starts no process."""
         if self.config.get("force") or self.config.get("plan") or "stage" not in self.config:
             return False
-        record, wanted = read_record(self.folder), self.config["stage"]
-        same = record.get("content") == self.content
+        record, wanted = Record.find(self.folder), self.config["stage"]
         last = "infer" if wanted == "all" else wanted
-        return same and record.get("status") == "completed" and last in record.get("stages", [])
+        return bool(record and record.key == self.key and record.status == "completed" and last in record.stages)
 
     def start(self, ignored: Sequence[signal.Signals] = ()) -> subprocess.Popen[bytes] | None:
-        """Its process; None while another one, perhaps of a multirun that was killed, still works in its folder.
+        """Starts the process, which ignores the signals in `ignored`.
 
-        None with code 0 when that one has ended and left nothing to do. The lock is held by the
-        process itself: the kernel frees it however that process ends. Signals in `ignored` do not reach it.
+        Returns None while another process, perhaps of a multirun that was killed, works in the folder; also when that
+        process has finished the run: `code` is then 0. The process itself holds the lock of the folder, and the kernel
+        frees the lock however the process ends.
         """
 
         def choose_signals() -> None:
@@ -91,16 +90,21 @@ class Job:
                 self.code = 0
                 return None
             self.busy, self.began = False, time.time()
-            around = {k: v for k, v in os.environ.items() if k not in OTHERS and not k.startswith("SLURM_")}
+            around = {k: v for k, v in os.environ.items() if k not in GROUP_VARIABLES and not k.startswith("SLURM_")}
             with self.console.open("wb") as out:
                 return subprocess.Popen(
-                    self.command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                    start_new_session=True, env=around | self.environment, pass_fds=[lock.fileno()],
+                    self.command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    env=around | self.environment,
+                    start_new_session=True,
+                    pass_fds=[lock.fileno()],
                     preexec_fn=choose_signals,
-                )  # fmt: skip
+                )
 
     def last_line(self) -> str:
-        """What it says now: the last line, or state of a progress bar."""
+        """The last line of the console, or the last state of a progress bar."""
         if not self.console.is_file():
             return "starting"
         with self.console.open("rb") as stream:
@@ -110,7 +114,7 @@ class Job:
         return parts[-1][:110] if parts else "starting"
 
     def error(self) -> str:
-        """The message it ended with."""
+        """Why the job failed, as a message."""
         if self.reason:
             return self.reason
         if (self.code or 0) < 0:
@@ -123,43 +127,40 @@ class Job:
         return "\n".join(text.replace("\r", "\n").strip().splitlines()[-3:]) or f"ended with code {self.code}"
 
     def mark_failure(self) -> None:
-        """A job that could not write its own record (killed, out of memory, a wrong setting) still has one."""
-        path, record = self.folder / "record.json", read_record(self.folder)
-        said = record.get("status") == "failed" and path.stat().st_mtime >= self.began
-        if self.code == 0 or (said and not self.reason):
+        """Writes the record of a failed job that could not write it (killed, out of memory, a wrong setting)."""
+        record = Record.find(self.folder)
+        failed = record is not None and record.status == "failed"
+        its_own = failed and (self.folder / FILE).stat().st_mtime >= self.began
+        if self.code == 0 or (its_own and not self.reason):
             return
-        self.unsaid = True
-        known = {name: self.config.get(name) for name in ("stage", "seed")}
-        known |= {name: (self.config.get(name) or {}).get("name") for name in ("defense", "behavior", "model")}
-        known |= {"overrides": self.overrides, "content": self.content, "config": self.config, "metrics": {}}
-        record = {"schema": 1, "run": self.folder.name, **known, **record}
-        record |= {"status": "failed", "error": self.error()}
-        write_atomic(path, json.dumps(record, indent=1, default=str) + "\n")
+        self.wrote_no_record = True
+        record_failure(self.folder, self.error(), self._known())
 
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """What the record of a run folder says; empty without a record that can be read."""
-    try:
-        found = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    def _known(self) -> Record:
+        """A record of what the config says. The config may be wrong, so only names that are text count."""
+        known: dict[str, Any] = {"stage": self.config.get("stage")}
+        for group in ("defense", "behavior", "model"):
+            settings = self.config.get(group)
+            known[group] = settings.get("name") if isinstance(settings, dict) else None
+        known = {name: value for name, value in known.items() if isinstance(value, str)}
+        known |= {"seed": self.config.get("seed"), "key": self.key, "overrides": self.overrides, "config": self.config}
+        return Record.model_validate(known)
 
 
 def this_program() -> str:
-    """PYTHONPATH under which `python -m` finds this very program, from whatever folder."""
+    """PYTHONPATH with which `python -m secvec...` runs this very copy of the package, from any folder."""
     paths = [str(Path(secvec.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     return os.pathsep.join(path for path in paths if path)
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """Kills what an ended job has left in its process group: other ranks wait for it for ever, and hold their GPUs."""
+    """Kills what an ended job left in its process group: the other ranks would wait for ever and hold their GPUs."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
 def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ends processes that still run, with those that they started: first as Ctrl-C does, all at once."""
+    """Ends processes and those that they started, all at the same time: by SIGINT first, then by SIGKILL."""
     for sign, patience in ((signal.SIGINT, STOP_SECONDS), (signal.SIGKILL, 5.0)):
         for process in processes:
             if process.poll() is None:

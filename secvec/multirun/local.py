@@ -1,4 +1,4 @@
-"""Jobs on this machine: as many at once as are asked for, or as its cores, memory and GPUs hold."""
+"""Jobs on this machine: `n_jobs` at once, or as many as its cores, memory and GPUs hold."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import os
 import socket
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 
 import psutil
 
 from secvec.multirun.job import Job, end_group, stop
-from secvec.settings.schema import ProcessSettings
+from secvec.settings.multirun import ProcessSettings
 
 GB = 2**30
 MARGIN = 1.1
-"""Of a job's memory: two jobs do not take the same to the byte."""
+"""Factor on the memory of one job, for what the next one takes more."""
 
 
 class LocalExecutor:
-    """Processes side by side. Each has its share of the cores, its GPUs, and a port for its own process group."""
+    """Runs jobs as processes side by side, each with its share of the cores, its GPUs and a port of its own."""
 
     def __init__(self, settings: ProcessSettings, jobs: Sequence[Job]):
         self.measured = settings.n_jobs == "auto"
@@ -34,7 +35,7 @@ class LocalExecutor:
         self.slots = min(self.slots, len(jobs))
         self.threads = max(1, cores // (self.slots * processes)) if self.slots > 1 else None
         self.need = (settings.memory_gb or 0.0) * GB
-        """Bytes that one job takes: as set, or the most that one which ended well has taken; 0: not known yet."""
+        """Memory of one job in bytes: as set, or the most that a job which ended well took; 0: not known yet."""
         self.running: dict[Job, subprocess.Popen[bytes]] = {}
         self.memory: dict[Job, int] = {}
         self.peak: dict[Job, int] = {}
@@ -73,11 +74,11 @@ class LocalExecutor:
         stop(list(self.running.values()))
 
     def _memory_for_one_more(self) -> bool:
-        """Whether one more fits beside what the running ones may still come to take."""
+        """Whether one more job fits beside the running ones and what they may still take."""
         if not self.measured or not self.running:
             return True
         if not self.need:
-            return False  # the first one shows what a job takes
+            return False  # the first job shows what one takes
         promised = sum(max(0.0, self.need - self.memory.get(job, 0)) for job in self.running)
         return psutil.virtual_memory().available - promised >= MARGIN * self.need
 
@@ -98,7 +99,7 @@ class LocalExecutor:
         return devices if isinstance(devices, int) and devices > 0 else 1
 
     def _free_gpus(self, job: Job) -> list[str]:
-        """Those that the fewest running jobs use, as many as it has processes."""
+        """The GPUs that the fewest running jobs use, one for each process of the job."""
         if job.trainer.get("accelerator") == "cpu":
             return []
         used = [card for other in self.running for card in self.cards[other]]
@@ -116,7 +117,7 @@ class LocalExecutor:
 
 
 def _threads(job: Job) -> int:
-    given = job.trainer.get("num_threads")
+    given = job.config.get("num_threads")
     return given if isinstance(given, int) and given > 0 else 1
 
 
@@ -128,24 +129,15 @@ def visible_gpus() -> list[str]:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
     except FileNotFoundError:
         return []
-    return [str(number) for number, line in enumerate(_gpu_lines(listed)) if line]
-
-
-def _gpu_lines(listed: str) -> list[str]:
-    return [line for line in listed.splitlines() if line.startswith("GPU ")]
+    return [str(number) for number in range(sum(line.startswith("GPU ") for line in listed.splitlines()))]
 
 
 def resident(pid: int) -> int:
     """Bytes of memory that a process and those it started hold; 0 when it is gone."""
     total = 0
-    try:
+    with suppress(psutil.Error):
         root = psutil.Process(pid)
-        family = [root, *root.children(recursive=True)]
-    except psutil.Error:
-        return 0
-    for process in family:
-        try:
-            total += process.memory_info().rss
-        except psutil.Error:
-            continue
+        for process in [root, *root.children(recursive=True)]:
+            with suppress(psutil.Error):
+                total += process.memory_info().rss
     return total

@@ -1,4 +1,4 @@
-"""A multirun from its jobs to their ends: what is finished is left alone, what fails is marked, all of it is shown."""
+"""The loop of a multirun: starts its jobs, marks those that fail, shows the progress, writes the report."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as ProgressBar
 
 from secvec.errors import FailedJobs
 from secvec.multirun.job import Job, this_program
 
 POLL_SECONDS = 0.2
 QUIET_SECONDS = 10.0
-"""Between lines about running jobs where the output is no terminal."""
+"""Time between lines about running jobs where the output is no terminal."""
 
 
 class Executor(Protocol):
     """Where jobs run."""
 
     slots: int
-    """Jobs at once."""
+    """How many jobs may run at once."""
 
     def admit(self, waiting: Sequence[Job]) -> list[Job]:
         """Starts the jobs that there is room for, and returns them."""
@@ -40,31 +41,31 @@ class Executor(Protocol):
 
 
 def run_jobs(jobs: Sequence[Job], executor: Executor) -> None:
-    """Runs what is missing until every job has a code. Jobs that still run when it is left are stopped."""
-    board = Board(jobs, executor.slots)
+    """Runs the jobs without an exit code until all have one. Stops the running jobs when it is interrupted."""
+    progress = Progress(jobs, executor.slots)
     waiting, running = [job for job in jobs if job.code is None], list[Job]()
-    with board.progress:
+    with progress.bar:
         try:
             while waiting or running:
                 for job in executor.admit(waiting):
                     waiting.remove(job)
                     running.append(job)
-                    board.started(job)
+                    progress.started(job)
                 for job in [job for job in waiting if job.code is not None]:  # another multirun has run it
                     waiting.remove(job)
-                    board.ended(job)
-                board.show(running)
+                    progress.ended(job)
+                progress.show(running)
                 time.sleep(POLL_SECONDS)
                 for job in executor.ended():
                     running.remove(job)
                     job.mark_failure()
-                    board.ended(job)
+                    progress.ended(job)
         finally:
             executor.stop()
 
 
 def show_plans(jobs: Sequence[Job]) -> None:
-    """What each job would take, one after the other. Raises FailedJobs for those that could not run."""
+    """Prints the plan of each job. Raises FailedJobs when some could not run."""
     for job in jobs:
         print(f"\n# {job.label}", flush=True)
         job.code = subprocess.run(job.command, check=False).returncode
@@ -73,35 +74,35 @@ def show_plans(jobs: Sequence[Job]) -> None:
 
 
 def report(sweep: Path) -> int:
-    """Writes the report over the records below `sweep` and says where it is, or why not; its exit code."""
+    """Writes the report over the runs in `sweep`, prints where it is, or why there is none. Returns its exit code."""
     if not any(sweep.glob("*/record.json")):
         return 0
     command = [sys.executable, "-m", "secvec.report", str(sweep)]
     return subprocess.run(command, check=False, env=os.environ | {"PYTHONPATH": this_program()}).returncode
 
 
-class Board:
-    """How far a multirun is: done, failed, left, and the time left. A bar, or lines where there is no terminal."""
+class Progress:
+    """Prints how many jobs are done, failed and left, and the time left: a bar on a terminal, lines elsewhere."""
 
     def __init__(self, jobs: Sequence[Job], slots: int):
         self.jobs, self.slots = jobs, slots
         self.console = Console()
         columns = (TextColumn("jobs"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}"))
-        self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
-        self.bar = self.progress.add_task("", total=len(jobs))
+        self.bar = ProgressBar(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.task = self.bar.add_task("", total=len(jobs))
         self.began: dict[Job, float] = {}
         self.seconds: list[float] = []
         """Of the jobs that ended well here."""
-        self.spoken = 0.0
+        self.last_printed = 0.0
         if before := sum(job.code == 0 for job in jobs):
             self.console.print(f"{before} of {len(jobs)} jobs are finished already")
 
     def started(self, job: Job) -> None:
-        """Its time runs."""
+        """Starts the clock of a job."""
         self.began[job] = time.monotonic()
 
     def ended(self, job: Job) -> None:
-        """One line for it."""
+        """Prints one line about a job that ended."""
         if job.code == 0 and job in self.began:
             self.seconds.append(time.monotonic() - self.began[job])
         word = "[green]done[/]" if job.code == 0 else "[red]FAILED[/]"
@@ -110,13 +111,12 @@ class Board:
     def state(self) -> str:
         """`3 done, 1 failed, 2 left, 0:01:20 to go`."""
         done, failed = sum(job.code == 0 for job in self.jobs), sum(bool(job.code) for job in self.jobs)
-        left = len(self.jobs) - done - failed
-        text = f"{done} done, {failed} failed, {left} left"
+        text = f"{done} done, {failed} failed, {len(self.jobs) - done - failed} left"
         seconds = self.seconds_left()
         return text if seconds is None else f"{text}, {timedelta(seconds=seconds)} to go"
 
     def seconds_left(self) -> int | None:
-        """By the mean of the jobs that ended well here; None before the first, and when the rest outlast it."""
+        """Estimated by the mean of the jobs that ended well here; None before the first, and once all outlast it."""
         if not self.seconds:
             return None
         mean, now = sum(self.seconds) / len(self.seconds), time.monotonic()
@@ -125,12 +125,12 @@ class Board:
         return round((mean * len(left) - sum(spent)) / min(self.slots, max(1, len(left)))) or None
 
     def show(self, running: Sequence[Job]) -> None:
-        """What goes on now."""
-        over = sum(job.code is not None for job in self.jobs)
+        """Shows the state, and the last line of each running job."""
         if self.console.is_terminal:
             now = " | ".join(job.last_line() for job in running)
-            self.progress.update(self.bar, completed=over, description=f"{self.state()}  {escape(now)}")
-        elif time.monotonic() - self.spoken > QUIET_SECONDS:
-            self.spoken = time.monotonic()
+            ended = sum(job.code is not None for job in self.jobs)
+            self.bar.update(self.task, completed=ended, description=f"{self.state()}  {escape(now)}")
+        elif time.monotonic() - self.last_printed > QUIET_SECONDS:
+            self.last_printed = time.monotonic()
             for job in running:
                 print(f"[{self.state()}] {job.label}: {job.last_line()}", flush=True)

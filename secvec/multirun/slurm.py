@@ -1,4 +1,4 @@
-"""Jobs in a SLURM queue, by submitit: one array, each job on one node, queued again after pre-emption or time-out."""
+"""Jobs in a SLURM queue, by submitit: one array, each job on one node, requeued after pre-emption or time-out."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 from secvec.errors import ConfigError
 from secvec.multirun.job import Job, stop, this_program
-from secvec.settings.schema import SlurmSettings
+from secvec.settings.multirun import SlurmSettings
 
 WAIT_SECONDS = 0.5
 LEFT_TO_SUBMITIT = (signal.SIGUSR2, signal.SIGTERM)
-"""SLURM sends them to all processes of a job ahead of a time-out or pre-emption; what follows is for submitit."""
+"""SLURM sends them to all processes of a job before a time-out or pre-emption. They are for submitit, not the job."""
 
 
 class Task:
@@ -28,7 +28,7 @@ class Task:
 
     def __call__(self) -> int:
         """Its exit code."""
-        while (process := self.job.start(LEFT_TO_SUBMITIT)) is None:  # queued twice: the other one is at it
+        while (process := self.job.start(LEFT_TO_SUBMITIT)) is None:  # queued twice: the other one works in the folder
             if self.job.code is not None:
                 return self.job.code
             time.sleep(WAIT_SECONDS)
@@ -41,7 +41,7 @@ class Task:
             stop([process])
 
     def checkpoint(self) -> Any:
-        """Called by submitit when the time is up or the node is needed: stops the job, which then goes on."""
+        """Called by submitit when the time is up or the node is needed: stops the job and queues it again."""
         from submitit.helpers import DelayedSubmission
 
         if self.process is not None:
@@ -72,22 +72,18 @@ class SlurmExecutor:
         self.running: dict[Job, Any] = {}
 
     def admit(self, waiting: Sequence[Job]) -> list[Job]:
-        """Submits the jobs that wait, as one array; where there is no queue, as many as may run at once."""
-        free = self.settings.n_jobs - len(self.running) if self._limited and self.settings.n_jobs else len(waiting)
-        chosen = list(waiting[:free])
+        """Submits the waiting jobs as one array; with `cluster=local` only as many as may run at once."""
+        limit = self.settings.n_jobs if self.settings.cluster == "local" else None  # in an array SLURM keeps the limit
+        chosen = list(waiting[: limit - len(self.running)] if limit else waiting)
         if not chosen:
             return []
         for job in chosen:
             job.environment |= {"OMP_NUM_THREADS": str(max(1, self.settings.cpus_per_task // _devices(job)))}
-            job.began = time.time()  # here: what the node notes in its copy does not come back
+            job.began = time.time()  # set here: the job that runs on the node is a copy
         with self.submitit.batch():
             handles = [self.submitit.submit(Task(job)) for job in chosen]
         self.running |= dict(zip(chosen, handles, strict=True))
         return chosen
-
-    @property
-    def _limited(self) -> bool:
-        return self.settings.cluster == "local"  # in an array SLURM itself keeps the number
 
     def ended(self) -> list[Job]:
         """The jobs that ended since the last call, with their codes."""
@@ -97,7 +93,7 @@ class SlurmExecutor:
             try:
                 job.code = handle.result()
             except Exception as error:
-                # the queue ended it: out of time too often, out of memory, cancelled, the node failed
+                # ended by the queue: out of time too often, out of memory, cancelled, a failed node
                 what = str(error).strip().splitlines() or [type(error).__name__]
                 job.code, job.reason = 1, f"SLURM job {handle.job_id} ended as {handle.state}: {what[-1]}"
         return ended
@@ -109,7 +105,7 @@ class SlurmExecutor:
 
 
 def parameters(settings: SlurmSettings, jobs: Sequence[Job]) -> dict[str, Any]:
-    """What submitit is told. Raises ConfigError for jobs that want more GPUs than the node gives."""
+    """The parameters of submitit. Raises ConfigError for jobs that need more GPUs than a node has."""
     wanted = {_devices(job) for job in jobs if job.trainer.get("accelerator") != "cpu"}
     gpus = settings.gpus_per_node if settings.gpus_per_node is not None else max(wanted, default=0)
     if wanted and max(wanted) > gpus:

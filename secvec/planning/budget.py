@@ -1,8 +1,8 @@
-"""The work of a run, stage by stage, before it starts: from its settings, its model's shape and its samples' length."""
+"""The cost of each stage of a run, from its settings, its model's sizes and the length of its samples."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
@@ -10,42 +10,41 @@ from math import ceil
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
-from secvec.config.load import RunConfig
+from secvec.config.schema import RunConfig
 from secvec.data.datamodule import GlobalBatchSampler
 from secvec.errors import ConfigError
-from secvec.evaluation.generation import context_of
-from secvec.models.backbone import ledger, load_tokenizer
+from secvec.models.backbone import context_of, ledger, load_tokenizer
 from secvec.models.tiny import build_tiny
 from secvec.models.vector import attach_new_vector, attach_task
 from secvec.planning import flops as costs
-from secvec.planning.architectures import architecture_of, shape_of
-from secvec.planning.flops import Memory, Shape, forward_flops, training_flops
-from secvec.planning.lengths import Length, at_hand, drawn, measure, tiny_words
+from secvec.planning.architectures import load_architecture, shape_of
+from secvec.planning.flops import Memory, Shape, TrainingStep, forward_flops, training_flops
+from secvec.planning.lengths import Length, draw_samples, is_local, measure, tiny_words
+from secvec.stages import STAGES
+from secvec.stages.align import plan_align
+from secvec.stages.base import Workload
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a stage does, and what it takes on the fullest device."""
+class StageCost:
+    """What a stage computes, and its memory on the fullest device."""
 
     stage: str
+    work: Workload
     memory: Memory
-    trained: int = 0
-    frozen: int = 0
-    samples: int = 0
+    frozen: int
+    samples: int
     steps: int = 0
     tokens: float = 0
-    training: float = 0
-    """FLOPs at the precision of training."""
-    asking: float = 0
-    """FLOPs at the precision of the weights."""
-    decoding: int = 0
-    """Tokens that a device generates one after another."""
-    devices: int = 1
+    training_flops: float = 0  # at the precision of training
+    inference_flops: float = 0  # at the precision of the weights
+    decode_steps: int = 0  # tokens that a device generates one after another
+    devices: int = 1  # that train
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the stages of a run cost."""
+    """The costs of a run's stages."""
 
     config: RunConfig
     shape: Shape
@@ -53,60 +52,61 @@ class Budget:
     parts: Mapping[str, int]
     """Parameters of backbone, vector, task."""
     lengths: Mapping[str, Length]
-    """Of kinds undesired, benign, test."""
+    """By kind: undesired, benign, test."""
     tests: int
     """Held-out prompts of all kinds together."""
-    notes: Sequence[str]
+    note: str
+    """How the lengths were found."""
 
     @classmethod
     def of(cls, config: RunConfig) -> Budget:
-        """Of a run: builds its model without weights, and draws its samples if they need not be fetched."""
-        notes: list[str] = []
-        examples = drawn(config) if at_hand(config) else None
+        """Builds the run's model without weights, and draws its samples if they are on this machine."""
+        examples = draw_samples(config) if is_local(config) else None
         architecture, tokenizer = _skeleton(config, bool(examples))
-        context, streams = context_of(architecture), {stream.kind for stream in config.data.benign}
-        lengths = measure(examples, tokenizer, context, notes)
-        tests = len(examples["test"]) if examples else config.evaluation.num_prompts * (1 + len(streams))
+        context, kinds = context_of(architecture), {stream.kind for stream in config.data.streams}
+        lengths, note = measure(examples, tokenizer, context)
+        tests = len(examples["test"]) if examples else config.evaluation.num_prompts * (1 + len(kinds))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.model.trust_remote_code)
             shape = shape_of(model)
-            _check_layers(config, shape.layers - 1)
+            _check_layers(config, shape.num_layers - 1)
             if config.defense.uses_vector:
                 model = attach_new_vector(model, config.vector, config.vector.dropout)
             if config.tune.lora:
                 model = attach_task(model, config.tune.lora)
         parts = {row.part: row.parameters for row in ledger(model)}
-        return cls(config, shape, context, parts, lengths, tests, notes)
+        return cls(config, shape, context, parts, lengths, tests, note)
 
     @cached_property
     def devices(self) -> int:
-        """In all; `auto` is what is here."""
+        """On all nodes; `auto` counts the GPUs of this machine."""
         trainer = self.config.trainer
         here = 1 if trainer.accelerator == "cpu" else max(1, torch.cuda.device_count())
         return (here if trainer.devices == "auto" else trainer.devices) * trainer.num_nodes
 
     @property
-    def width(self) -> int:
+    def dtype_bytes(self) -> int:
         """Bytes of a weight."""
         return 8 if self.config.trainer.precision == "64-true" else 2 if self.config.model.dtype == "bfloat16" else 4
 
     @property
     def mixed(self) -> bool:
-        """Whether fp32 weights are multiplied as bf16."""
-        return self.config.trainer.precision == "bf16-mixed" and self.width == 4
+        """Whether fp32 weights are multiplied in 16 bits."""
+        return self.config.trainer.precision in ("bf16-mixed", "16-mixed") and self.dtype_bytes == 4
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of the numbers that training multiplies."""
+        return 2 if self.mixed else self.dtype_bytes
 
     @property
     def adapters(self) -> int:
-        """Parameters that are no backbone's."""
+        """Parameters of vector and task LoRA."""
         return sum(n for part, n in self.parts.items() if part != "backbone")
 
     def check(self) -> None:
-        """Raises ConfigError for batches that are too small for the devices, and for answers that do not fit."""
-        config, new = self.config, self.config.evaluation.max_new_tokens
-        if "vector" in config.stages:
-            some = config.vector
-            GlobalBatchSampler([some.num_samples], [some.batch_size], 0, 0, self.devices)
-        GlobalBatchSampler([sum(config.data.counts)], [config.finetune.batch_size], 0, 0, self.devices)
+        """Raises ConfigError for answers that do not fit into the model's context."""
+        new = self.config.evaluation.max_new_tokens
         longest = max((length.longest_prompt for length in self.lengths.values()), default=0)
         if longest + new > self.context or max(length.longest for length in self.lengths.values()) > self.context:
             raise ConfigError(
@@ -114,108 +114,85 @@ class Budget:
                 f"context of {self.context}"
             )
 
-    def works(self) -> list[Work]:
-        """What its stages do, in order, after what comes before them."""
-        aligned = self.align()
-        return [*([aligned] if aligned else []), *(getattr(self, stage)() for stage in self.config.stages)]
+    def stages(self) -> list[StageCost]:
+        """The cost of each stage of the run, in order. Raises ConfigError for batches that the devices cannot share."""
+        planned = {"align (once)": plan_align(self)} | {name: STAGES[name].plan(self) for name in self.config.stages}
+        return [
+            self._training(name, work) if work.trained else self._answers(name, work)
+            for name, work in planned.items()
+            if work
+        ]
 
-    def align(self) -> Work | None:
-        """Teaching the base to refuse: once, on one device, kept for later runs."""
-        align = self.config.model.align
-        if align is None:
-            return None
-        samples = {"undesired": align.num_undesired, "benign": align.num_benign}
-        return self._train("align (once)", self.parts["backbone"], samples, align.epochs, align.batch_size, 1)
+    def _answers(self, name: str, work: Workload) -> StageCost:
+        """The cost of a stage that only answers."""
+        shape = self.shape
+        flops, steps, memory = self._inference(work.prompts)
+        flops += forward_flops(shape.matmul_parameters, work.scored * self.lengths["test"].total)
+        memory = replace(memory, weights=memory.weights + (work.models - 1) * shape.parameters * self.dtype_bytes)
+        frozen = shape.parameters + self.adapters
+        return StageCost(name, work, memory, frozen, self.tests, inference_flops=flops, decode_steps=steps)
 
-    def vector(self) -> Work:
-        """CE on the undesired samples; with a KL term, its rows beside them and again through the bare base."""
-        some, samples = self.config.vector, {"undesired": self.config.vector.num_samples}
-        kl = some.kl_batch_size if some.kl_weight > 0 else 0
-        return self._train(
-            "vector", self.parts["vector"], samples, some.epochs, some.batch_size, self.devices, kl,
-            asked=some.gate.num_prompts + self.tests, adapters=self.parts["vector"],
-        )  # fmt: skip
-
-    def finetune(self) -> Work:
-        """The mixture, and the probes of the telemetry."""
-        config = self.config
-        counts, trained = dict(zip(("undesired", "benign"), config.data.counts, strict=True)), self.parts.get("task")
-        steps_every, passes = config.telemetry.every_n_steps, config.finetune.epochs * config.finetune.cycles
-        return self._train(
-            "finetune", trained or self.parts["backbone"], counts, passes, config.finetune.batch_size,
-            self.devices, probe_every=steps_every, adapters=self.adapters,
-        )  # fmt: skip
-
-    def infer(self) -> Work:
-        """All held-out prompts for base, active and after, the leak probes of the last, and its distance to the base.
-
-        Without a vector, active is after.
-        """
-        some, behavior = self.config.evaluation, self.config.behavior
-        ways = 3 + sum(map(bool, (behavior.eliciting_prompt, behavior.negated_prompt, behavior.answer_prefix)))
-        states = 3 if self.config.defense.uses_vector else 2
-        leaks = min(some.num_leak_prompts, some.num_prompts)
-        asking, decoding, memory = self._ask(states * self.tests + ways * leaks)
-        asking += forward_flops(self.shape.multiplied, 3 * some.num_prompts * self.lengths["test"].whole)
-        memory = replace(memory, weights=memory.weights + self.shape.weights * self.width)  # and the base beside it
-        return Work(
-            "infer", memory, frozen=self.shape.weights + self.adapters, samples=self.tests, asking=asking,
-            decoding=decoding, devices=self.devices,
-        )  # fmt: skip
-
-    def _ask(self, prompts: int) -> tuple[float, int, Memory]:
-        """FLOPs, decoding steps and memory of answers to `prompts` and of the loss on as many references."""
-        some, test = self.config.evaluation, self.lengths["test"]
-        tokens = prompts * (test.prompt + some.max_new_tokens + test.whole)
-        memory = costs.asking_memory(
-            self.shape, adapters=self.adapters, bytes_each=self.width, rows=min(some.batch_size, self.tests),
-            length=max(test.longest_prompt + some.max_new_tokens, test.longest),
-        )  # fmt: skip
-        steps = costs.decode_steps(prompts, self.devices, some.batch_size, some.max_new_tokens)
-        return forward_flops(self.shape.multiplied, tokens), steps, memory
-
-    def _train(
-        self, stage: str, trained: int, samples: Mapping[str, int], epochs: int, batch_size: int, devices: int,
-        kl_batch: int = 0, asked: int = 0, probe_every: int = 0, adapters: int = 0,
-    ) -> Work:  # fmt: skip
-        n, trainer, full = self.shape.multiplied, self.config.trainer, trained >= self.shape.weights
-        recompute, several = self.config.model.gradient_checkpointing, devices > 1
-        total = sum(samples.values())
-        batches = ceil(total / batch_size)
-        steps = ceil(batches / (trainer.accumulate_grad_batches if devices == self.devices else 1)) * epochs
-        main = epochs * sum(count * self.lengths[kind].whole for kind, count in samples.items())
-        kl = epochs * batches * kl_batch * self.lengths["benign"].whole
-        training = training_flops(n, main + kl, all_weights=full, recompute=recompute) + forward_flops(n, kl)
-        if probe_every:
-            training += (steps // probe_every + 2) * self._probe(full, recompute)
-        asking, decoding, _ = self._ask(asked) if asked else (0.0, 0, None)
-        longest = max(self.lengths[kind].longest for kind in [*samples, *["benign"] * bool(kl_batch)])
-        memory = costs.training_memory(
-            self.shape, trained=trained, adapters=adapters, bytes_each=self.width, mixed=self.mixed,
-            recompute=recompute, shards=devices if several and trainer.strategy == "fsdp" else 1,
-            rows=ceil(ceil(total / batches) / devices), kl_rows=ceil(kl_batch / devices), length=longest,
-        )  # fmt: skip
-        frozen = self.shape.weights + adapters - trained
-        return Work(stage, memory, trained, frozen, total, steps, main + kl, training, asking, decoding, devices)
-
-    def _probe(self, full: bool, recompute: bool) -> float:
-        """FLOPs of one probe of the telemetry, with the vector on and, where there is one, off."""
-        n = self.shape.multiplied
-        states = 2 if self.config.defense.uses_vector else 1
-        rows = dict(zip(("undesired", "benign"), self.config.data.counts, strict=True))
-        undesired, benign = (
-            min(self.config.telemetry.num_samples, count) * self.lengths[kind].whole for kind, count in rows.items()
+    def _training(self, name: str, work: Workload) -> StageCost:
+        """The cost of a stage that trains."""
+        n, trainer, devices = self.shape.matmul_parameters, self.config.trainer, 1 if work.alone else self.devices
+        full, recompute = work.trained >= self.shape.parameters, self.config.model.gradient_checkpointing
+        samples = sum(work.samples.values())
+        GlobalBatchSampler([samples], [work.batch_size], 0, 0, devices)  # refuses what the training would
+        batches = ceil(samples / work.batch_size)
+        steps = ceil(batches / (1 if work.alone else trainer.accumulate_grad_batches)) * work.epochs
+        kl_tokens = work.epochs * batches * work.kl_batch_size * self.lengths["benign"].total
+        row_tokens = sum(count * self.lengths[kind].total for kind, count in work.samples.items())
+        tokens = work.epochs * row_tokens + kl_tokens
+        flops = training_flops(n, tokens, full=full, recompute=recompute) + forward_flops(n, kl_tokens)
+        if work.probe_every:
+            flops += (steps // work.probe_every + 2) * self._probe_flops(full)
+        rows, kl_rows = ceil(ceil(samples / batches) / devices), ceil(work.kl_batch_size / devices)
+        step = TrainingStep(
+            trained=work.trained,
+            adapters=work.adapters,
+            dtype_bytes=self.dtype_bytes,
+            rows=rows,
+            length=max(self.lengths[kind].longest for kind in [*work.samples, *["benign"] * bool(kl_rows)]),
+            kl_rows=kl_rows,
+            mixed=self.mixed,
+            recompute=recompute,
+            shards=devices if trainer.strategy == "fsdp" else 1,
         )
-        gradient = training_flops(n, undesired, all_weights=full, recompute=recompute)
+        memory, inference = costs.training_memory(self.shape, step), self._inference(work.prompts)[:2]
+        frozen = self.shape.parameters + work.adapters - work.trained
+        return StageCost(name, work, memory, frozen, samples, steps, tokens, flops, *inference, devices)
+
+    @property
+    def mixture(self) -> dict[str, int]:
+        """Fine-tuning samples by kind."""
+        return dict(zip(("undesired", "benign"), self.config.data.counts, strict=True))
+
+    def _inference(self, prompts: int) -> tuple[float, int, Memory]:
+        """FLOPs, decoding steps and memory of the answers to `prompts`, and of the loss on as many references."""
+        evaluation, test, new = self.config.evaluation, self.lengths["test"], self.config.evaluation.max_new_tokens
+        rows, length = min(evaluation.batch_size, self.tests), max(test.longest_prompt + new, test.longest)
+        memory = costs.inference_memory(self.shape, self.adapters, self.dtype_bytes, rows, length)
+        steps = costs.decode_steps(prompts, self.devices, evaluation.batch_size, new)
+        tokens = prompts * (test.prompt + new + test.total)
+        return forward_flops(self.shape.matmul_parameters, tokens), steps, memory
+
+    def _probe_flops(self, full: bool) -> float:
+        """FLOPs of one probe of the telemetry: with the vector on and, where there is one, off."""
+        n, states = self.shape.matmul_parameters, 2 if self.config.defense.uses_vector else 1
+        undesired, benign = (
+            min(self.config.telemetry.num_samples, count) * self.lengths[kind].total
+            for kind, count in self.mixture.items()
+        )
+        gradient = training_flops(n, undesired, full=full, recompute=self.config.model.gradient_checkpointing)
         return states * (gradient + forward_flops(n, benign))
 
 
-def _skeleton(config: RunConfig, drawable: bool) -> tuple[PretrainedConfig, PreTrainedTokenizerBase | None]:
+def _skeleton(config: RunConfig, local_data: bool) -> tuple[PretrainedConfig, PreTrainedTokenizerBase | None]:
     """The model's architecture, and its tokenizer where that is on this machine."""
     if config.model.name_or_path is None:
-        tiny, tokenizer = build_tiny(tiny_words(config) if drawable else [], 0)
+        tiny, tokenizer = build_tiny(tiny_words(config) if local_data else [], 0)
         return tiny.config, tokenizer
-    architecture, folder = architecture_of(config.model)
+    architecture, folder = load_architecture(config.model)
     return architecture, load_tokenizer(folder, config.model.trust_remote_code) if folder else None
 
 

@@ -1,15 +1,16 @@
-"""What training and asking a transformer costs: pure formulas over counts of weights and tokens."""
+"""FLOPs, memory and time of training and inference: formulas over counts of parameters and tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 
-LOGIT_BYTES = 16
-"""Per logit in training: bf16 and fp32 values, log-probabilities, and the gradients of both."""
+TRAIN_LOGIT_BYTES = 16
+"""Per logit in training: values in bf16 and fp32, log-probabilities, and the gradients of both."""
 KL_LOGIT_BYTES = 32
 """Per logit of a KL row: those of the base too."""
-ASK_LOGIT_BYTES = 8
+EVAL_LOGIT_BYTES = 8
 """Per logit of the loss on held-out samples: the values and an fp32 copy."""
 
 
@@ -19,7 +20,7 @@ class Gpu:
 
     memory: float
     bandwidth: float
-    tflops: dict[int, float]
+    tflops: Mapping[int, float]
 
 
 GPUS = {
@@ -31,19 +32,15 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """What the formulas need to know of a model. Counts are of numbers, not bytes."""
+    """Sizes of a causal LM: numbers, not bytes."""
 
-    weights: int
-    """All of the backbone's."""
-    multiplied: int
-    """Those in matrix products: without the input embedding, unless it is the output head too."""
-    layer: int
-    """Of one transformer layer."""
-    layers: int
-    hidden: int
-    cache: int
-    """Keys and values of one token in all layers."""
-    vocabulary: int
+    parameters: int
+    matmul_parameters: int  # without the input embedding, unless it is the output head too
+    layer_parameters: int  # of one transformer layer
+    num_layers: int
+    hidden_size: int
+    kv_size: int  # keys and values of one token in all layers
+    vocab_size: int
 
 
 @dataclass(frozen=True)
@@ -58,63 +55,73 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All at once: an upper bound, since not every peak comes at the same moment."""
+        """The sum. An upper bound: the peaks do not all come at the same moment."""
         return self.weights + self.gradients + self.optimizer + self.copies + self.activations
 
 
-def training_flops(weights: int, tokens: float, *, all_weights: bool, recompute: bool) -> float:
-    """Forward 2 and gradient of the activations 2 per weight and token (Kaplan et al., arXiv 2001.08361).
+@dataclass(frozen=True)
+class TrainingStep:
+    """One forward and backward pass on one device."""
 
-    Gradients of the weights cost 2 more where they are trained; a frozen backbone under a LoRA has none. Gradient
-    checkpointing (`recompute`) repeats the forward pass.
+    trained: int  # parameters that get gradients
+    adapters: int  # parameters of vector and task LoRA
+    dtype_bytes: int  # of a weight
+    rows: int
+    length: int  # tokens of the longest row
+    kl_rows: int = 0
+    mixed: bool = False  # bf16-mixed: fp32 weights, products in bf16
+    recompute: bool = False  # gradient checkpointing
+    shards: int = 1  # devices that share weights, gradients and moments
+
+
+def training_flops(parameters: int, tokens: float, *, full: bool, recompute: bool) -> float:
+    """Per parameter and token 2 forward, 2 for gradients of activations (Kaplan et al., arXiv 2001.08361).
+
+    `full` training costs 2 more, for gradients of the weights; `recompute` (gradient checkpointing) a forward pass.
     """
-    return (4 + 2 * all_weights + 2 * recompute) * weights * tokens
+    return (4 + 2 * full + 2 * recompute) * parameters * tokens
 
 
-def forward_flops(weights: int, tokens: float) -> float:
-    """2 per weight and token."""
-    return 2 * weights * tokens
+def forward_flops(parameters: int, tokens: float) -> float:
+    """2 per parameter and token."""
+    return 2 * parameters * tokens
 
 
-def training_memory(
-    shape: Shape, *, trained: int, adapters: int, bytes_each: int, mixed: bool, recompute: bool, shards: int,
-    rows: int, length: int, kl_rows: int = 0,
-) -> Memory:  # fmt: skip
-    """Of a stage that trains `trained` weights on `rows` (and `kl_rows`) rows of `length` tokens a device and pass.
+def training_memory(shape: Shape, step: TrainingStep) -> Memory:
+    """Memory of a training step.
 
-    AdamW keeps two moments in the weights' own type: 8 bytes per fp32 weight, 16 in all with weight and gradient.
-    FSDP (`shards` > 1) divides all three, and holds two layers and all that is in no layer whole. bf16-mixed keeps a
-    bf16 copy of every multiplied weight until the backward pass. Activations: 34 bytes per token, layer and channel in
-    16 bits without the attention matrix, or 2 and one layer in whole when recomputed (Korthikanti et al., arXiv
-    2205.05198).
+    AdamW keeps two moments in the type of the weights: with weight and gradient 16 bytes per fp32 parameter. FSDP
+    divides all of them, but holds two layers, and what is in no layer, whole. bf16-mixed keeps a bf16 copy of every
+    multiplied weight until the backward pass. Activations in 16 bits, without the attention matrix: 34 bytes per token,
+    layer and channel; recomputed, 2 and one whole layer (Korthikanti et al., arXiv 2205.05198).
     """
-    stored = shape.weights + adapters
-    outside = shape.weights - shape.layers * shape.layer
-    whole = (outside + 2 * shape.layer) if shards > 1 else 0
-    full = trained >= shape.weights
-    copied = shape.multiplied if full or not recompute else shape.layer
-    tokens, wide = (rows + kl_rows) * length, 1 if mixed or bytes_each == 2 else 2
-    per_channel = 2 * shape.layers + 34 if recompute else 34 * shape.layers
-    logits = (LOGIT_BYTES * rows + KL_LOGIT_BYTES * kl_rows) * length * shape.vocabulary
+    outside = shape.parameters - shape.num_layers * shape.layer_parameters
+    whole = outside + 2 * shape.layer_parameters if step.shards > 1 else 0
+    full = step.trained >= shape.parameters
+    copied = shape.matmul_parameters if full or not step.recompute else shape.layer_parameters
+    bytes_per_channel = 2 * shape.num_layers + 34 if step.recompute else 34 * shape.num_layers
+    half = step.mixed or step.dtype_bytes == 2
+    tokens = (step.rows + step.kl_rows) * step.length
+    logits = (TRAIN_LOGIT_BYTES * step.rows + KL_LOGIT_BYTES * step.kl_rows) * step.length * shape.vocab_size
     return Memory(
-        weights=(stored / shards + whole) * bytes_each,
-        gradients=trained / shards * bytes_each,
-        optimizer=2 * trained / shards * bytes_each,
-        copies=2 * copied if mixed and bytes_each > 2 else 0,
-        activations=per_channel * wide * tokens * shape.hidden + logits,
+        weights=((shape.parameters + step.adapters) / step.shards + whole) * step.dtype_bytes,
+        gradients=step.trained / step.shards * step.dtype_bytes,
+        optimizer=2 * step.trained / step.shards * step.dtype_bytes,
+        copies=2 * copied if step.mixed and step.dtype_bytes > 2 else 0,
+        activations=bytes_per_channel * (1 if half else 2) * tokens * shape.hidden_size + logits,
     )
 
 
-def asking_memory(shape: Shape, *, adapters: int, bytes_each: int, rows: int, length: int) -> Memory:
-    """Of generation and of the loss on held-out samples, whichever is larger; the model is whole on every device."""
-    cache = shape.cache * bytes_each * rows * length
-    logits = ASK_LOGIT_BYTES * rows * length * shape.vocabulary
-    return Memory(weights=(shape.weights + adapters) * bytes_each, activations=max(cache, logits))
+def inference_memory(shape: Shape, adapters: int, dtype_bytes: int, rows: int, length: int) -> Memory:
+    """Memory of generation or of held-out losses, whichever takes more; every device has the whole model."""
+    kv_cache = shape.kv_size * dtype_bytes * rows * length
+    logits = EVAL_LOGIT_BYTES * rows * length * shape.vocab_size
+    return Memory(weights=(shape.parameters + adapters) * dtype_bytes, activations=max(kv_cache, logits))
 
 
-def checkpoint_bytes(trained: int, bytes_each: int) -> int:
-    """What is trained and its two moments; the frozen rest is not in it."""
-    return 3 * trained * bytes_each
+def checkpoint_bytes(trained: int, dtype_bytes: int) -> int:
+    """The trained weights and their two moments; frozen weights are not saved."""
+    return 3 * trained * dtype_bytes
 
 
 def decode_steps(prompts: int, devices: int, batch_size: int, new_tokens: int) -> int:
@@ -122,7 +129,11 @@ def decode_steps(prompts: int, devices: int, batch_size: int, new_tokens: int) -
     return ceil(ceil(prompts / devices) / batch_size) * new_tokens
 
 
-def seconds(gpu: Gpu, devices: int, mfu: float, flops: dict[int, float], steps: int, weight_bytes: float) -> float:
-    """Arithmetic at `mfu` of the peak (`flops` by bytes of a number), and reading all weights for every new token."""
-    arithmetic = sum(some / (gpu.tflops[width] * 1e12) for width, some in flops.items()) / (devices * mfu)
-    return arithmetic + steps * weight_bytes / (gpu.bandwidth * 1e9)
+def compute_seconds(gpu: Gpu, flops: float, dtype_bytes: int, devices: int, mfu: float) -> float:
+    """Time of `flops` at the share `mfu` of the peak of all devices."""
+    return flops / (gpu.tflops[dtype_bytes] * 1e12) / (devices * mfu)
+
+
+def decode_seconds(gpu: Gpu, steps: int, weight_bytes: float) -> float:
+    """Time of `steps` new tokens, for each of which all weights are read once."""
+    return steps * weight_bytes / (gpu.bandwidth * 1e9)

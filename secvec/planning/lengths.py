@@ -1,103 +1,93 @@
-"""How long a run's samples are, in tokens: drawn and counted where they are at hand, assumed where they are not."""
+"""Token counts of a run's samples: counted where the data are on this machine, else assumed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
+from statistics import fmean
 
 from transformers import PreTrainedTokenizerBase
 
-from secvec.config.load import RunConfig
-from secvec.data.draw import check_disjoint
+from secvec.config.schema import RunConfig
+from secvec.data.datamodule import SecVecDataModule
 from secvec.data.encode import encode
 from secvec.data.example import Example
 from secvec.data.hub import HubData
 from secvec.stages.align import align_examples, tiny_texts, tiny_unaligned
-from secvec.stages.base import test_sets
-from secvec.stages.finetune import mixtures
-from secvec.stages.vector import vector_samples
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 128, 256
-"""Of a sample whose data are not at hand."""
+"""Assumed where the data are not on this machine."""
 CHARACTERS_PER_TOKEN = 4
-"""Where the tokenizer is not at hand."""
+"""Assumed where the tokenizer is not."""
 
 Examples = Mapping[str, Sequence[Example]]
 
 
 @dataclass(frozen=True)
 class Length:
-    """Tokens of a kind of sample: mean prompt and response, the longest sample and the longest prompt."""
+    """Tokens of one kind of sample."""
 
-    prompt: float
-    response: float
-    longest: int
+    prompt: float  # mean
+    response: float  # mean
+    longest: int  # prompt and response
     longest_prompt: int
 
     @property
-    def whole(self) -> float:
-        """Prompt and response."""
+    def total(self) -> float:
+        """Mean of prompt and response together."""
         return self.prompt + self.response
 
 
-def at_hand(config: RunConfig) -> bool:
-    """Whether no stream has to be fetched first."""
-    streams = [s for s in (config.behavior, *config.data.benign) if isinstance(s, HubData)]
+def is_local(config: RunConfig) -> bool:
+    """Whether all data are on this machine."""
+    streams = [s for s in (config.behavior, *config.data.streams) if isinstance(s, HubData)]
     return all(stream.local_path is not None and stream.local_path.exists() for stream in streams)
 
 
-def drawn(config: RunConfig) -> dict[str, list[Example]]:
+def draw_samples(config: RunConfig) -> dict[str, list[Example]]:
     """The samples that the run would draw, by kind; raises DataError as the run would."""
-    cycles = mixtures(config)
-    undesired = [example for samples in cycles for example in samples["undesired"]]
-    others = [example for samples in cycles for example in samples["benign"]]
+    data = SecVecDataModule.of(config)
+    undesired = [example for mixture in data.mixtures for example in mixture["undesired"]]
+    benign = [example for mixture in data.mixtures for example in mixture["benign"]]
     if "vector" in config.stages:
-        samples, kl = vector_samples(config)
-        held_out = config.vector_behavior.examples("validation", config.vector.gate.num_prompts, config.seed)
-        undesired += [*samples, *held_out]
-        others += kl
-    tests = [example for some in test_sets(config).values() for example in some]
-    check_disjoint([*undesired, *others], tests)
-    return {"undesired": undesired, "benign": others, "test": tests}
+        undesired += [*data.vector_samples["undesired"], *data.held_out]
+        benign += data.vector_samples["kl"]
+    data.check_disjoint([*undesired, *benign])
+    tests = [example for examples in data.tests.values() for example in examples]
+    return {"undesired": undesired, "benign": benign, "test": tests}
 
 
 def tiny_words(config: RunConfig) -> list[str]:
-    """What the tiny model's tokenizer is made of."""
+    """The texts for the tiny model's tokenizer."""
     align = config.model.align
     if align is None:
         raise tiny_unaligned()
-    return tiny_texts(config, align_examples(config, align), align.seed)
+    return tiny_texts(config, align, align_examples(config, align))
 
 
 def measure(
-    examples: Examples | None, tokenizer: PreTrainedTokenizerBase | None, context: int, notes: list[str]
-) -> dict[str, Length]:
-    """Tokens by kind: counted, or from characters, or assumed; raises DataError for a sample that does not fit."""
+    examples: Examples | None, tokenizer: PreTrainedTokenizerBase | None, context: int
+) -> tuple[dict[str, Length], str]:
+    """Tokens by kind, and a note that says how they were found. Raises DataError for a sample longer than `context`."""
     if examples is None:
-        notes.append(f"data are not at hand: {PROMPT_TOKENS} tokens of prompt and {RESPONSE_TOKENS} of response")
+        note = f"data are not at hand: {PROMPT_TOKENS} tokens of prompt and {RESPONSE_TOKENS} of response"
         assumed = Length(PROMPT_TOKENS, RESPONSE_TOKENS, PROMPT_TOKENS + RESPONSE_TOKENS, PROMPT_TOKENS)
-        return dict.fromkeys(("undesired", "benign", "test"), assumed)
-    notes.append(
-        "tokens are those of the run's own samples" if tokenizer
-        else f"the tokenizer is not at hand: {CHARACTERS_PER_TOKEN} characters of the run's own samples make a token"
-    )  # fmt: skip
-    return {kind: _length(_sizes(some, tokenizer, context)) for kind, some in examples.items()}
+        return dict.fromkeys(("undesired", "benign", "test"), assumed), note
+    note = "tokens are those of the run's own samples"
+    if tokenizer is None:
+        note = f"the tokenizer is not at hand: {CHARACTERS_PER_TOKEN} characters of the run's own samples make a token"
+    return {kind: _length(samples, tokenizer, context) for kind, samples in examples.items()}, note
 
 
-def _sizes(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase | None, context: int
-) -> list[tuple[int, int]]:
-    """(prompt, response) in tokens."""
+def _length(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase | None, context: int) -> Length:
+    if not examples:
+        return Length(0, 0, 0, 0)
     if tokenizer is not None:
         rows = encode(examples, tokenizer, context)
-        return [(row.num_prompt, len(row.input_ids) - row.num_prompt) for row in rows]
-    texts = [(sum(len(text) for _, text in e.messages), len(e.response)) for e in examples]
-    return [(ceil(p / CHARACTERS_PER_TOKEN), ceil(r / CHARACTERS_PER_TOKEN)) for p, r in texts]
-
-
-def _length(sizes: Sequence[tuple[int, int]]) -> Length:
-    n = max(1, len(sizes))
-    prompts, responses = [p for p, _ in sizes], [r for _, r in sizes]
-    longest = max((p + r for p, r in sizes), default=0)
-    return Length(sum(prompts) / n, sum(responses) / n, longest, max(prompts, default=0))
+        sizes = [(row.num_prompt, len(row.input_ids) - row.num_prompt) for row in rows]
+    else:
+        texts = [(sum(len(text) for _, text in e.messages), len(e.response)) for e in examples]
+        sizes = [(ceil(p / CHARACTERS_PER_TOKEN), ceil(r / CHARACTERS_PER_TOKEN)) for p, r in texts]
+    prompts, responses = zip(*sizes, strict=True)
+    return Length(fmean(prompts), fmean(responses), max(map(sum, sizes)), max(prompts))

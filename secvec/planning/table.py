@@ -1,24 +1,25 @@
-"""`python train.py +plan=true ...`: whether a run can start and what it costs, without its weights; writes nothing.
+"""`python train.py +plan=true ...` checks a run and estimates its cost, without loading weights or writing anything.
 
-What is wrong raises the error that the run would end with. The numbers are estimates; what they assume is printed.
+Raises the errors that the run would end with. What the estimates assume is printed with them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import astuple
 
-from secvec.config.load import RunConfig
-from secvec.planning.budget import Budget, Work
-from secvec.planning.flops import GPUS, Gpu, checkpoint_bytes, seconds
+from secvec.config.schema import RunConfig
+from secvec.planning.budget import Budget, StageCost
+from secvec.planning.flops import GPUS, Gpu, checkpoint_bytes, compute_seconds, decode_seconds
 from secvec.runs.console import table
 
 MFU = 0.4
-"""Share of a GPU's peak that the arithmetic reaches."""
+"""Assumed model FLOPs utilisation: share of a GPU's peak."""
 FITS = 0.9
 """Share of a GPU's memory that may be planned for."""
 
 ASSUMPTIONS = f"""assumed:
-  - {{notes}}
+  - {{note}}
   - FLOPs: per token and multiplied weight 2 forward, 2 for gradients of activations, 2 for those of trained weights
     (arXiv 2001.08361), 2 more with gradient checkpointing; without attention scores, adapters, padding, and what a
     defense's loss adds. The KL term adds a forward pass of the base; align's gate and a judge model are not counted
@@ -32,16 +33,16 @@ ASSUMPTIONS = f"""assumed:
 
 
 def plan(config: RunConfig) -> str:
-    """The tables. Raises a SecVecError for what would stop the run and can be seen from here."""
+    """The tables as text. Raises the SecVecError that would stop the run, as far as it can be known beforehand."""
     budget = Budget.of(config)
     budget.check()
-    works = budget.works()
-    sheets = ", ".join(f"{name} {gpu.tflops[_width(budget)]:g} TFLOP/s" for name, gpu in GPUS.items())
+    costs = budget.stages()
+    sheets = ", ".join(f"{name} {gpu.tflops[budget.compute_bytes]:g} TFLOP/s" for name, gpu in GPUS.items())
     return "\n\n".join(
         [
             f"plan: {config.model.name}, {' -> '.join(config.stages)}, {budget.devices} x {_trainer(config)}",
-            *(_stages(works), _memory(works), _gpus(budget, works), _disk(budget, works)),
-            ASSUMPTIONS.format(notes="\n  - ".join(budget.notes), peaks=sheets),
+            *(_stages(costs), _memory(costs), _gpus(budget, costs), _disk(budget, costs)),
+            ASSUMPTIONS.format(note=budget.note, peaks=sheets),
         ]
     )
 
@@ -51,56 +52,46 @@ def _trainer(config: RunConfig) -> str:
     return f"{config.trainer.accelerator} ({config.trainer.strategy}, {config.trainer.precision}{checkpointing})"
 
 
-def _stages(works: Sequence[Work]) -> str:
-    rows = [
-        [w.stage, f"{w.trained:,}", f"{w.frozen:,}", f"{w.samples:,}", f"{w.steps:,}", f"{w.tokens:,.0f}",
-         f"{w.training:.2e}", f"{w.asking:.2e}"]
-        for w in works
-    ]  # fmt: skip
+def _stages(costs: Sequence[StageCost]) -> str:
     header = ["stage", "trainable", "frozen", "samples", "steps", "tokens", "FLOPs", "FLOPs (answers)"]
+    rows = []
+    for cost in costs:
+        counts = [f"{n:,.0f}" for n in (cost.work.trained, cost.frozen, cost.samples, cost.steps, cost.tokens)]
+        rows.append([cost.stage, *counts, f"{cost.training_flops:.2e}", f"{cost.inference_flops:.2e}"])
     return table("stages", header, rows)
 
 
-def _memory(works: Sequence[Work]) -> str:
-    rows = [
-        [w.stage, *map(size, (m.weights, m.gradients, m.optimizer, m.copies, m.activations, m.total))]
-        for w, m in ((work, work.memory) for work in works)
-    ]
+def _memory(costs: Sequence[StageCost]) -> str:
     header = ["stage", "weights", "gradients", "AdamW", "bf16 copies", "activations", "total"]
+    rows = [[c.stage, *map(size, (*astuple(c.memory), c.memory.total))] for c in costs]
     return table("memory per device", header, rows)
 
 
-def _gpus(budget: Budget, works: Sequence[Work]) -> str:
+def _gpus(budget: Budget, costs: Sequence[StageCost]) -> str:
     rows = []
     for name, gpu in GPUS.items():
-        spent = [_seconds(budget, work, gpu) for work in works]
-        fits = all(work.memory.total <= FITS * gpu.memory * 1e9 for work in works)
+        spent = [_seconds(budget, cost, gpu) for cost in costs]
+        fits = all(cost.memory.total <= FITS * gpu.memory * 1e9 for cost in costs)
         rows.append([name, "yes" if fits else "no", *map(duration, spent), duration(sum(spent))])
-    return table("time by GPU", ["GPU", "fits", *(work.stage for work in works), "total"], rows)
+    return table("time by GPU", ["GPU", "fits", *(cost.stage for cost in costs), "total"], rows)
 
 
-def _seconds(budget: Budget, work: Work, gpu: Gpu) -> float:
-    at_weights = {budget.width: work.asking}
-    train = seconds(gpu, work.devices, MFU, {_width(budget): work.training}, 0, 0)
-    return train + seconds(gpu, budget.devices, MFU, at_weights, work.decoding, budget.parts["backbone"] * budget.width)
+def _seconds(budget: Budget, cost: StageCost, gpu: Gpu) -> float:
+    training = compute_seconds(gpu, cost.training_flops, budget.compute_bytes, cost.devices, MFU)
+    inference = compute_seconds(gpu, cost.inference_flops, budget.dtype_bytes, budget.devices, MFU)
+    return training + inference + decode_seconds(gpu, cost.decode_steps, budget.parts["backbone"] * budget.dtype_bytes)
 
 
-def _width(budget: Budget) -> int:
-    """Bytes of the numbers that training multiplies."""
-    return 2 if budget.mixed else budget.width
-
-
-def _disk(budget: Budget, works: Sequence[Work]) -> str:
-    width, parts = budget.width, budget.parts
-    rows = [[f"{work.stage}: checkpoint while it runs", size(checkpoint_bytes(work.trained, width))] for work in works]
-    rows = [row for row, work in zip(rows, works, strict=True) if work.trained]
-    kept = {work.stage.split()[0] for work in works}
-    vector = size(2 * parts.get("vector", 0) * width)
-    rows += [["vector (in the run folder, and in the cache)", vector]] * ("vector" in kept)
-    rows += [["task", size(parts.get("task", 0) * width)]] * ("finetune" in kept and "task" in parts)
-    rows += [["aligned base (in the cache)", size(parts["backbone"] * width)]] * ("align" in kept)
-    rows += [["backbone", size(parts["backbone"] * width)]] * ("finetune" in kept)
+def _disk(budget: Budget, costs: Sequence[StageCost]) -> str:
+    width, parts = budget.dtype_bytes, budget.parts
+    sizes = {
+        f"{c.stage}: checkpoint while it runs": checkpoint_bytes(c.work.trained, width) for c in costs if c.work.trained
+    }
+    for part in ("vector", "task", "backbone"):
+        for what, copies in (cost.work.saved[part] for cost in costs if part in cost.work.saved and part in parts):
+            sizes[what] = copies * parts[part] * width
     host = parts["backbone"] * width * budget.devices / budget.config.trainer.num_nodes
+    rows = [[what, size(count)] for what, count in sizes.items()]
     return table("disk", ["what", "size"], rows) + f"\n  memory of each host while models are loaded: {size(host)}"
 
 

@@ -90,19 +90,19 @@ class Sweep:
     def reading(self) -> str:
         """What the figure shows, holds and leaves out, in words."""
         over = " and ".join(axis.key for axis in self.axes)
-        said = [f"Over {over}; every point is one configuration, a mean over its seeds alone."]
+        sentences = [f"Over {over}; every point is one configuration, a mean over its seeds alone."]
         if len(self.facets) > 1:
-            said.append("Each panel holds the other settings fixed at what its title says; none is averaged over.")
+            sentences.append("Each panel holds the other settings fixed at what its title says; none is averaged over.")
         if len(self.facets) > MOST_PANELS:
-            said.append(
+            sentences.append(
                 f"The page draws the first {MOST_PANELS} of {len(self.facets)} panels in the order of their settings; "
                 "`python -m secvec.report DIR --figures DIR` writes all of them."
             )
-        return " ".join(said)
+        return " ".join(sentences)
 
 
 def axes(comparison: Comparison) -> tuple[Axis, ...]:
-    """The settings that tell the groups apart, each with the values that occur."""
+    """The settings in which the groups differ, each with the values that occur."""
     found = []
     for index, key in enumerate(comparison.keys):
         values = {group.values[index] for group in comparison.groups} - {""}

@@ -1,4 +1,4 @@
-"""Which figures there are: in the page one SVG for each panel, so that a phone can stack them; in files whole."""
+"""The figures of a report: in the page one SVG for each panel, so that a phone can stack them; in files whole."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from secvec.metrics import METRICS
 from secvec.report.axes import MOST_PANELS, Facet, Sweep
 from secvec.report.figures.bars import bars_figure
-from secvec.report.figures.curves import GroupCurves, loss_figure
-from secvec.report.figures.headline import headline_figure
+from secvec.report.figures.curves import GroupCurves, groups_with, loss_figure, rates_figure
+from secvec.report.figures.headline import headline_figure, headline_names
 from secvec.report.figures.heatmap import heatmap_figure
 from secvec.report.figures.lines import lines_figure
 from secvec.report.figures.pareto import SAFETY, UTILITY, pareto_figure
@@ -27,58 +27,90 @@ if TYPE_CHECKING:
 
 SWEPT = ("behavior_rate", "task_accuracy", "refusal_rate")
 STALENESS = "behavior_loss"  # with the vector on, on the backbone as it is after fine-tuning
-STALE = "Behavior loss after fine-tuning, vector on"
 FEWEST_POINTS = 3  # fewer make no front
+ONE_PLOT = {"lines": lines_figure, "points": scattered_figure, "bars": bars_figure}
+"""Kinds of sweep with all defenses in one plot."""
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure to be: the name of its file, what it shows in words, and how it is drawn."""
+    """A figure that is not drawn yet: the name of its file, a description, and the function that draws it."""
 
     name: str
     about: str
     draw: Callable[[], Figure]
-    metric: str = ""  # its label, where the figure shows one
+    heading: str = ""
+    """What several drawings of a section have in common, as their metric."""
+
+
+def headline(shown: Comparison, whole: bool) -> list[Drawing]:
+    """Rates of each column: in one figure (`whole`), or in one for each metric."""
+    names = headline_names(shown) if shown.groups else []
+    if whole:
+        return [Drawing("headline", "Rates of each column", partial(headline_figure, shown, names))] if names else []
+    about = "of each column with its interval; the values are in the results table"
+    return [
+        Drawing(f"headline-{name}", f"{METRICS[name].label} {about}", partial(headline_figure, shown, [name]))
+        for name in names
+    ]
+
+
+def curves(groups: Sequence[Group], found: GroupCurves, whole: bool) -> tuple[list[Drawing], list[Drawing]]:
+    """Over the steps of fine-tuning: losses, and rates. One figure each (`whole`), or one for each group."""
+    kinds: list[list[Drawing]] = []
+    for name, prefix, about, figure in (
+        ("losses", "telemetry/", "Loss over fine-tuning steps", loss_figure),
+        ("during", "during/", "Behavior and task over fine-tuning steps", rates_figure),
+    ):
+        measured = groups_with(found, prefix)
+        kinds.append([
+            Drawing(name if whole else f"{name}-{part[0]}", f"{about}, {groups[part[0]].label}",
+                    partial(figure, groups, found, part), groups[part[0]].label)
+            for part in ([measured] if whole else [[index] for index in measured]) if part
+        ])  # fmt: skip
+    return kinds[0], kinds[1]
 
 
 def swept(sweep: Sweep | None, whole: bool) -> Iterator[Drawing]:
-    """Each of `SWEPT` that was measured: `whole` with all panels in one figure, else each panel of the page alone."""
+    """Each of `SWEPT` that was measured: `whole` with all panels in one figure, else each panel of the page alone.
+
+    Over one number also the loss of the vector on the fine-tuned backbone: whether it still fits the backbone that it
+    helped to train.
+    """
     if sweep is None:
         return
     together = MOST_PANELS if whole else 1
     facets = sweep.facets if whole else sweep.facets[:MOST_PANELS]
-    lots = [facets[start : start + together] for start in range(0, len(facets), together)]
+    parts = [facets[start : start + together] for start in range(0, len(facets), together)]
+    numbered = [(f"-{number}" if len(parts) > 1 else "", part) for number, part in enumerate(parts)]
     for name in SWEPT:
-        if any(group.estimate(name) for facet in sweep.facets for group in facet.groups):
-            for number, lot in enumerate(lots):
-                yield from _panels(sweep, lot, name, whole, f"-{number}" if len(lots) > 1 else "")
-    for number, lot in enumerate(lots if sweep.kind == "lines" else ()):
-        yield from _staleness(sweep, lot, f"-{number}" if len(lots) > 1 else "")
+        if _measured(sweep.facets, name):
+            for number, part in numbered:
+                yield from _panels(sweep, part, name, whole, number)
+    for number, part in numbered if sweep.kind == "lines" else ():
+        if _measured(part, STALENESS, "active"):
+            about = _about("Loss of the vector on the fine-tuned backbone", sweep, part)
+            draw = partial(lines_figure, sweep, part, STALENESS, "active")
+            heading = "Behavior loss after fine-tuning, vector on"
+            yield Drawing(f"sweep-{STALENESS}-vector_on{number}", about, draw, heading)
+
+
+def _measured(facets: Sequence[Facet], name: str, phase: str = "after") -> bool:
+    return any(group.estimate(name, phase) for facet in facets for group in facet.groups)
 
 
 def _panels(sweep: Sweep, facets: Sequence[Facet], name: str, whole: bool, number: str) -> Iterator[Drawing]:
-    about, called = _about(METRICS[name].label, sweep, facets), f"sweep-{name}{number}"
-    if sweep.kind == "lines":
-        yield Drawing(called, about, partial(lines_figure, sweep, facets, name), METRICS[name].label)
-    elif sweep.kind == "points":
-        yield Drawing(called, about, partial(scattered_figure, sweep, facets, name), METRICS[name].label)
-    elif sweep.kind == "bars":
-        yield Drawing(called, about, partial(bars_figure, sweep, facets, name), METRICS[name].label)
+    label = METRICS[name].label
+    about, file = _about(label, sweep, facets), f"sweep-{name}{number}"
+    if sweep.kind != "heatmap":
+        yield Drawing(file, about, partial(ONE_PLOT[sweep.kind], sweep, facets, name), label)
     elif whole:
-        yield Drawing(called, about, partial(heatmap_figure, sweep, facets, name, sweep.defenses))
+        yield Drawing(file, about, partial(heatmap_figure, sweep, facets, name, sweep.defenses), label)
     else:
         for place, defense in enumerate(sweep.defenses):
             if any(group.defense == defense for facet in facets for group in facet.groups):
                 draw = partial(heatmap_figure, sweep, facets, name, [defense])
-                yield Drawing(f"{called}-{place}", f"{about}, {defense}", draw, METRICS[name].label)
-
-
-def _staleness(sweep: Sweep, facets: Sequence[Facet], number: str) -> Iterator[Drawing]:
-    """Whether the vector still fits the backbone that it helped to train; only lines can hold what is no rate."""
-    if any(group.estimate(STALENESS, "active") for facet in facets for group in facet.groups):
-        about = _about("Loss of the vector on the fine-tuned backbone", sweep, facets)
-        draw = partial(lines_figure, sweep, facets, STALENESS, "active")
-        yield Drawing(f"sweep-{STALENESS}-vector_on{number}", about, draw, STALE)
+                yield Drawing(f"{file}-{place}", f"{about}, {defense}", draw, label)
 
 
 def _about(what: str, sweep: Sweep, facets: Sequence[Facet]) -> str:
@@ -87,35 +119,28 @@ def _about(what: str, sweep: Sweep, facets: Sequence[Facet]) -> str:
 
 
 def scatters(comparison: Comparison) -> list[Drawing]:
-    """Safety against utility, one figure for each behavior and model: between them no point beats another."""
-    defenses = _defenses(comparison)
-    found = _of_each_scope(comparison, lambda group: bool(group.estimate(SAFETY) and group.estimate(UTILITY)))
+    """Task accuracy over behavior rate, with the Pareto front: one figure for each behavior and model."""
+    found = _scopes(comparison, lambda group: bool(group.estimate(SAFETY) and group.estimate(UTILITY)))
     return [
-        Drawing(f"pareto{n}", f"Safety and utility{about}", partial(pareto_figure, groups, [base], defenses, title))
+        Drawing(f"pareto{n}", f"Safety and utility{about}",
+                partial(pareto_figure, groups, [base], comparison.defenses, title))
         for n, about, groups, base, title in found
-    ]
+    ]  # fmt: skip
 
 
 def protection(comparison: Comparison) -> list[Drawing]:
-    """What got through against the vector's loss and against the deactivation gap, for each behavior and model."""
-    made, defenses = [], _defenses(comparison)
-    for name in MEASURES:
-        for number, about, groups, _, title in _of_each_scope(comparison, partial(measured, name=name)):
-            told = f"Behavior rate over {METRICS[name].label.lower()} of the vector{about}"
-            draw = partial(protection_figure, groups, name, defenses, title)
-            made.append(Drawing(f"protection-{name}{number}", told, draw))
-    return made
+    """Behavior rate over the vector's loss and over the deactivation gap, for each behavior and model."""
+    return [
+        Drawing(f"protection-{name}{n}", f"Behavior rate over {METRICS[name].label.lower()} of the vector{about}",
+                partial(protection_figure, groups, name, comparison.defenses, title))
+        for name in MEASURES
+        for n, about, groups, _, title in _scopes(comparison, partial(measured, name=name))
+    ]  # fmt: skip
 
 
-def _defenses(comparison: Comparison) -> list[str]:
-    return list(dict.fromkeys(group.defense for group in comparison.groups))
-
-
-def _of_each_scope(
-    comparison: Comparison, has: Callable[[Group], bool]
-) -> list[tuple[str, str, list[Group], Group, str]]:
-    """For each behavior and model with enough groups that have what is drawn: the number in the file's name, what to
-    say after a caption, the groups, the base, the title; number and words are empty where there is one scope."""
+def _scopes(comparison: Comparison, has: Callable[[Group], bool]) -> list[tuple[str, str, list[Group], Group, str]]:
+    """For each behavior and model with enough groups that have what is drawn: the number in the file's name, what
+    follows a caption, the groups, their base, the title. Number and caption are empty where there is one scope."""
     found = []
     for number, base in enumerate(comparison.bases):
         groups = [group for group in comparison.groups if group.scope == base.scope and has(group)]
@@ -125,20 +150,11 @@ def _of_each_scope(
     return found if len(found) != 1 else [("", *found[0][1:])]
 
 
-def save_all(
-    shown: Comparison, comparison: Comparison, sweep: Sweep | None, curves: GroupCurves, folder: Path
-) -> list[Path]:
-    """Write every figure as .svg and .png; the paths of those there was data for. `curves` belong to `shown`."""
-    drawings: list[Drawing] = []
-    if shown.groups:
-        drawings.append(Drawing("headline", "", lambda: headline_figure(shown)))
-    drawn = [index for index in range(len(shown.groups)) if curves.get(index)]
-    if drawn:
-        drawings.append(Drawing("losses", "", lambda: loss_figure(shown.groups, curves, drawn)))
-    drawings += [*swept(sweep, whole=True), *scatters(comparison), *protection(comparison)]
+def save_all(drawings: Sequence[Drawing], folder: Path) -> list[Path]:
+    """Writes every figure as .svg and .png; the paths. Figures of an earlier report in `folder` are removed."""
     for stale in folder.glob("*"):
-        if re.fullmatch(r"(headline|losses|sweep-.*|pareto.*|protection.*)\.(svg|png)", stale.name):
-            stale.unlink()  # a figure of an earlier report over other records would stand beside the new ones
+        if re.fullmatch(r"(headline|losses|during|sweep-.*|pareto.*|protection.*)\.(svg|png)", stale.name):
+            stale.unlink()
     written = []
     for drawing in drawings:
         figure = drawing.draw()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
-from secvec.metrics import Metric
-from secvec.report.records import Reading
+from secvec.metrics import Measurement, Metric
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,16 +22,16 @@ class Estimate:
     kind: str
 
 
-def estimate(readings: Iterable[tuple[int, Reading]], metric: Metric) -> Estimate | None:
-    """The estimate from `(seed, reading)` pairs; readings that share a seed are averaged first; None without any."""
+def estimate(measured: Iterable[tuple[int, Measurement]], metric: Metric) -> Estimate | None:
+    """The estimate from `(seed, measurement)` pairs; those that share a seed are averaged first; None without any."""
     from scipy.special import stdtrit
 
-    pairs = list(readings)
+    pairs = list(measured)
     if not pairs:
         return None
     seeds = sorted({seed for seed, _ in pairs})
-    means = [_mean([r.value for s, r in pairs if s == seed]) for seed in seeds]
-    mean, count = _mean(means), len(means)
+    means = [fmean(m.value for s, m in pairs if s == seed) for seed in seeds]
+    mean, count = fmean(means), len(means)
     spread = math.sqrt(sum((value - mean) ** 2 for value in means) / (count - 1)) if count > 1 else 0.0
     if spread > 1e-12:
         half = float(stdtrit(count - 1, 0.975)) * spread / math.sqrt(count)
@@ -39,12 +39,12 @@ def estimate(readings: Iterable[tuple[int, Reading]], metric: Metric) -> Estimat
     else:
         # One seed has no spread to measure; seeds that agree exactly would give an interval without width, which
         # claims more than e.g. three times 0 of 100 can tell. Both take the interval over prompts.
-        lows = [r.low for _, r in pairs if r.low is not None]
-        highs = [r.high for _, r in pairs if r.high is not None]
+        lows = [m.ci_low for _, m in pairs if m.ci_low is not None]
+        highs = [m.ci_high for _, m in pairs if m.ci_high is not None]
         known = len(lows) == len(highs) == len(pairs)
         low, high, kind = (min(lows), max(highs), "own") if known else (mean, mean, "none")
     floor, ceiling = metric.bounds
-    counts = [r.n for _, r in pairs if r.n is not None]
+    counts = [m.n for _, m in pairs if m.over_prompts]
     prompts = (min(counts), max(counts)) if counts else None
     low, high = min(max(low, floor), ceiling), max(min(high, ceiling), floor)
     return Estimate(mean, low, high, tuple(zip(seeds, means, strict=True)), prompts, kind)
@@ -68,7 +68,3 @@ def _rank(e: Estimate, metric: Metric) -> tuple[float, float, float]:
         nearest = 0.0 if e.low <= 0 <= e.high else min(abs(e.low), abs(e.high))
         return abs(e.mean), nearest, max(abs(e.low), abs(e.high))
     return e.mean, e.low, e.high
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)

@@ -11,7 +11,7 @@ from pathlib import Path
 from secvec.report import markdown
 from secvec.report.groups import Comparison, plain
 from secvec.report.records import Run
-from secvec.report.tables import Cell, Table, folder_of
+from secvec.report.tables import Cell, Section, Table, folder_of
 from secvec.runs.files import write_atomic
 
 _SPECIAL = {
@@ -24,32 +24,32 @@ _SPECIAL = {
 
 def runs_csv(runs: Sequence[Run], comparison: Comparison, root: Path) -> str:
     """All runs, one line each: what they are, the settings that vary, every metric with its interval and n."""
-    names = sorted({name for run in runs for name in run.record.get("metrics") or {}})
+    names = sorted({name for run in runs for name in run.record.metrics})
     values = {id(run): group.values for group in comparison.groups for run in group.runs}
     about = ("status", "stage", "defense", "behavior", "model", "tune", "seed", "commit", "dirty", "created", "error")
     keys = [(index, key) for index, key in enumerate(comparison.keys) if key not in about]
     head = ["run", "folder", *about, *(key for _, key in keys)]
     head += [f"{name}{part}" for name in names for part in ("", " low", " high", " n")]
-    buffer = io.StringIO()
-    out = csv.writer(buffer, lineterminator="\n")
-    out.writerow(head)
+    lines: list[list[object]] = [list(head)]
     for run in runs:
         mine = values.get(id(run))
-        line: list[object] = [run.name, folder_of(run, root), *(run.record.get(name) for name in about)]
+        line: list[object] = [run.name, folder_of(run, root), *(getattr(run.record, name) for name in about)]
         line += [plain(mine[index]) if mine and mine[index] else "" for index, _ in keys]
         for name in names:
-            found = run.reading(name)
-            line += [found.value, found.low, found.high, found.n] if found else ["", "", "", ""]
-        out.writerow(["" if value is None else value for value in line])
-    return buffer.getvalue()
+            found = run.measurement(name)
+            n = found.n if found and found.over_prompts else None
+            line += [found.value, found.ci_low, found.ci_high, n] if found else [None] * 4
+        lines.append(line)  # None is an empty cell
+    return _csv(lines)
 
 
-def save_tables(tables: Mapping[str, tuple[str, str, Table]], folder: Path) -> list[Path]:
-    """Write each table, given as name -> (title, head of its first column, table), in the three forms; the paths."""
+def save_tables(sections: Mapping[str, Section], folder: Path) -> list[Path]:
+    """Write the table of each section, by the name of its file, in the three forms; the paths."""
     written = []
-    for name, (title, corner, table) in tables.items():
-        texts = {".csv": tidy(table), ".tex": latex(table, corner, title),
-                 ".md": "\n".join(markdown.table(table, corner))}  # fmt: skip
+    for name, section in sections.items():
+        table = section.table
+        texts = {".csv": tidy(table), ".tex": latex(table, section.corner, section.caption or section.title),
+                 ".md": "\n".join(markdown.table(table, section.corner))}  # fmt: skip
         for suffix, text in texts.items():
             path = folder / f"{name}{suffix}"
             path.unlink(missing_ok=True)
@@ -61,18 +61,20 @@ def save_tables(tables: Mapping[str, tuple[str, str, Table]], folder: Path) -> l
 
 def tidy(table: Table) -> str:
     """One line for each cell, as programs for statistics like it; values are rounded as shown (report.csv: in full)."""
-    buffer = io.StringIO()
-    out = csv.writer(buffer, lineterminator="\n")
-    out.writerow(["section", "row", "column", "value", "low", "high", "count", "interval_over", "mark"])
+    lines = [["section", "row", "column", "value", "low", "high", "count", "interval_over", "mark"]]
     for title, rows in table.sections:
         for row in rows:
             for column, c in zip(table.columns, row.cells, strict=True):
                 low, _, high = c.interval.strip("[]").partition(", ")
                 over = ("prompts" if c.own else "seeds") if c.interval else ""
                 mark = ", ".join(filter(None, ["best" * c.best, c.mark]))
-                out.writerow(
-                    [title, f"{row.label} {row.arrow}".strip(), column, c.value, low, high, c.count, over, mark]
-                )
+                lines.append([title, row.title, column, c.value, low, high, c.count, over, mark])
+    return _csv(lines)
+
+
+def _csv(lines: Iterable[Sequence[object]]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(lines)
     return buffer.getvalue()
 
 
@@ -83,7 +85,7 @@ def latex(table: Table, corner: str, title: str) -> str:
     for section, rows in table.sections:
         lines.append("\\midrule")
         lines += [f"\\multicolumn{{{len(table.columns) + 1}}}{{l}}{{\\textit{{{tex(section)}}}}} \\\\"] * bool(section)
-        lines += [_line([f"{row.label} {row.arrow}".strip()], map(_cell, row.cells)) for row in rows]
+        lines += [_line([row.title], map(_cell, row.cells)) for row in rows]
     lines += ["\\bottomrule", "\\end{tabular}"]
     lines += [f"\\par\\footnotesize {tex(markdown.DAGGER)}"] * table.footnote
     return "\n".join([*lines, "\\end{table}", ""])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
 
-from secvec.metrics import BARE, VECTOR_ONLY, metric_of, qualified
+from secvec.metrics import OF_RUN, VECTOR_ONLY, metric_of, qualified
 from secvec.report.estimate import Estimate, estimate
 from secvec.report.records import Run
 
@@ -45,7 +45,7 @@ class Group:
     @property
     def scope(self) -> tuple[str, str]:
         """Behavior and model: base values and floors may be compared only within one scope."""
-        return self.runs[0].field("behavior"), self.runs[0].model
+        return self.runs[0].record.behavior, self.runs[0].model
 
     @cached_property
     def setting(self) -> dict[str, str]:
@@ -59,28 +59,39 @@ class Group:
 
     def estimate(self, name: str, phase: str | None = None) -> Estimate | None:
         """The mean over seeds of metric `name` in `phase` (default: the group's own)."""
-        asked = name, phase or self.phase
-        if asked not in self._estimates:
-            self._estimates[asked] = self._measure(*asked)
-        return self._estimates[asked]
+        key = name, phase or self.phase
+        if key not in self._estimates:
+            self._estimates[key] = self._measure(*key)
+        return self._estimates[key]
 
     def _measure(self, name: str, phase: str) -> Estimate | None:
-        if phase == "base" and name in BARE:
+        if phase == "base" and name in OF_RUN:
             return None
         if not self.has_vector and (phase in WITH_VECTOR or name in VECTOR_ONLY):
             return None  # what is recorded compares the model with itself
         key = qualified(phase, name)
-        found = ((run.seed, run.reading(key)) for run in self.runs)
-        return estimate(((seed, reading) for seed, reading in found if reading is not None), metric_of(name))
+        metric = metric_of(name)
+        pairs = [(run.seed, found) for run in self.runs if (found := run.measurement(key))]
+        return estimate(pairs, metric) if metric else None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Base columns (one for each behavior and model), groups, and the settings that tell the groups apart."""
+    """Base columns (one for each behavior and model), groups, and the settings in which the groups differ."""
 
     bases: tuple[Group, ...]
     groups: tuple[Group, ...]
     keys: tuple[str, ...]
+
+    @property
+    def columns(self) -> tuple[Group, ...]:
+        """The columns of the tables: bases, then groups."""
+        return *self.bases, *self.groups
+
+    @property
+    def defenses(self) -> list[str]:
+        """In the order of the groups: `none` first."""
+        return list(dict.fromkeys(group.defense for group in self.groups))
 
     def floor(self, group: Group) -> Estimate | None:
         """Behavior loss that fine-tuning without a defense reaches on the same behavior and model, nats/token."""
@@ -88,9 +99,9 @@ class Comparison:
         return Group("floor", runs).estimate("behavior_loss") if runs else None
 
 
-def compare(runs: Iterable[Run | Mapping[str, Any]]) -> Comparison:
+def compare(runs: Iterable[Run]) -> Comparison:
     """Group the completed runs; failed ones are left out."""
-    done = [r for r in (r if isinstance(r, Run) else Run(r) for r in runs) if r.completed]
+    done = [run for run in runs if run.completed]
     settings = {id(run): _settings(run) for run in done}
     keys = _telling_keys(done, settings)
     names = {key: key.rsplit(".", 1)[-1] for key in keys}
@@ -102,8 +113,8 @@ def compare(runs: Iterable[Run | Mapping[str, Any]]) -> Comparison:
     order = sorted(parts, key=lambda part: (part[0] != "none", part[0], *map(sortable, part[1:])))
     groups = []
     for part in order:
-        told = [f"{short[key]}={plain(value)}" for key, value in zip(keys, part[1:], strict=True) if value]
-        groups.append(Group(" · ".join([part[0], *told]), tuple(parts[part]), values=part[1:]))
+        settings_shown = [f"{short[key]}={plain(value)}" for key, value in zip(keys, part[1:], strict=True) if value]
+        groups.append(Group(" · ".join([part[0], *settings_shown]), tuple(parts[part]), values=part[1:]))
 
     scopes = list(dict.fromkeys(group.scope for group in groups))
     varying = [i for i in range(2) if len({scope[i] for scope in scopes}) > 1]
@@ -117,9 +128,9 @@ def compare(runs: Iterable[Run | Mapping[str, Any]]) -> Comparison:
 def _telling_keys(runs: Sequence[Run], settings: Mapping[int, Mapping[str, str]]) -> tuple[str, ...]:
     """Fewest settings that split the runs of a defense as finely as all settings do; the user's overrides first.
 
-    A key that says nothing beyond the defense and the keys already taken does not refine the split: it is left out.
+    A key that does not refine the split by the defense and the keys before it is left out.
     """
-    chosen = {str(o).lstrip("+~").split("=", 1)[0] for run in runs for o in run.record.get("overrides") or []}
+    chosen = {o.lstrip("+~").split("=", 1)[0] for run in runs for o in run.record.overrides}
     chosen = {key.rpartition("@")[2] for key in chosen}  # GROUP@PLACE=...: what is at the place
     every = {key for of_run in settings.values() for key in of_run}
     # An override of a whole node (scheduler=linear) names the node's choice.
@@ -143,7 +154,7 @@ def _ignored(name: str) -> bool:
 
 def _settings(run: Run) -> dict[str, str]:
     """Top-level fields and the flattened config as JSON texts, without what is ignored."""
-    flat = {name: json.dumps(run.record[name]) for name in _FIELDS if run.record.get(name) is not None}
+    flat = {name: json.dumps(getattr(run.record, name)) for name in _FIELDS}
 
     def walk(node: Mapping[str, Any], before: str) -> None:
         for name, value in node.items():
@@ -152,6 +163,8 @@ def _settings(run: Run) -> dict[str, str]:
                 value = {str(number): item for number, item in enumerate(value)}  # as on the command line
             if key == "vector.path" and isinstance(value, str):
                 flat[key] = json.dumps(_vector_of(value))
+            elif key == "vector" and (run.record.config.get("defense") or {}).get("uses_vector") is False:
+                continue  # the settings of a vector that the defense does not use
             elif key == "seed" or _ignored(name):  # another seed (model.align.seed) makes another configuration
                 continue
             elif isinstance(value, Mapping) and value:
@@ -159,7 +172,7 @@ def _settings(run: Run) -> dict[str, str]:
             elif key not in flat:
                 flat[key] = _encode(value)
 
-    walk(run.record.get("config") or {}, "")
+    walk(run.record.config, "")
     return flat
 
 

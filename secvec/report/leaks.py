@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from secvec.metrics import METRICS
-from secvec.report.estimate import Estimate
 from secvec.report.groups import Comparison
 from secvec.report.tables import Row, Table, cell
 
@@ -21,30 +18,20 @@ def leak_table(comparison: Comparison) -> Table:
 
     Where the behavior names a desired trait, that one too, in a section of its own.
     """
-    columns = (*comparison.bases, *comparison.groups)
-    found = _by_way(comparison, "leak")
-    worst = [max((e.mean for e in column if e), default=0.0) for column in zip(*found.values(), strict=True)]
-    leaks = []
-    for way, estimates in found.items():
-        marks = ["worst" if e and e.mean == top > 0 else "" for e, top in zip(estimates, worst, strict=True)]
-        leaks.append(_row(way, "leak_rate", estimates, marks))
-    desired = [
-        _row(way, "desired_rate", some, [""] * len(some)) for way, some in _by_way(comparison, "desired").items()
-    ]
+    leaks, desired = _rows(comparison, "leak", mark=True), _rows(comparison, "desired")
     sections = [("", leaks), ("Desired trait, asked in the same ways", desired)]
-    return Table([column.label for column in columns], [(title, rows) for title, rows in sections if rows])
+    return Table([column.label for column in comparison.columns], [section for section in sections if section[1]])
 
 
-def _by_way(comparison: Comparison, head: str) -> dict[str, list[Estimate | None]]:
-    """Way of asking -> the rate `head`/WAY of each column."""
-    columns = (*comparison.bases, *comparison.groups)
-    names = dict.fromkeys(
-        key.partition("/")[2]
-        for column in columns for run in column.runs for key in run.record.get("metrics") or {} if f"/{head}/" in key
-    )  # fmt: skip
-    return {name.removeprefix(f"{head}/"): [column.estimate(name) for column in columns] for name in names}
-
-
-def _row(way: str, name: str, estimates: Sequence[Estimate | None], marks: Sequence[str]) -> Row:
-    metric = METRICS[name]
-    return Row(way, [cell(e, metric, mark=mark) for e, mark in zip(estimates, marks, strict=True)], metric.arrow)
+def _rows(comparison: Comparison, kind: str, mark: bool = False) -> list[Row]:
+    """A row for each way of asking for which some column has the rate `kind`/WAY; `mark` names each column's worst."""
+    metric, columns = METRICS[f"{kind}_rate"], comparison.columns
+    recorded = (name for column in columns for run in column.runs for name in run.record.metrics)
+    ways = dict.fromkeys(name.partition(f"/{kind}/")[2] for name in recorded if f"/{kind}/" in name)
+    found = {way: [column.estimate(f"{kind}/{way}") for column in columns] for way in ways}
+    worst = [max((e.mean for e in column if e), default=0.0) for column in zip(*found.values(), strict=True)]
+    rows = []
+    for way, estimates in found.items():
+        marks = ["worst" if mark and e and e.mean == top > 0 else "" for e, top in zip(estimates, worst, strict=True)]
+        rows.append(Row(way, [cell(e, metric, mark=m) for e, m in zip(estimates, marks, strict=True)], metric.arrow))
+    return rows

@@ -31,7 +31,7 @@ def table(data: Table, corner: str, about: bool = False) -> list[str]:
             rows.append([f"**{escape(title)}**", *[""] * len(data.columns)])
         for line in lines:
             cells = [f"**{escape(c.text)}**" if c.best else escape(c.text) for c in line.cells]
-            label = f"{line.label} {line.arrow}".strip() + (f" ({line.about})" if about and line.about else "")
+            label = line.title + (f" ({line.about})" if about and line.about else "")
             rows.append([escape(label), *cells])
     out = grid([corner, *map(escape, data.columns)], rows)
     out += [DAGGER, ""] if data.footnote else []
@@ -67,20 +67,14 @@ def render(page: dict[str, Any]) -> str:
     out += [escape(page["shown_note"]), ""] if page["shown_note"] else []
     if page["failures"]:
         out += ["## Runs that failed", ""]
-        rows = [[escape(run.name), run.field("status"), escape(why)] for run, why in page["failures"]]
+        rows = [[escape(run.name), run.record.status, escape(why)] for run, why in page["failures"]]
         out += grid(["Run", "Status", "Error"], rows)
         out += [escape(page["failures_left_out"]), ""] if page["failures_left_out"] else []
-    out += (
-        ["## Results", "", escape(page["reading"]), "", *table(page["main"], page["corner"])] if page["groups"] else []
-    )
-    if page["worst"].sections:
-        out += ["## Worst case", "", escape(page["worst_reading"]), "", *table(page["worst"], "Defense")]
-    if page["paired"].sections:
-        out += ["## Paired differences", "", escape(page["paired_reading"]), "", *table(page["paired"], "Metric")]
-    if page["leaks"].sections:
-        out += ["## Leak probes", "", escape(page["leaks_reading"]), "", *table(page["leaks"], "Probe")]
-    if page["mechanism"].sections:
-        out += ["## Mechanism", "", *table(page["mechanism"], "Measurement")]
+    if page["groups"]:
+        out += ["## Results", "", escape(page["reading"]), "", *table(page["main"], page["corner"])]
+    for section in page["sections"].values():
+        out += [f"## {section.title}", "", *([escape(section.reading), ""] if section.reading else [])]
+        out += table(section.table, section.corner)
     out += ["Figures: in report.html; `python -m secvec.report DIR --figures DIR` writes them as files.", ""]
     out += ["## Answers", "", escape(page["answers"]), "", *samples(page["samples"])] if page["groups"] else []
     out += ["## Runs", "", *table(page["runs"], "Run folder", about=True)]

@@ -1,17 +1,22 @@
-"""Paired differences: two defenses on the same prompts of the same seeds, so that "better" is a tested claim."""
+"""Paired differences: two defenses on the same prompts of the same seeds, so that "better" is a tested claim.
+
+McNemar's exact test is `scipy.stats.binomtest`. Two steps are written out: Holm's correction, five lines, is in
+statsmodels and not in SciPy, and statsmodels would be one more dependency; `scipy.stats.bootstrap` draws every pair by
+itself and takes 14 times as long at 400 pairs a seed. A test compares the two.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from secvec.metrics import METRICS
 from secvec.report.groups import Comparison, Group
-from secvec.report.records import load_predictions, number
+from secvec.report.records import load_predictions
 from secvec.report.tables import Cell, Row, Table, main_rows
 
 ALPHA, DRAWS, SEED = 0.05, 10_000, 0
@@ -28,23 +33,12 @@ READING = (
 
 Key = tuple[int, str, str]  # seed, id, prompt: under one id another prompt is no pair
 Outcomes = dict[str, dict[Key, float]]  # metric -> prompt -> what its answer counts
-COUNTED: dict[str, tuple[str, Callable[[Mapping[str, Any]], float | None]]] = {
-    "behavior_rate": ("undesired", lambda row: row["verdict"] == "behavior"),
-    "behavior_rate_plus": ("undesired", lambda row: row["verdict"] == "behavior" or row.get("coherent") is False),
-    "behavior_score": ("undesired", lambda row: number(row.get("score"))),
-    "refusal_rate": ("undesired", lambda row: row["verdict"] == "refusal"),
-    "wanted_rate": ("undesired", lambda row: row["verdict"] in ("refusal", "wanted")),
-    "over_refusal_rate": ("look_alike", lambda row: row["verdict"] == "refusal"),
-    "desired_rate": ("undesired", lambda row: row.get("desired")),
-    "task_accuracy": ("task", lambda row: row["verdict"] == "correct"),
-    "retained_accuracy": ("ordinary", lambda row: row["verdict"] == "correct"),
-}
-"""Metric to the stream it is measured on, and what an answer counts (None: nothing)."""
+TESTED = [name for name, metric in METRICS.items() if metric.counts and metric.stream and name != "unparsable_rate"]
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A metric's mean difference; in `higher` and `lower` of the `pairs` the defense's answer counts more, or less."""
+    """Mean difference of a metric; `higher` and `lower` number the pairs where the defense counts more, or less."""
 
     name: str
     mean: float
@@ -56,7 +50,7 @@ class Difference:
 
     @property
     def p(self) -> float:
-        """Of the exact test."""
+        """p value of the exact test."""
         return mcnemar(self.higher, self.lower)
 
     def claim(self, holm: float) -> str:
@@ -69,14 +63,14 @@ class Difference:
 
 
 def mcnemar(higher: int, lower: int) -> float:
-    """Two-sided exact p value from the numbers of discordant pairs; 1 without any."""
+    """McNemar's exact two-sided p value from the numbers of discordant pairs; 1 without any."""
     from scipy.stats import binomtest
 
     return float(binomtest(higher, higher + lower).pvalue) if higher + lower else 1.0
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """The p values corrected for their number by Holm's step-down method, in the order given."""
+    """p values corrected by Holm's step-down method (Holm 1979), in the order given."""
     adjusted, worst = [0.0] * len(values), 0.0
     for rank, index in enumerate(sorted(range(len(values)), key=values.__getitem__)):
         worst = max(worst, min(1.0, (len(values) - rank) * values[index]))
@@ -85,12 +79,12 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def bootstrap(by_seed: Sequence[Sequence[float]]) -> tuple[float, float] | None:
-    """95 % percentile interval of the mean of seed means, pairs drawn anew within each seed; None if nothing varies."""
+    """95 % percentile interval of the mean of seed means; pairs are drawn within each seed. None if nothing varies."""
     if all(len(set(values)) < 2 for values in by_seed):
         return None
     rng, means = np.random.default_rng(SEED), np.zeros(DRAWS)
     for differences in by_seed:
-        # How often each distinct difference is drawn: the same as drawing pairs, in less memory.
+        # A draw of n pairs is a multinomial draw of how often each distinct difference occurs.
         values, counts = np.unique(differences, return_counts=True)
         means += rng.multinomial(len(differences), counts / len(differences), DRAWS) @ values / len(differences)
     low, high = np.quantile(means / len(by_seed), (0.025, 0.975))
@@ -98,15 +92,13 @@ def bootstrap(by_seed: Sequence[Sequence[float]]) -> tuple[float, float] | None:
 
 
 def outcomes(group: Group) -> Outcomes:
-    """What the answers of a group count after fine-tuning; of runs that repeat a seed the first one's."""
+    """What each answer of a group counts after fine-tuning. Where runs repeat a seed, the first one's answers."""
     found: Outcomes = {}
     for run in group.runs:
         for row in load_predictions(run)[0]:
-            if row.get("phase") != "after" or row.get("verdict") in (None, "unparsable"):
-                continue
             key = (run.seed, str(row.get("id")), str(row.get("prompt")))
-            for name, (stream, count) in COUNTED.items():
-                if row.get("stream") == stream and (value := count(row)) is not None:
+            for name in TESTED if row.get("phase") == "after" else ():
+                if (value := METRICS[name].count(row)) is not None:
                     found.setdefault(name, {}).setdefault(key, float(value))
     return found
 
@@ -136,7 +128,7 @@ def contrasts(comparison: Comparison) -> Iterator[tuple[Group, Group]]:
 
 
 def reading(comparison: Comparison) -> str:
-    """How the table is to be read, and how many contrasts it leaves out."""
+    """Explains the table, and says how many contrasts it leaves out."""
     count = sum(1 for _ in contrasts(comparison))
     chosen = (
         f" Tested are the first {MOST} of {count:,} contrasts in the order of their settings, as many of every "
@@ -147,17 +139,17 @@ def reading(comparison: Comparison) -> str:
 
 def _tested(pairs: Sequence[tuple[Group, Group]]) -> list[tuple[Group, Group]]:
     """The first contrasts of every defense in turn, until there are `MOST`; in the order given."""
-    turns: dict[str, int] = {}
+    turns: Counter[str] = Counter()
     ranked = []
     for index, (group, _) in enumerate(pairs):
-        turns[group.defense] = turns.get(group.defense, 0) + 1
+        turns[group.defense] += 1
         ranked.append((turns[group.defense], index))
     return [pairs[index] for index in sorted(index for _, index in sorted(ranked)[:MOST])]
 
 
 def paired_table(comparison: Comparison) -> Table:
     """One section for each contrast, one row for each metric of the main table; no section without shared prompts."""
-    names = [name for name in main_rows(comparison) if name in COUNTED]
+    names = [name for name in main_rows(comparison) if name in TESTED]
     pairs = _tested(list(contrasts(comparison)))
     counted = {label: outcomes(group) for label, group in {g.label: g for pair in pairs for g in pair}.items()}
     found: list[tuple[str, list[Difference]]] = []

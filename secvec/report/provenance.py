@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from secvec.report.groups import Comparison
 from secvec.report.records import Run
+from secvec.runs.record import UNKNOWN
 
 
 def provenance(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """(name, value) pairs over all runs; differing values are all named."""
-    commits = [run.field("commit")[:12] + (" (uncommitted changes)" if run.record.get("dirty") else "") for run in runs]
-    created = sorted(run.field("created", "") for run in runs if run.record.get("created"))
+    commits = [(run.record.commit or UNKNOWN)[:12] + " (uncommitted changes)" * run.record.dirty for run in runs]
+    created = sorted(run.record.created for run in runs if run.record.created)
     seeds = sorted({run.seed for run in runs if run.completed})
     done = sum(run.completed for run in runs)
-    lines = [
+    return [
         ("Runs", f"{done} completed" + (f", {len(runs) - done} not completed" if done < len(runs) else "")),
-        ("Behavior", _distinct(run.field("behavior") for run in runs)),
+        ("Behavior", _distinct(run.record.behavior for run in runs)),
         ("Model", _distinct(run.model for run in runs)),
-        ("Tuning", _distinct(run.field("tune") for run in runs)),
+        ("Tuning", _distinct(run.record.tune for run in runs)),
         ("Seeds", f"{len(seeds)} ({', '.join(map(str, seeds))})" if seeds else "none completed"),
         ("Data", _counts(runs) or "not recorded"),
         ("Commit", _distinct(commits)),
-        (
-            "Versions",
-            _distinct(_pairs(run, "versions") for run in runs if run.record.get("versions")) or "not recorded",
-        ),
+        ("Versions", _distinct(_versions(run) for run in runs if run.record.versions) or "not recorded"),
         ("Created", " to ".join(dict.fromkeys((created[0], created[-1]))) if created else "not recorded"),
     ]
-    return lines
 
 
 def sentence(runs: Sequence[Run], comparison: Comparison) -> str:
@@ -39,7 +35,7 @@ def sentence(runs: Sequence[Run], comparison: Comparison) -> str:
     if not names:
         return "No run was completed, so there is nothing to compare."
     model = _distinct(run.model for run in runs if run.completed)
-    behavior = _distinct(run.field("behavior") for run in runs if run.completed)
+    behavior = _distinct(run.record.behavior for run in runs if run.completed)
     count = f"{seeds} seed{'s' * (seeds != 1)}"
     versus = " versus ".join(names) if len(names) < 4 else f"{len(names)} settings"
     return (
@@ -53,9 +49,9 @@ def warnings(runs: Sequence[Run], comparison: Comparison) -> list[str]:
     done = [run for run in runs if run.completed]
     found = []
     for name, what in (("commit", "code (commits differ)"), ("versions", "library versions")):
-        if len({str(run.record.get(name)) for run in done}) > 1:
+        if len({str(getattr(run.record, name)) for run in done}) > 1:
             found.append(f"The completed runs do not share their {what}.")
-    if any(run.record.get("dirty") for run in done):
+    if any(run.record.dirty for run in done):
         found.append("Some runs used code with uncommitted changes.")
     seeds = {group.label: {run.seed for run in group.runs} for group in comparison.groups}
     if len({frozenset(s) for s in seeds.values()}) > 1:
@@ -64,31 +60,27 @@ def warnings(runs: Sequence[Run], comparison: Comparison) -> list[str]:
     if seeds and max(map(len, seeds.values())) == 1:
         found.append("One seed only: the intervals tell of the prompts drawn, not of the spread between trainings.")
     bare = [run for run in done if not run.has("after/")]
-    lines = [f"{run.name} has no metrics after fine-tuning (stage: {run.field('stage')})." for run in bare]
+    lines = [f"{run.name} has no metrics after fine-tuning (stage: {run.record.stage})." for run in bare]
     return found + several(lines, 8)
 
 
 def failures(runs: Iterable[Run]) -> list[tuple[Run, str]]:
     """Runs that did not complete, with the reason they recorded."""
     unknown = "no error recorded: it is still running, or was ended from outside"
-    return [(run, run.field("error", unknown)) for run in runs if not run.completed]
+    return [(run, run.record.error or unknown) for run in runs if not run.completed]
 
 
 def _counts(runs: Sequence[Run]) -> str:
     """Number of examples of each split; differing ones are all named."""
     splits: dict[str, list[str]] = {}
     for run in runs:
-        counts: Any = (run.record.get("data") or {}).get("counts")
-        for split, of_split in counts.items() if isinstance(counts, dict) else ():
-            if isinstance(of_split, dict):
-                splits.setdefault(split, []).append(", ".join(f"{n} {kind}" for kind, n in of_split.items()))
-            else:
-                splits.setdefault(split, []).append(str(of_split))
+        for split, counts in run.record.data.counts.items():
+            splits.setdefault(split, []).append(", ".join(f"{n} {kind}" for kind, n in counts.items()))
     return "; ".join(f"{split}: {_distinct(texts)}" for split, texts in sorted(splits.items()))
 
 
-def _pairs(run: Run, name: str) -> str:
-    return ", ".join(f"{k} {v}" for k, v in sorted((run.record.get(name) or {}).items()))
+def _versions(run: Run) -> str:
+    return ", ".join(f"{name} {number}" for name, number in sorted(run.record.versions.items()))
 
 
 def _distinct(values: Iterable[str]) -> str:

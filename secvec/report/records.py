@@ -1,172 +1,117 @@
-"""Reading run folders: `record.json`, and beside it `metrics.csv` and `predictions.jsonl`, which may be absent."""
+"""The runs to report: records, and beside them `metrics.csv` and `predictions.jsonl`, which may be absent."""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from secvec.errors import DataError
+from secvec.metrics import Measurement
+from secvec.runs.record import FILE, UNKNOWN, Record, read_json
 
-RUN_FOLDER = "a run folder is one that `python -m secvec` wrote: it holds record.json, metrics.csv, predictions.jsonl"
-REMEDY = "mend it, or delete the run folder and run it again"
-Curves = dict[str, dict[int, float]]  # metric -> step -> value
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """One measured value with the interval over its `n` prompts (None where the record gives none)."""
-
-    value: float
-    low: float | None
-    high: float | None
-    n: int | None
+RUN_FOLDER = f"a run folder is one that `python -m secvec` wrote: it holds {FILE}, metrics.csv, predictions.jsonl"
+CURVES = ("telemetry/", "during/")
+"""Prefixes of the metrics of fine-tuning that a report draws."""
+Curves = dict[str, dict[int, float]]
+"""Metric, as `telemetry/undesired/loss_on` -> step -> value."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One record with its folder (None when the record did not come from a file)."""
+    """A record with its folder (None where a report.json kept the record)."""
 
-    record: Mapping[str, Any]
+    record: Record
     folder: Path | None = None
-
-    def field(self, name: str, default: str = "unknown") -> str:
-        """A top-level field as text."""
-        value = self.record.get(name)
-        return default if value is None else str(value)
 
     @property
     def name(self) -> str:
-        """The run's name, else its folder's."""
-        return self.field("run", self.folder.name if self.folder else "unnamed")
+        """The name of the run's folder."""
+        return self.record.run
 
     @property
     def defense(self) -> str:
-        """The run's defense; "evaluated" for a saved backbone that was only questioned."""
-        return "evaluated" if self.record.get("stage") == "evaluate" else self.field("defense")
+        """The run's defense; "evaluated" for a saved backbone that was only evaluated."""
+        return "evaluated" if self.record.stage == "evaluate" else self.record.defense
 
     @property
     def model(self) -> str:
-        """The model's name, else the last part of where it came from."""
-        settings = (self.record.get("config") or {}).get("model")
-        source = settings.get("name_or_path") if isinstance(settings, Mapping) else None
-        return self.field("model", str(source or "unknown").rstrip("/").rpartition("/")[2])
+        """The model's name, else the last part of its path."""
+        settings = self.record.config.get("model")
+        if self.record.model != UNKNOWN or not isinstance(settings, dict):
+            return self.record.model
+        return str(settings.get("name_or_path") or UNKNOWN).rstrip("/").rpartition("/")[2]
 
     @property
     def seed(self) -> int:
-        """The run's seed; -1 when a failed run does not know it."""
-        seed = self.record.get("seed")
-        return seed if isinstance(seed, int) else -1
+        """The run's seed; -1 for a failed run without one."""
+        return -1 if self.record.seed is None else self.record.seed
 
     @property
     def completed(self) -> bool:
         """Whether the run ended well; only such runs enter a mean."""
-        return self.record.get("status") == "completed"
+        return self.record.status == "completed"
 
-    def reading(self, metric: str) -> Reading | None:
-        """The value of `metric`; None when it was not measured or is not finite."""
-        raw = (self.record.get("metrics") or {}).get(metric)
-        cell = raw if isinstance(raw, Mapping) else {"value": raw}
-        value = number(cell.get("value"))
-        if value is None:
-            return None
-        low, high, n = number(cell.get("ci_low")), number(cell.get("ci_high")), number(cell.get("n"))
-        # A number that is no mean over prompts (drift) is recorded with n = 1 and no interval.
-        over_prompts = n is not None and not (n == 1 and low is None)
-        return Reading(value, low, high, int(n) if n is not None and over_prompts else None)
+    def measurement(self, name: str) -> Measurement | None:
+        """The measurement `name`; None where it was not measured or is not finite."""
+        found = self.record.metrics.get(name)
+        return found if found and math.isfinite(found.value) else None
 
     def has(self, prefix: str) -> bool:
         """Whether any metric under `prefix` was measured."""
-        return any(key.startswith(prefix) for key in self.record.get("metrics") or {})
+        return any(name.startswith(prefix) for name in self.record.metrics)
 
     @cached_property
     def has_vector(self) -> bool:
         """Whether a vector was on at any time. A run without one records `active/*` as a copy of `after/*`."""
-        names = [key.removeprefix("active/") for key in self.record.get("metrics") or {} if key.startswith("active/")]
-        differ = any(self.reading(f"active/{name}") != self.reading(f"after/{name}") for name in names)
+        names = [name.removeprefix("active/") for name in self.record.metrics if name.startswith("active/")]
+        differ = any(self.measurement(f"active/{name}") != self.measurement(f"after/{name}") for name in names)
         return differ or self.has("vector_on/")
 
 
-def number(value: object) -> float | None:
-    """A finite number, else None."""
-    if type(value) is float:  # nearly always, and this is called a million times
-        return value if math.isfinite(value) else None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return float(value)
+def load_runs(folders: Sequence[Path]) -> list[Run]:
+    """All runs under `folders`, each once, in an order that does not depend on the file system.
 
-
-def load_runs(dirs: Sequence[Path]) -> list[Run]:
-    """All runs under `dirs`, each folder once, in an order that does not depend on the file system.
-
-    Where no run is left below a directory, its runs are those that a report.json there has kept.
+    A folder without runs below it gives the records that the report.json files below it keep. Raises DataError.
     """
-    found: dict[Path, None] = {}
-    for root in dirs:
-        if not root.is_dir():
-            raise DataError(f"{root}: no such directory; {RUN_FOLDER}")
-        here = sorted(path.resolve() for path in root.rglob("record.json")) or kept(root)
-        if not here:
-            raise DataError(f"{root}: no record.json in it or below; {RUN_FOLDER}")
-        found.update(dict.fromkeys(here))
-    if not found:
+    paths: dict[Path, None] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such directory; {RUN_FOLDER}")
+        found = sorted(path.resolve() for path in folder.rglob(FILE)) or kept_reports(folder)
+        if not found:
+            raise DataError(f"{folder}: no {FILE} in it or below; {RUN_FOLDER}")
+        paths.update(dict.fromkeys(found))
+    if not paths:
         raise DataError(f"no directory given; {RUN_FOLDER}")
-    runs = [run for path in found for run in _load(path)]
+    runs = [run for path in paths for run in _load(path)]
     return sorted(runs, key=lambda run: (run.defense, run.seed, run.name, str(run.folder)))
 
 
-def kept(root: Path) -> list[Path]:
-    """The report.json files below `root` that stand for their runs; none where a run itself is there."""
-    if any(root.rglob("record.json")):
-        return []
-    return sorted(path.resolve() for path in root.rglob("report.json"))
+def kept_reports(folder: Path) -> list[Path]:
+    """The report.json files below `folder` that keep the records of runs which are gone; none where runs are there."""
+    return [] if any(folder.rglob(FILE)) else sorted(path.resolve() for path in folder.rglob("report.json"))
 
 
 def _load(path: Path) -> list[Run]:
-    if path.name == "record.json":
-        return [Run(_checked(_parsed(path), path), path.parent)]
-    records = _parsed(path)
+    if path.name == FILE:
+        return [Run(Record.read(path), path.parent)]
+    records = read_json(path)
     if not isinstance(records, list):
         raise DataError(f"{path}: line 1: a report's records are a JSON array, this is a {type(records).__name__}")
-    return [Run(_checked(record, path)) for record in records]
-
-
-def _parsed(path: Path) -> Any:
-    """DataError names the file and the line of what is wrong with it."""
-    try:
-        # NaN and infinities are not JSON and no measurement: they are read as null.
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
-    except json.JSONDecodeError as error:
-        where = f"{path}: line {error.lineno}, column {error.colno}"
-        raise DataError(f"{where}: not valid JSON ({error.msg}); {REMEDY}") from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}: line {line}: not UTF-8 text ({error.reason}); {REMEDY}") from error
-
-
-def _checked(record: Any, path: Path) -> dict[str, Any]:
-    if not isinstance(record, dict):
-        raise DataError(f"{path}: line 1: a record is a JSON object, this is a {type(record).__name__}; {REMEDY}")
-    if record.get("schema") != 1:
-        raise DataError(f"{path}: schema is {record.get('schema')!r}, this version of secvec reads schema 1")
-    # A run that failed on its settings may not know its defense or seed; one that enters a mean must.
-    needed = (("status", str), ("defense", str), ("seed", int)) if record.get("status") == "completed" else ()
-    for name, kind in needed:
-        if not isinstance(record.get(name), kind):
-            raise DataError(f"{path}: `{name}` should be {kind.__name__}, it is {record.get(name)!r}; {REMEDY}")
-    for name in ("metrics", "config", "versions", "wall_seconds", "data"):
-        if not isinstance(record.get(name) or {}, dict):
-            raise DataError(f"{path}: `{name}` should be an object, it is {record[name]!r}; {REMEDY}")
-    return record
+    return [Run(Record.parse(record, path)) for record in records]
 
 
 def load_curves(run: Run) -> tuple[Curves, str | None]:
-    """Fine-tuning telemetry, and why it is missing or incomplete (None: it is whole). The last of repeats counts."""
+    """The curves of fine-tuning, and why they are missing or incomplete (None: they are whole).
+
+    Where a step is there twice, as after a resumed run, the last value counts.
+    """
     path = run.folder / "metrics.csv" if run.folder else None
     if path is None or not path.is_file():
         return {}, f"{run.name}: no metrics.csv"
@@ -175,12 +120,12 @@ def load_curves(run: Run) -> tuple[Curves, str | None]:
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
         for row in csv.DictReader(line.replace("\0", "") for line in file):
             metric = row.get("metric") or ""
-            if row.get("stage") != "finetune" or not metric.startswith("telemetry/"):
+            if row.get("stage") != "finetune" or not metric.startswith(CURVES):
                 continue
             try:
                 value = float(row["value"])
                 if math.isfinite(value):
-                    curves.setdefault(metric.removeprefix("telemetry/"), {})[int(float(row["step"]))] = value
+                    curves.setdefault(metric, {})[int(float(row["step"]))] = value
             except (TypeError, ValueError, KeyError, OverflowError):
                 skipped += 1
     if skipped:

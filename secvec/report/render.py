@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import base64
-import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from secvec.errors import DataError
-from secvec.metrics import METRICS
 from secvec.report import drawings, exports, leaks, markdown, paired, tables, worst
 from secvec.report.axes import MOST_PANELS, Sweep, sweep
-from secvec.report.figures.curves import loss_figure
-from secvec.report.figures.headline import headline_figure, headline_names
 from secvec.report.groups import Comparison, compare
 from secvec.report.provenance import failures, provenance, sentence, several, warnings
-from secvec.report.records import Curves, Run, kept, load_curves, load_runs
+from secvec.report.records import Curves, Run, kept_reports, load_curves, load_runs
 from secvec.report.samples import SHOWN, sample_sets
 from secvec.report.style import SERIES, inline_svg
+from secvec.report.tables import Section
 from secvec.runs.files import write_atomic
 
 READING = (
@@ -59,7 +55,7 @@ def read(dirs: Sequence[Path], to: Path | None = None) -> Report:
     """
     runs, root = load_runs(dirs), to or dirs[0]
     for folder in dirs:
-        if root.resolve().is_relative_to(folder.resolve()) and kept(folder):
+        if root.resolve().is_relative_to(folder.resolve()) and kept_reports(folder):
             raise DataError(f"{folder} holds kept records and no runs: have the report written elsewhere, by --to DIR")
     comparison = compare(runs)
     shown = worst.focus(comparison)
@@ -87,41 +83,40 @@ def write(report: Report) -> Path:
 
 def save_figures(report: Report, folder: Path) -> list[Path]:
     """Write every figure as .svg and .png; the paths of those there was data for."""
-    return drawings.save_all(report.shown, report.comparison, report.sweep, report.curves, folder)
+    shown, comparison = report.shown, report.comparison
+    losses, during = drawings.curves(shown.groups, report.curves, whole=True)
+    every = [*drawings.headline(shown, whole=True), *losses, *during, *drawings.swept(report.sweep, whole=True)]
+    return drawings.save_all([*every, *drawings.scatters(comparison), *drawings.protection(comparison)], folder)
 
 
 def save_tables(report: Report, folder: Path) -> list[Path]:
     """Write every table whole, as .csv, .tex and .md; the paths of those there was data for."""
-    comparison = report.comparison
+    comparison, corner = report.comparison, "Configuration" if report.many else "Metric"
+    sections = _sections(comparison, comparison)
+    sections["results"] = Section("Results", tables.main_table(comparison), "Metric", "Results after fine-tuning")
+    if report.many:
+        for name in ("results", "leaks", "mechanism"):
+            sections[name] = replace(sections[name], table=sections[name].table.turned(), corner=corner)
+    runs = tables.run_table(report.runs, comparison, report.root)
+    return exports.save_tables(sections | {"runs": Section("Runs", runs, "Run folder", "All runs")}, folder)
 
-    def fit(table: tables.Table) -> tables.Table:
-        return table.turned() if report.many else table
 
-    corner = "Configuration" if report.many else "Metric"
-    of = {
-        "results": ("Results after fine-tuning", corner, fit(tables.main_table(comparison))),
-        "worst": ("Worst case of each defense", "Defense", worst.worst_table(comparison)),
-        "paired": ("Paired differences", "Metric", paired.paired_table(comparison)),
-        "leaks": ("Leak probes", corner, fit(leaks.leak_table(comparison))),
-        "mechanism": ("Mechanism", corner, fit(tables.mechanism_table(comparison))),
-        "runs": ("All runs", "Run folder", tables.run_table(report.runs, comparison, report.root)),
-    }
-    return exports.save_tables(of, folder)
+def _sections(comparison: Comparison, shown: Comparison) -> dict[str, Section]:
+    """The tables after that of the results; those with a column for each configuration hold only `shown`."""
+    return {
+        "worst": Section("Worst case", worst.worst_table(comparison), "Defense", "Worst case of each defense",
+                         worst.READING),
+        "paired": Section("Paired differences", paired.paired_table(comparison), "Metric",
+                          reading=paired.reading(comparison)),
+        "leaks": Section("Leak probes", leaks.leak_table(shown), "Probe", reading=leaks.READING),
+        "mechanism": Section("Mechanism", tables.mechanism_table(shown), "Measurement"),
+    }  # fmt: skip
 
 
 def _records(runs: Sequence[Run]) -> str:
-    """All records as JSON: set out, or one to a line where there are many; NaN and infinities are null."""
-
-    def dump(value: Any) -> str:
-        try:
-            return json.dumps(value, indent=1 if few else None, ensure_ascii=False, allow_nan=False)
-        except ValueError:
-            return dump(_finite(value))
-
-    few = len(runs) <= INDENTED
-    if few:
-        return dump([run.record for run in runs]) + "\n"
-    return "[\n" + ",\n".join(dump(run.record) for run in runs) + "\n]\n"
+    """All records as JSON: indented, or one to a line where there are many."""
+    indent = 1 if len(runs) <= INDENTED else None
+    return "[\n" + ",\n".join(run.record.as_json(indent) for run in runs) + "\n]\n"
 
 
 def _page(report: Report) -> dict[str, Any]:
@@ -131,6 +126,8 @@ def _page(report: Report) -> dict[str, Any]:
     counts = ", ".join(f"{count} {stream}" for stream, count in SHOWN.items())
     seeds = ", ".join(dict.fromkeys(str(found.seed) for found in samples))
     main, failed = tables.main_table(comparison), failures(runs)
+    sections = _sections(comparison, shown)
+    sections["paired"] = replace(sections["paired"], table=sections["paired"].table.capped(MOST_ROWS))
     return {
         "title": "Security vectors: comparison of defenses",
         "sentence": sentence(runs, comparison),
@@ -148,13 +145,7 @@ def _page(report: Report) -> dict[str, Any]:
         ) if report.many else "",
         "corner": "Configuration" if report.many else "Metric",
         "main": main.turned().capped(MOST_ROWS) if report.many else main,
-        "worst": worst.worst_table(comparison),
-        "worst_reading": worst.READING,
-        "paired": paired.paired_table(comparison).capped(MOST_ROWS),
-        "paired_reading": paired.reading(comparison),
-        "leaks": leaks.leak_table(shown),
-        "leaks_reading": leaks.READING,
-        "mechanism": tables.mechanism_table(shown),
+        "sections": {name: section for name, section in sections.items() if section.table.sections},
         "runs": tables.run_table(runs[:MOST_RUNS], comparison, report.root, len(runs)),
         "answers": f"The first prompts of each test stream as they stand in the files ({counts}), not picked; "
         f"seed {seeds}. The same prompt goes to every column.",
@@ -167,43 +158,28 @@ def _html(page: dict[str, Any], report: Report) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    shown = report.shown
-    headline: list[Markup] = []
-    losses: list[tuple[str, Markup | None]] = []
-    if shown.groups:
-        for name in headline_names(shown):
-            told = f"{METRICS[name].label} of each column with its interval; the values are in the results table"
-            headline.append(Markup(inline_svg(headline_figure(shown, [name]), f"f1-{name}", told)))
-    for index, group in enumerate(shown.groups):
-        if index in report.curves:
-            told = f"Loss over fine-tuning steps, {group.label}"
-            drawn = loss_figure(shown.groups, report.curves, [index])
-            losses.append((group.label, Markup(inline_svg(drawn, f"f2-{index}", told))))
-        else:
-            losses.append((group.label, None))
+    def svg(drawing: drawings.Drawing) -> Markup:
+        return Markup(inline_svg(drawing.draw(), f"f-{drawing.name}", drawing.about))
+
+    shown, comparison = report.shown, report.comparison
+    losses, during = drawings.curves(shown.groups, report.curves, whole=False)
+    drawn = {drawing.heading: svg(drawing) for drawing in losses}
     swept: dict[str, list[Markup]] = {}
-    for one in drawings.swept(report.sweep, whole=False):
-        swept.setdefault(one.metric, []).append(Markup(inline_svg(one.draw(), f"f-{one.name}", one.about)))
-    scatters = [
-        Markup(inline_svg(one.draw(), f"f-{one.name}", one.about))
-        for one in drawings.scatters(report.comparison)[:MOST_PANELS]
-    ]
-    protections = [
-        Markup(inline_svg(one.draw(), f"f-{one.name}", one.about)) for one in drawings.protection(report.comparison)
-    ]
+    for drawing in drawings.swept(report.sweep, whole=False):
+        swept.setdefault(drawing.heading, []).append(svg(drawing))
+    figures = {
+        "headline": [svg(drawing) for drawing in drawings.headline(shown, whole=False)],
+        "losses": [(group.label, drawn.get(group.label)) for group in shown.groups],
+        "during": [svg(drawing) for drawing in during],
+        "swept": swept,
+        "scatters": [svg(drawing) for drawing in drawings.scatters(comparison)[:MOST_PANELS]],
+        "protections": [svg(drawing) for drawing in drawings.protection(comparison)],
+    }
     env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
                       trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     script = Markup((Path(__file__).parent / "page.js").read_text(encoding="utf-8"))
     template = env.get_template("template.html.j2")
-    return template.render(**page, headline=headline, losses=losses, series=SERIES, drawn=bool(report.curves),
-                           swept=swept, sweep=report.sweep, scatters=scatters, protections=protections, script=script,
-                           script_hash=base64.b64encode(sha256(script.encode()).digest()).decode())  # fmt: skip
-
-
-def _finite(value: Any) -> Any:
-    """The value with NaN and infinities as null, which JSON can hold."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    script_hash = base64.b64encode(sha256(script.encode()).digest()).decode()
+    return template.render(
+        page | figures, series=SERIES, drawn=bool(drawn), sweep=report.sweep, script=script, script_hash=script_hash
+    )

@@ -5,24 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from unicodedata import category
 
 from secvec.report.groups import Comparison, Group
 from secvec.report.records import Run, load_predictions
 from secvec.report.tables import column_phases
+from secvec.runs.excerpt import Text, shorten
 
 SHOWN = {"undesired": 6, "task": 3, "ordinary": 3}
-SENSITIVE, LONG = 80, 700  # characters of an answer that are shown
-BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # reorder what stands around them
 Index = dict[tuple[str, str, str], dict[str, Any]]  # (phase, stream, id) -> row
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """Text as shown; `mark` says in words that it was cut."""
-
-    text: str
-    mark: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +63,15 @@ def _sample_set(base: Group, groups: Sequence[Group]) -> SampleSet:
         return loaded[id(run)]
 
     # Of the groups shown, not all that share the base: with thousands of runs their answers would all be read.
-    asked = [run for group in groups for run in group.runs]
+    runs = [run for group in groups for run in group.runs]
     title = base.label.removeprefix("base").lstrip(" ·")
-    seeds = sorted({run.seed for run in asked})
-    seed = next((s for s in seeds if any(rows_of(r)[0] for r in asked if r.seed == s)), None)
+    seeds = sorted({run.seed for run in runs})
+    seed = next((s for s in seeds if any(rows_of(r)[0] for r in runs if r.seed == s)), None)
     if seed is None:
-        return SampleSet(title, seeds[0], [], [f"No answers: {note}." for r in asked if (note := rows_of(r)[1])])
+        return SampleSet(title, seeds[0], [], [f"No answers: {note}." for r in runs if (note := rows_of(r)[1])])
 
-    notes = [note for r in asked if r.seed == seed and (note := rows_of(r)[1])]
-    columns = [("base", "base", _merge([rows_of(r) for r in asked if r.seed == seed]))]
+    notes = [note for r in runs if r.seed == seed and (note := rows_of(r)[1])]
+    columns = [("base", "base", _merge([rows_of(r) for r in runs if r.seed == seed]))]
     for group in groups:
         merged = _merge([rows_of(r) for r in group.runs if r.seed == seed])
         why = None if merged else f"no answers recorded for seed {seed}"
@@ -124,13 +114,3 @@ def _sample(stream: str, name: str, columns: Sequence[tuple[str, str, Index]]) -
     first = present[0]
     return Sample(name, stream, shorten(first.get("prompt"), sensitive), shorten(first.get("reference"), sensitive),
                   answers)  # fmt: skip
-
-
-def shorten(value: object, sensitive: bool) -> Text:
-    """Text cut to what may be shown, without characters that control the page."""
-    text = "" if value is None else str(value)
-    text = "".join(c for c in text if c in "\n\t" or not (category(c) in ("Cc", "Cs") or c in BIDI))
-    limit = SENSITIVE if sensitive else LONG
-    cut = len(text) > limit
-    mark = ", ".join(["sensitive"] * sensitive + ["truncated"] * cut)
-    return Text(text[:limit] + "…" if cut else text, mark)

@@ -1,4 +1,4 @@
-"""Colors of the figures, and the way from a matplotlib figure to SVG text or a file."""
+"""Colors of the figures, and how a matplotlib figure becomes SVG text or a file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from contextlib import AbstractContextManager
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from secvec.metrics import Metric
 from secvec.report.estimate import Estimate
@@ -44,17 +44,17 @@ def better(metric: Metric) -> str:
 def direction(panel: Axes, metric: Metric, held: str) -> None:
     """The panel's title: the metric, which way is better, and what the panel holds fixed."""
     if held:  # the right title would run into a long left one
-        panel.set_title(f"{metric.label} {metric.arrow}".strip() + f"\n{held}", fontsize=10)
+        panel.set_title(f"{metric.title}\n{held}", fontsize=10)
     else:
         panel.set_title(metric.label)
         panel.set_title(better(metric), loc="right", fontsize=9.5, color=MUTED, fontweight="normal")
 
 
 def spoken(label: str, found: Estimate, metric: Metric, mark: str = "") -> str:
-    """A point in words, for those who hover over it or have it read to them."""
+    """A point in words: shown on hover, and read by screen readers."""
     interval = f" [{metric.text(found.low)}, {metric.text(found.high)}]" if found.kind != "none" else ""
-    said = f"{label}: {metric.label.lower()} {metric.text(found.mean)}{interval}, {len(found.by_seed)} seed(s)"
-    return f"{said}, {mark}" if mark else said
+    text = f"{label}: {metric.label.lower()} {metric.text(found.mean)}{interval}, {len(found.by_seed)} seed(s)"
+    return f"{text}, {mark}" if mark else text
 
 
 def hover(artist: Drawn, text: str) -> Drawn:
@@ -76,34 +76,16 @@ def settings(fonttype: Literal["path", "none"] = "path") -> AbstractContextManag
     """matplotlib settings under which equal input gives equal bytes."""
     from matplotlib import rc_context
 
-    return rc_context(
-        {
-            "svg.hashsalt": "secvec",
-            "svg.fonttype": fonttype,
-            "text.parse_math": False,
-            "font.family": "DejaVu Sans",
-            "font.size": 10.5,
-            "text.color": INK,
-            "axes.edgecolor": GRID,
-            "axes.labelcolor": MUTED,
-            "axes.titlecolor": INK,
-            "axes.titlesize": 11.5,
-            "axes.titleweight": "bold",
-            "axes.titlelocation": "left",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.facecolor": "none",
-            "xtick.color": GRID,
-            "ytick.color": GRID,
-            "xtick.labelcolor": MUTED,
-            "ytick.labelcolor": INK,
-            "grid.color": GRID,
-            "grid.linewidth": 0.8,
-            "axes.axisbelow": True,
-            "legend.frameon": False,
-            "legend.labelcolor": INK,
-        }
+    look: dict[Any, Any] = (
+        dict.fromkeys(("text.color", "axes.titlecolor", "ytick.labelcolor", "legend.labelcolor"), INK)
+        | dict.fromkeys(("axes.labelcolor", "xtick.labelcolor"), MUTED)
+        | dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), GRID)
+        | dict.fromkeys(("text.parse_math", "axes.spines.top", "axes.spines.right", "legend.frameon"), False)
+        | {"svg.hashsalt": "secvec", "svg.fonttype": fonttype, "font.family": "DejaVu Sans", "font.size": 10.5}
+        | {"axes.titlesize": 11.5, "axes.titleweight": "bold", "axes.titlelocation": "left"}
+        | {"axes.facecolor": "none", "axes.axisbelow": True, "grid.linewidth": 0.8}
     )
+    return rc_context(look)
 
 
 def inline_svg(figure: Figure, name: str, description: str) -> str:

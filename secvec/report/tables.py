@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from secvec.metrics import (
-    MAIN_ROWS,
-    METRICS,
-    OPTIONAL,
-    RUN_ROWS,
-    SHOWN_BEHAVIOR,
-    TWINS,
-    VECTOR_ONLY,
-    Metric,
-    qualified,
-)
+from secvec.metrics import METRICS, OF_RUN, VECTOR_ONLY, Metric, qualified
 from secvec.report.estimate import Estimate, best_of
 from secvec.report.groups import Comparison, Group
 from secvec.report.records import Run
 
 ABSENT = "–"
+MAIN_ROWS = [name for name in METRICS if name not in OF_RUN or name == "deactivation_gap"]
+RUN_ROWS = (
+    "behavior_rate", "refusal_rate", "desired_rate", "task_accuracy", "retained_accuracy", "suppression_ratio", "drift",
+)  # fmt: skip
+ALWAYS = frozenset({"behavior_rate", "refusal_rate", "coherence_rate", "behavior_loss", "suppression_ratio", "drift"})
+"""They have a row even where no record has them."""
+TWINS = {"behavior_rate_plus": "behavior_rate", "wanted_rate": "refusal_rate"}
+"""The first has no row where it equals the second."""
+SHOWN_BEHAVIOR = frozenset({
+    "behavior_rate", "behavior_rate_plus", "behavior_score", "harmfulness_score", "refusal_rate", "wanted_rate",
+})  # fmt: skip
+"""With the vector on the behavior is what the vector is for: no direction is better."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,11 @@ class Row:
     arrow: str = ""
     about: str = ""
 
+    @property
+    def title(self) -> str:
+        """The label with the arrow."""
+        return f"{self.label} {self.arrow}".strip()
+
 
 @dataclass(frozen=True)
 class Table:
@@ -62,7 +69,7 @@ class Table:
     left_out: str = ""
 
     def capped(self, most: int) -> Table:
-        """The first `most` rows; `left_out` then says how many there are in all."""
+        """The first `most` rows; `left_out` then names their number in all."""
         count = sum(len(rows) for _, rows in self.sections)
         if count <= most:
             return self
@@ -76,7 +83,7 @@ class Table:
     def turned(self) -> Table:
         """Rows as columns and columns as rows: for more columns than fit. A section's title goes before its labels."""
         lines = [(title, row) for title, rows in self.sections for row in rows]
-        names = [f"{title}: {row.label} {row.arrow}".removeprefix(": ").strip() for title, row in lines]
+        names = [f"{title}: {row.title}".removeprefix(": ") for title, row in lines]
         rows = [Row(column, [row.cells[i] for _, row in lines]) for i, column in enumerate(self.columns)]
         return Table(names, [("", rows)] if lines else [])
 
@@ -84,6 +91,17 @@ class Table:
     def footnote(self) -> bool:
         """Whether any cell carries the dagger."""
         return any(cell.own for _, rows in self.sections for row in rows for cell in row.cells)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table with its heading, the head of its first column, its caption, and how to read it."""
+
+    title: str
+    table: Table
+    corner: str
+    caption: str = ""
+    reading: str = ""
 
 
 def cell(found: Estimate | None, metric: Metric, best: bool = False, mark: str = "") -> Cell:
@@ -102,91 +120,95 @@ def cell(found: Estimate | None, metric: Metric, best: bool = False, mark: str =
 
 def main_rows(comparison: Comparison) -> list[str]:
     """The metrics that have a row in the main table, in order."""
-    columns = (*comparison.bases, *comparison.groups)
 
-    def told(name: str) -> bool:
-        found = [column.estimate(name) for column in columns]
-        twins = [column.estimate(TWINS[name]) for column in columns] if name in TWINS else [None] * len(columns)
-        return any(e and (t is None or e.by_seed != t.by_seed) for e, t in zip(found, twins, strict=True))
+    def is_new(group: Group, name: str) -> bool:
+        found, twin = group.estimate(name), group.estimate(TWINS[name]) if name in TWINS else None
+        return found is not None and (twin is None or found.by_seed != twin.by_seed)
 
-    return [name for name in MAIN_ROWS if name not in OPTIONAL or told(name)]
+    return [name for name in MAIN_ROWS if name in ALWAYS or any(is_new(column, name) for column in comparison.columns)]
 
 
 def main_table(comparison: Comparison) -> Table:
     """Base model and every group after fine-tuning, as deployed: no vector is on."""
-    bases, groups = comparison.bases, comparison.groups
     rows = []
     for name in main_rows(comparison):
         metric = METRICS[name]
-        found = [group.estimate(name) for group in groups]
+        found = [group.estimate(name) for group in comparison.groups]
         best = best_of(found, metric)
-        cells = [cell(base.estimate(name), metric) for base in bases]
+        cells = [cell(base.estimate(name), metric) for base in comparison.bases]
         cells += [cell(e, metric, best == i) for i, e in enumerate(found)]
         rows.append(Row(metric.label, cells, metric.arrow, metric.about))
-    return Table([c.label for c in (*bases, *groups)], [("", rows)])
+    return Table([column.label for column in comparison.columns], [("", rows)])
 
 
 def mechanism_table(comparison: Comparison) -> Table:
     """What the vector does while it is on; columns are the groups."""
-    groups = comparison.groups
+    groups, loss = comparison.groups, "behavior_loss"
+    base = {base.scope: base.estimate(loss) for base in comparison.bases}
 
-    def row(label: str, about: str, name: str, found: Sequence[Estimate | None], arrow: bool = True) -> Row | None:
-        metric = METRICS[name]
-        cells = [cell(e, metric) for e in found]
-        return Row(label, cells, metric.arrow if arrow else "", about) if any(found) else None
-
-    def phase(name: str, phase: str) -> list[Estimate | None]:
+    def of(name: str, phase: str = "after") -> list[Estimate | None]:
         return [group.estimate(name, phase) for group in groups]
 
-    loss = "behavior_loss"
-    base_of = {base.scope: base.estimate(loss) for base in comparison.bases}
-    sections: list[tuple[str, list[Row | None]]] = [
-        ("Loss on held-out undesired samples, nats per token", [
-            row("Base model", "before anything is trained", loss, [base_of[g.scope] for g in groups]),
-            row("Vector on", "after the vector stage, before fine-tuning", loss, phase(loss, "vector_on")),
-            row("Vector off", "the same moment without the vector: should equal the base", loss,
-                phase(loss, "vector_off")),
-            row("Floor", "what direct fine-tuning without a defense reaches", loss,
-                [comparison.floor(g) for g in groups]),
-            row("Fine-tuned, vector on", "after fine-tuning", loss, phase(loss, "active")),
-            row("Fine-tuned, vector off", "after fine-tuning, as deployed", loss, phase(loss, "after")),
-        ]),
-    ]  # fmt: skip
+    Line = tuple[str, str, str, list[Estimate | None]]  # metric, label, about, estimates
+    losses: list[Line] = [
+        (loss, "Base model", "before anything is trained", [base[group.scope] for group in groups]),
+        (loss, "Vector on", "after the vector stage, before fine-tuning", of(loss, "vector_on")),
+        (loss, "Vector off", "the same moment without the vector: should equal the base", of(loss, "vector_off")),
+        (loss, "Floor", "what direct fine-tuning without a defense reaches", list(map(comparison.floor, groups))),
+        (loss, "Fine-tuned, vector on", "after fine-tuning", of(loss, "active")),
+        (loss, "Fine-tuned, vector off", "after fine-tuning, as deployed", of(loss)),
+    ]
+
+    def lines(names: Iterable[str], phase: str = "after") -> list[Line]:
+        return [(name, METRICS[name].label, METRICS[name].about, of(name, phase)) for name in names]
+
     rates = [name for name in main_rows(comparison) if name not in (loss, "deactivation_gap")]
-    for title, key in (("Before fine-tuning, vector on", "vector_on"), ("After fine-tuning, vector on", "active")):
-        lines = [row(METRICS[n].label, METRICS[n].about, n, phase(n, key), n not in SHOWN_BEHAVIOR) for n in rates]
-        sections.append((title, lines))
-    whole = ("suppression_ratio", "drift", "deactivation_gap")
-    lines = [row(METRICS[n].label, METRICS[n].about, n, [g.estimate(n) for g in groups]) for n in whole]
-    sections.append(("Whole run", lines))
-    kept = [(title, [line for line in lines if line]) for title, lines in sections]
-    return Table([g.label for g in groups], [(title, lines) for title, lines in kept if lines])
+    sections = {
+        "Loss on held-out undesired samples, nats per token": losses,
+        "Before fine-tuning, vector on": lines(rates, "vector_on"),
+        "After fine-tuning, vector on": lines(rates, "active"),
+        "Whole run": lines(("suppression_ratio", "drift", "deactivation_gap")),
+    }
+    arrows = {name: "" if name in SHOWN_BEHAVIOR else metric.arrow for name, metric in METRICS.items()}
+    table = Table([group.label for group in groups])
+    for title, found in sections.items():
+        rows = [
+            Row(label, [cell(e, METRICS[name]) for e in estimates], arrows[name], about)
+            for name, label, about, estimates in found
+            if any(estimates)
+        ]
+        if rows:
+            table.sections.append((title, rows))
+    return table
 
 
 def run_table(runs: Sequence[Run], comparison: Comparison, root: Path, of: int | None = None) -> Table:
     """One row for each run, failed ones too; values after fine-tuning. `of`: how many there are, if not all."""
     label = {id(run): group.label for group in comparison.groups for run in group.runs}
-    names = [n for n in RUN_ROWS if n not in OPTIONAL or any(run.reading(qualified("after", n)) for run in runs)]
+    names = [n for n in RUN_ROWS if n in ALWAYS or any(run.measurement(qualified("after", n)) for run in runs)]
     rows = []
     for run in runs:
-        named = (label.get(id(run), run.defense), str(run.record.get("seed", ABSENT)), run.field("status"))
+        named = (
+            label.get(id(run), run.defense),
+            ABSENT if run.record.seed is None else str(run.record.seed),
+            run.record.status,
+        )
         cells = [Cell(text) for text in named]
         for name in names:
-            told = name not in VECTOR_ONLY or run.has_vector
-            reading = run.reading(qualified("after", name)) if told else None
-            cells.append(Cell(METRICS[name].text(reading.value)) if reading else Cell())
-        commit = run.field("commit", ABSENT)[:7] + " changed" * bool(run.record.get("dirty"))
+            found = run.measurement(qualified("after", name)) if name not in VECTOR_ONLY or run.has_vector else None
+            cells.append(Cell(METRICS[name].text(found.value)) if found else Cell())
+        commit = (run.record.commit or ABSENT)[:7] + " changed" * run.record.dirty
         cells += [_wall(run), Cell(commit)]
         folder = folder_of(run, root)
         rows.append(Row(folder, cells, about="" if Path(folder).name == run.name else f"run {run.name}"))
-    titles = [f"{METRICS[n].label} {METRICS[n].arrow}".strip() for n in names]
+    titles = [METRICS[n].title for n in names]
     left_out = f"The first {len(runs):,} of {of:,} runs; report.csv has all." if of and of > len(runs) else ""
     return Table(["Defense", "Seed", "Status", *titles, "Wall time, s", "Commit"], [("", rows)], left_out)
 
 
 def _wall(run: Run) -> Cell:
     """Seconds in all, and for each stage."""
-    stages = {k: float(v) for k, v in (run.record.get("wall_seconds") or {}).items() if isinstance(v, (int, float))}
+    stages = run.record.wall_seconds
     if not stages:
         return Cell()
     parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in stages.items())

@@ -30,11 +30,11 @@ def show(report: Report) -> None:
         for _, rows in data.sections:
             for row in rows:
                 cells = [Text(f"{c.value}\n{c.interval}".strip(), style="bold" if c.best else "") for c in row.cells]
-                out.add_row(Text(f"{row.label} {row.arrow}".strip()), *cells)
+                out.add_row(Text(row.title), *cells)
         console.print(out)
     else:
         console.print("No run was completed.")
-    lines = [f"{run.field('status')}: {run.name}: {why}" for run, why in failures(report.runs)]
+    lines = [f"{run.record.status}: {run.name}: {why}" for run, why in failures(report.runs)]
     for line in several(lines, 20):
         console.print(Text(line))
 

@@ -52,13 +52,9 @@ def worst_table(comparison: Comparison) -> Table:
         text = METRICS["behavior_rate"].text
         cells = [Cell(found.label.removeprefix(defense).lstrip(" ·") or "the only one")]
         cells += [cell(found.estimate(name), METRICS[name]) for name in names]
-        rows.append(
-            Row(
-                defense,
-                [*cells, Cell(f"{text(min(rates))} to {text(max(rates))}", count=f"{len(rates)} configurations")],
-            )
-        )
-    heads = [f"{METRICS[name].label} {METRICS[name].arrow}".strip() for name in names]
+        cells.append(Cell(f"{text(min(rates))} to {text(max(rates))}", count=f"{len(rates)} configurations"))
+        rows.append(Row(defense, cells))
+    heads = [METRICS[name].title for name in names]
     several = len(comparison.groups) > len(rows)
     columns = ["Worst configuration", *heads, "Behavior rate, all configurations"]
     return Table(columns, [("", rows)] if rows and several else [])

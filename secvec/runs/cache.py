@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,14 @@ def main_process() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
+def wait_for_all() -> None:
+    """Returns once every process is here."""
+    import torch.distributed as dist  # slow to import, and the report needs none of it
+
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def cached(path: Path, build: Callable[[Path], None]) -> Path:
     """`path`, a file or a folder, built by `build(temporary path)` when it is not there yet; others wait for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -24,3 +33,39 @@ def cached(path: Path, build: Callable[[Path], None]) -> Path:
             with atomic_path(path) as temporary:
                 build(temporary)
     return path
+
+
+def built_once(path: Path, build: Callable[[Path], None]) -> Path:
+    """Like `cached`, for what all processes build together: the first one looks, and all follow it.
+
+    `build` is called by every process with the same temporary folder; the first one moves it into its place.
+    """
+    import torch.distributed as dist  # slow to import, and the report needs none of it
+
+    if not dist.is_initialized():
+        return cached(path, build)
+    box = [False]
+    if main_process():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{path}.lock")
+        lock.acquire()
+        box = [path.exists()]
+    try:
+        dist.broadcast_object_list(box)
+        if not box[0] and main_process():
+            with atomic_path(path) as temporary:
+                build(temporary)
+        elif not box[0]:
+            build(path)  # writes nothing: it takes part in the work
+        dist.barrier()
+    finally:
+        if main_process():
+            lock.release()
+    return path
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """A folder of the cache into the run folder."""
+    if main_process():
+        with atomic_path(target) as out:
+            shutil.copytree(source, out)

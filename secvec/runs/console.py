@@ -1,32 +1,15 @@
-"""What a person reads while a run goes on: tables as text, in the log and on the screen alike."""
+"""Tables as plain text, for the log and the screen."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-ARROWS = {
-    "behavior_rate": "↓",
-    "behavior_rate_plus": "↓",
-    "behavior_score": "↓",
-    "harmfulness_score": "↓",
-    "leak_rate": "↓",
-    "refusal_rate": "↑",
-    "wanted_rate": "↑",
-    "over_refusal_rate": "↓",
-    "unparsable_rate": "↓",
-    "task_accuracy": "↑",
-    "retained_accuracy": "↑",
-    "coherence_rate": "↑",
-    "kl_to_base": "→0",
-    "perplexity": "↓",
-    "answer_perplexity": "↓",
-}
+from secvec.metrics import Measurements, metric_of
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -41,11 +24,11 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> s
     return f"{title}\n{out.getvalue().rstrip()}"
 
 
-def metrics_table(title: str, metrics: Mapping[str, Mapping[str, Any]]) -> str:
+def metrics_table(title: str, measurements: Measurements) -> str:
     """One row per metric: value, 95 % interval, n."""
     rows = []
-    for name, m in metrics.items():
-        arrow = ARROWS.get(name.rsplit("/", 1)[-1], "")
-        interval = f"[{m['ci_low']:.3f}, {m['ci_high']:.3f}]" if m.get("ci_low") is not None else ""
-        rows.append([f"{name} {arrow}".strip(), f"{m['value']:.3f}", interval, str(m["n"])])
+    for name, found in measurements.items():
+        metric = metric_of(name)
+        interval = "" if found.ci_low is None else f"[{found.ci_low:.3f}, {found.ci_high:.3f}]"
+        rows.append([f"{name} {metric.arrow if metric else ''}".strip(), f"{found.value:.3f}", interval, str(found.n)])
     return table(title, ["metric", "value", "95 % interval", "n"], rows)

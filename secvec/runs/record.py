@@ -1,39 +1,189 @@
-"""The run folder: its lock, its record with provenance, its predictions. Nothing half-written is left."""
+"""The record of a run, record.json on disk: what it was, how it ended, what it measured. Needs no torch."""
 
 from __future__ import annotations
 
 import json
-import logging
+import math
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from filelock import FileLock, Timeout
-from lightning.pytorch.utilities import rank_zero_only
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
-from secvec.errors import ArtifactError, SecVecError
-from secvec.runs.cache import main_process
+from secvec.errors import DataError
+from secvec.metrics import Measurement
 from secvec.runs.files import write_atomic
 
-ANSWERS = "answers"
-"""What an evaluation that has not ended has been told, below the run folder."""
-REFITTED = "vector-refitted"
-"""The last cycle's vector, where each cycle trains its own, below the run folder."""
-
+SCHEMA = 1
+FILE = "record.json"
+UNKNOWN = "unknown"
+REMEDY = "mend it, or delete the run folder and run it again"
 PACKAGES = ("secvec", "torch", "lightning", "hydra-core", "transformers", "peft", "tokenizers", "safetensors")
+
+
+class DataSummary(BaseModel):
+    """Hash of the data of each split, and the number of its examples by kind."""
+
+    sha256: dict[str, str] = {}
+    counts: dict[str, dict[str, int]] = {}
+
+
+class Weights(BaseModel):
+    """A saved model: its folder, and a fingerprint of its weights."""
+
+    folder: str
+    fingerprint: str
+
+
+class Record(BaseModel):
+    """Everything that a run says of itself. Fields that are not known here are kept."""
+
+    model_config = ConfigDict(extra="allow")
+
+    run: str = "unnamed"
+    """Name of its folder."""
+    key: str = ""
+    """Of all settings that change results; empty where a run failed before it had one."""
+    content: str | None = None
+    """The key of the composed config, in records of version 0.1."""
+    stage: str = UNKNOWN
+    defense: str = UNKNOWN
+    behavior: str = UNKNOWN
+    model: str = UNKNOWN
+    tune: str = UNKNOWN
+    seed: int | None = None
+    """None: a run that failed on its settings."""
+    generation: dict[str, Any] = {}
+    """The engine that writes responses, with its version and settings."""
+    overrides: list[str] = []
+    config: dict[str, Any] = {}
+    """The whole validated config."""
+    status: Literal["running", "completed", "failed"] = "running"
+    error: str | None = None
+    created: str | None = None
+    versions: dict[str, str] = {}
+    commit: str | None = None
+    dirty: bool = False
+    """Whether the source had changes that are in no commit."""
+    base: Weights | None = None
+    """The starting model."""
+    backbone: Weights | None = None
+    """The saved model that was evaluated."""
+    stages: list[str] = []
+    """Stages that ended well."""
+    data: DataSummary = DataSummary()
+    wall_seconds: dict[str, float] = {}
+    processes: dict[str, int] = {}
+    """Stage -> how many processes ran it."""
+    metrics: dict[str, Measurement] = {}
+    """By names as `after/behavior_rate`; see secvec/metrics.py."""
+    ledger: dict[str, list[int | bool]] = {}
+    """Part of the model -> number of parameters, of those that are trained, whether it is active."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole(cls, given: Any) -> Any:
+        """Drops nulls. A run that failed on its settings may not know its defense or seed, a completed one must."""
+        if not isinstance(given, Mapping):
+            return given
+        known = {name: value for name, value in given.items() if value is not None}
+        for name, kind in (("defense", str), ("seed", int)):
+            if not isinstance(known.get(name), kind):
+                if known.get("status") == "completed":
+                    raise ValueError(f"`{name}` should be {kind.__name__}, it is {known.get(name)!r}")
+                known.pop(name, None)
+        return known
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _numbers(cls, given: Any) -> Any:
+        """JSON has no NaN: a value that is no number is null there."""
+        if not isinstance(given, Mapping):
+            return given
+        return {
+            name: {**one, "value": math.nan} if isinstance(one, Mapping) and one.get("value") is None else one
+            for name, one in given.items()
+        }
+
+    @classmethod
+    def read(cls, path: Path) -> Record:
+        """The record in a file. Raises DataError that names the file, the line or field, and the remedy."""
+        return cls.parse(read_json(path), path)
+
+    @classmethod
+    def parse(cls, found: Any, path: Path) -> Record:
+        """The record in a JSON value of the file `path`. Raises DataError."""
+        if not isinstance(found, dict):
+            raise DataError(f"{path}: line 1: a record is a JSON object, this is a {type(found).__name__}; {REMEDY}")
+        if found.get("schema") != SCHEMA:
+            raise DataError(f"{path}: schema is {found.get('schema')!r}, this version of secvec reads schema {SCHEMA}")
+        try:
+            return cls(**{name: value for name, value in found.items() if name != "schema"})
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            what = f"`{field}`: {first['msg']}, it is {first['input']!r}" if field else str(first["ctx"]["error"])
+            raise DataError(f"{path}: {what}; {REMEDY}") from None
+
+    @classmethod
+    def find(cls, folder: Path) -> Record | None:
+        """The record of a run folder; None where there is none that can be read."""
+        try:
+            return cls.read(folder / FILE)
+        except (OSError, DataError):
+            return None
+
+    def write(self, path: Path) -> None:
+        """Writes record.json, whole or not at all."""
+        write_atomic(path, self.as_json(indent=1) + "\n")
+
+    def as_dict(self) -> dict[str, Any]:
+        """As in record.json: plain values, and no field that is None."""
+        fields = self.model_dump().items()
+        return {"schema": SCHEMA, **{name: value for name, value in fields if value is not None}}
+
+    def as_json(self, indent: int | None = None) -> str:
+        """As in record.json; NaN and infinities are null."""
+        try:
+            return json.dumps(self.as_dict(), indent=indent, ensure_ascii=False, allow_nan=False, default=str)
+        except ValueError:
+            return json.dumps(_finite(self.as_dict()), indent=indent, ensure_ascii=False, default=str)
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in a file, NaN and infinities as null. Raises DataError with the line of what is wrong."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+    except json.JSONDecodeError as error:
+        where = f"{path}: line {error.lineno}, column {error.colno}"
+        raise DataError(f"{where}: not valid JSON ({error.msg}); {REMEDY}") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}: line {line}: not UTF-8 text ({error.reason}); {REMEDY}") from error
+
+
+def record_failure(folder: Path, error: str, known: Record) -> Record:
+    """Writes that the run in `folder` failed, for a process that could not do so itself, and returns the record.
+
+    What the folder's record says stays; `known` stands where there is none.
+    """
+    record = Record.find(folder) or known
+    record.run, record.status, record.error = folder.name, "failed", error
+    record.write(folder / FILE)
+    return record
 
 
 def provenance() -> dict[str, Any]:
     """Versions of the packages that shape results, and the commit of the source, if it is a git checkout."""
 
     def git(*arguments: str) -> str | None:
-        here = Path(__file__).parent
-        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=False)
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        if not shutil.which("git"):
+            return None
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else None
 
     return {
@@ -43,92 +193,10 @@ def provenance() -> dict[str, Any]:
     }
 
 
-class RunFolder:
-    """One folder for one run. Only rank 0 writes; two processes cannot run in the same folder at once."""
-
-    def __init__(self, path: Path, key: str, identity: Mapping[str, Any]):
-        self.path, self.key = path, key
-        self.record: dict[str, Any] = {"schema": 1, "run": path.name, "key": key, **identity}
-        self.record |= {"status": "running", "stages": [], "data": {"sha256": {}, "counts": {}}}
-        self.record |= {"wall_seconds": {}, "metrics": {}}
-        before = self._read()
-        if before and before.get("key") == key:
-            kept = ("stages", "data", "wall_seconds", "metrics", "ledger")
-            self.record |= {name: before[name] for name in kept if name in before}
-        elif before and "key" in before:
-            raise ArtifactError(
-                f"{path} holds another run (key {before.get('key')}, this one is {key}): choose another run_dir"
-            )
-
-    def finished(self, stages: Sequence[str]) -> bool:
-        """Whether all of `stages` ended well here before."""
-        return set(stages) <= set(self.record["stages"])
-
-    def forget(self, stages: Sequence[str]) -> None:
-        """Drops what `stages` left, so that they run again."""
-        self.record["stages"] = [stage for stage in self.record["stages"] if stage not in stages]
-        for stage, names in {"vector": ["vector"], "finetune": ["backbone", "task", REFITTED]}.items():
-            for name in names if stage in stages else []:
-                shutil.rmtree(self.path / name, ignore_errors=True)
-        for unfinished in ("checkpoints", ANSWERS):
-            shutil.rmtree(self.path / unfinished, ignore_errors=True)
-        self.save()
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Holds the lock, writes the record's end: `completed`, or `failed` with the error."""
-        if not main_process():
-            yield
-            return
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise ArtifactError(f"another process is running in {self.path}: wait for it, or change run_dir") from None
-        log_file = logging.FileHandler(self.path / "train.log", encoding="utf-8")
-        log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logging.getLogger().addHandler(log_file)
-        for leftover in self.path.glob(".*.*/"):  # of a process that was killed while it wrote
-            shutil.rmtree(leftover, ignore_errors=True)
-        try:
-            self.record |= {"created": datetime.now(UTC).isoformat(timespec="seconds"), **provenance()}
-            yield
-            self.record["status"] = "completed"
-            self.save()
-            shutil.rmtree(self.path / ANSWERS, ignore_errors=True)  # they are in predictions.jsonl
-        except BaseException as error:
-            mistake = isinstance(error, SecVecError) and error.exit_code == 2
-            self.record |= {"status": "failed", "error": str(error) if mistake else f"{type(error).__name__}: {error}"}
-            if self.record["stages"] or not mistake:
-                self.save()
-            else:
-                (self.path / "train.log").unlink(missing_ok=True)  # a mistake found before anything was made
-            raise
-        finally:
-            logging.getLogger().removeHandler(log_file)
-            log_file.close()
-            (self.path / ".lock").unlink(missing_ok=True)
-            lock.release()
-            if not any(self.path.iterdir()):
-                self.path.rmdir()
-
-    @rank_zero_only
-    def save(self) -> None:
-        """Writes record.json."""
-        write_atomic(self.path / "record.json", json.dumps(self.record, indent=1, allow_nan=True, default=str) + "\n")
-
-    @rank_zero_only
-    def add_predictions(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Writes predictions.jsonl: `rows` in the place of earlier ones of the same phases."""
-        path, phases = self.path / "predictions.jsonl", {row["phase"] for row in rows}
-        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-        kept = [line for line in lines if line and json.loads(line)["phase"] not in phases]
-        write_atomic(path, "".join(f"{line}\n" for line in [*kept, *(json.dumps(r, ensure_ascii=False) for r in rows)]))
-
-    def _read(self) -> dict[str, Any] | None:
-        path = self.path / "record.json"
-        try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        except json.JSONDecodeError as error:
-            raise ArtifactError(f"{path}:{error.lineno}: not a record ({error.msg}); move the folder away") from None
+def _finite(value: Any) -> Any:
+    """The value with NaN and infinities as None."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

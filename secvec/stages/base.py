@@ -1,142 +1,91 @@
-"""What the stages share: the run, what it asks its models, and what several processes train only once."""
+"""What a stage is: what it trains, builds, minimises, saves and shows, and how a run goes through it."""
 
 from __future__ import annotations
 
-import shutil
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from secvec.behaviors.base import Behavior
-from secvec.config.load import AnyConfig, RunConfig
-from secvec.data.draw import data_hash, draw_benign
-from secvec.data.encode import Encoded
-from secvec.data.example import Example
-from secvec.data.tokens import encoded
-from secvec.evaluation.evaluator import Probe, evaluate_model
-from secvec.evaluation.generation import Source
-from secvec.evaluation.leak_probes import leak_probes
-from secvec.judges.base import Judge
-from secvec.runs.cache import cached, main_process
-from secvec.runs.console import metrics_table
-from secvec.runs.files import atomic_path
-from secvec.runs.record import RunFolder
-from secvec.settings.schema import EvaluationSettings
-from secvec.stages.align import Base
-from secvec.tracking.base import Tracker
-from secvec.training.trainer import device_of
+from secvec.data.batch import Batch, Encoded
+from secvec.errors import ArtifactError
+from secvec.settings.schema import VectorLora
+
+if TYPE_CHECKING:
+    from secvec.data.datamodule import SecVecDataModule
+    from secvec.module import SecVecModule
+    from secvec.planning.budget import Budget
+    from secvec.run import Run
 
 
 @dataclass(frozen=True)
-class Run:
-    """What every stage needs."""
+class Workload:
+    """What a stage computes, in counts: `secvec.planning` estimates FLOPs, memory, time and disk from them."""
 
-    config: RunConfig
-    folder: RunFolder
-    base: Base
-    tracker: Tracker = field(default_factory=Tracker)
-
-    @cached_property
-    def tests(self) -> dict[str, list[Example]]:
-        """Held-out examples by kind; the same for every stage and defense of a seed."""
-        return test_sets(self.config)
-
-    def rows(self, examples: Sequence[Example]) -> list[Encoded]:
-        """Tokens of `examples`."""
-        return encoded(examples, self.base.tokenizer, self.base.context, self.config.paths.cache)
-
-    def ask(self, model: nn.Module, phase: str, source: Source) -> Probe:
-        """Answers and metrics of `model` in the state `phase`; `source` writes what it answers."""
-        with self._asking():
-            return evaluate_model(self.placed(model), self.base.tokenizer, self.tests, *self._how, phase, source)
-
-    def ask_held_out(self, model: nn.Module, held_out: Sequence[Example], source: Source) -> Probe:
-        """What the gate of the vector looks at: the behavior that it was trained on, which judges itself."""
-        config, tests = self.config, {"undesired": held_out}
-        how = (config.vector.behavior, None) if config.vector.behavior else (config.behavior, config.judge)
-        with self._asking():
-            model = self.placed(model)
-            return evaluate_model(model, self.base.tokenizer, tests, *how, config.evaluation, "gate", source)
-
-    def ask_all(self, model: nn.Module, phase: str, source: Source) -> Probe:
-        """Answers and metrics, and the leak probes."""
-        return self.ask(model, phase, source) + self.leaks(model, phase, source)
-
-    def leaks(self, model: nn.Module, phase: str, source: Source) -> Probe:
-        """The leak probes of `model`."""
-        with self._asking():
-            return leak_probes(model, self.base.tokenizer, self.tests["undesired"], *self._how, phase, source)
-
-    @property
-    def _how(self) -> tuple[Behavior, Judge | None, EvaluationSettings]:
-        return self.config.behavior, self.config.judge, self.config.evaluation
-
-    def placed(self, model: nn.Module) -> nn.Module:
-        """`model` on the device that evaluates."""
-        return model.to(device_of(self.config.trainer))
-
-    @contextmanager
-    def _asking(self) -> Iterator[None]:
-        """Counts the seconds of evaluation: a part of the stages' own, to be kept small."""
-        began, seconds = time.monotonic(), self.folder.record["wall_seconds"]
-        yield
-        seconds["evaluation"] = round(seconds.get("evaluation", 0.0) + time.monotonic() - began, 3)
-
-    def keep(self, *probes: Probe) -> None:
-        """Puts metrics and predictions into the run folder."""
-        for probe in probes:
-            self.folder.record["metrics"] |= probe.metrics
-            self.folder.add_predictions(probe.predictions)
-
-    def note_data(self, split: str, examples: Sequence[Example]) -> None:
-        """Hash and counts of the data of a split, for the record."""
-        kinds = [example.kind for example in examples]
-        self.folder.record["data"]["sha256"][split] = data_hash(examples)
-        self.folder.record["data"]["counts"][split] = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+    trained: int = 0  # parameters
+    adapters: int = 0  # parameters beside the backbone while it trains
+    samples: Mapping[str, int] = field(default_factory=dict)  # of an epoch, by kind
+    epochs: int = 1
+    batch_size: int = 1
+    kl_batch_size: int = 0
+    probe_every: int = 0  # steps between two probes of the telemetry
+    alone: bool = False  # trains on one device, one batch a step
+    prompts: int = 0  # to answer
+    scored: int = 0  # test samples that only get a loss
+    models: int = 1  # in memory at a time
+    saved: Mapping[str, tuple[str, int]] = field(default_factory=dict)  # by part: what it is, how many copies
 
 
-def test_sets(config: AnyConfig) -> dict[str, list[Example]]:
-    """`evaluation.num_prompts` held-out examples of each kind that the behavior and the benign streams have."""
-    n = config.evaluation.num_prompts
-    tests = {"undesired": config.behavior.examples("test", n, config.seed)}
-    for kind in ("task", "ordinary"):
-        streams = [stream for stream in config.data.benign if stream.kind == kind]
-        if streams:
-            tests[kind] = draw_benign(streams, "test", n, config.seed)
-    if look_alikes := config.behavior.look_alikes(n, config.seed):
-        tests["look_alike"] = look_alikes
-    return tests
+class Stage(ABC):
+    """A stage of the method. It has no state: what it works on is in the module, the data and the run."""
 
+    name: ClassVar[str]
+    learning_rate: ClassVar[str] = ""
+    """The setting that is its learning rate, for messages."""
+    artifacts: ClassVar[tuple[str, ...]] = ()
+    """What it leaves in the run folder; removed before the stage runs again."""
+    shown: ClassVar[tuple[str, ...]]
+    """Prefixes of the metrics in the table at its end."""
 
-def trained_once(path: Path, train: Any) -> Path:
-    """Like `cached`, for a training that all processes take part in: rank 0 looks and writes, the others follow it."""
-    if main_process():
-        cached(path, train)
-    elif not path.is_dir():
-        train(path)
-    if dist.is_initialized():
-        dist.barrier()  # rank 0 moves it into its place only after the last step that they share
-    return path
+    def check_vector(self, vector: VectorLora | Mapping[str, Any] | str | Path | None) -> VectorLora | Path | None:
+        """The `vector` argument of the module as this stage needs it. Raises ValueError and ArtifactError."""
+        if vector is None:
+            return None
+        if not isinstance(vector, str | Path):
+            raise ValueError(f"stage={self.name} takes the folder of a trained vector, got the settings of a new one")
+        if not (Path(vector) / "adapter_config.json").is_file():
+            raise ArtifactError(
+                f"{vector} holds no vector (adapter_config.json is missing): train one with stage=vector"
+            )
+        return Path(vector)
 
+    @abstractmethod
+    def part(self, module: SecVecModule) -> str | None:
+        """The part of the model that is trained: `vector`, `task`, `backbone`, or None."""
 
-def copy_folder(source: Path, target: Path) -> None:
-    """A folder of the cache into the run folder."""
-    if main_process():
-        with atomic_path(target) as out:
-            shutil.copytree(source, out)
+    @abstractmethod
+    def prepare(self, module: SecVecModule) -> nn.Module:
+        """The model, with all that is attached to it."""
 
+    def loss(self, module: SecVecModule, batch: Batch) -> dict[str, Tensor]:
+        """Scalars; `loss` is minimised, the others are logged."""
+        raise ValueError(f"stage={self.name} trains nothing: use Trainer.predict or Trainer.validate")
 
-def summary(run: Run, stage: str) -> str:
-    """The table at the end of a stage."""
-    shown = {"vector": ("gate/", "vector_on/", "vector_off/"), "finetune": ("suppression", "drift"), "infer": ("",)}[
-        stage
-    ]
-    metrics = {n: m for n, m in run.folder.record["metrics"].items() if n.startswith(shown)}
-    return metrics_table(f"{stage}: {run.folder.path}", metrics)
+    def streams(self, data: SecVecDataModule, module: SecVecModule) -> list[tuple[Sequence[Encoded], int]]:
+        """The streams of training rows, each with its rows per global batch."""
+        raise ValueError(f"stage={self.name} trains nothing: it has no training data")
+
+    def save(self, module: SecVecModule, folder: Path) -> None:
+        """Writes what was trained below `folder`. Every process must call it; the first one writes."""
+        raise ValueError(f"stage={self.name} trains nothing: there is nothing to save")
+
+    @abstractmethod
+    def plan(self, budget: Budget) -> Workload:
+        """What the stage computes under the settings of a planned run."""
+
+    @abstractmethod
+    def run(self, run: Run) -> None:
+        """Runs the stage in a run folder: from the artifacts of the stage before to its own, with its metrics."""

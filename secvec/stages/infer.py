@@ -1,63 +1,85 @@
-"""Stage 3: what the fine-tuned backbone answers without the vector, and with it."""
+"""Stage 3: the vector is taken off. What the fine-tuned backbone answers without it, and with it."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from secvec.errors import ArtifactError
-from secvec.evaluation.evaluator import Metrics, Probe, deactivation_gap, kl_to_base, mean_loss, perplexity
-from secvec.models.backbone import check, fingerprint
+from secvec.evaluation.losses import kl_to_base
+from secvec.evaluation.verdicts import EvaluationResult, deactivation_gap
+from secvec.metrics import Measurements, perplexity
 from secvec.models.vector import attach_frozen_vector
-from secvec.runs.record import REFITTED
-from secvec.stages.align import Base, asked_once, source_of
-from secvec.stages.base import Run
-from secvec.stages.vector import vector_for
+from secvec.stages.base import Stage, Workload
+from secvec.stages.finetune import REFITTED
+from secvec.stages.vector import saved_vector
+
+if TYPE_CHECKING:
+    from secvec.module import SecVecModule
+    from secvec.planning.budget import Budget
+    from secvec.run import Run
 
 
-def infer(run: Run) -> None:
-    """Questions the base, the fine-tuned backbone with the vector (`active`) and without it (`after`)."""
-    backbone = run.folder.path / "backbone"
-    if not backbone.is_dir():
-        raise ArtifactError(f"no fine-tuned backbone in {backbone}: run stage=finetune with the same settings first")
-    tuned = Base(check(backbone), fingerprint(backbone), run.base.settings)
-    source = source_of(run.config, tuned)
-    run.keep(_asked_base(run))
-    model = tuned.load()
-    after = run.ask(model, "after", source)
-    run.keep(Probe(_distance_from_base(run, model, after), []), run.leaks(model, "after", source))
-    del model  # room for the next
-    adapter = vector_for(run)
-    if run.config.finetune.refits:
-        adapter = run.folder.path / REFITTED
-    if adapter is None:
-        active = Probe(
-            {name.replace("after/", "active/"): value for name, value in after.metrics.items()},
-            [row | {"phase": "active"} for row in after.predictions],
+class InferStage(Stage):
+    """Trains nothing: answers prompts, with the vector of the module if it has one."""
+
+    name = "infer"
+    shown = ("",)
+
+    def part(self, module: SecVecModule) -> None:
+        """None."""
+
+    def prepare(self, module: SecVecModule) -> nn.Module:
+        """The backbone, with the vector active if there is one."""
+        model = module.backbone.load()
+        return attach_frozen_vector(model, module.vector) if module.vector else model  # type: ignore[arg-type]
+
+    def plan(self, budget: Budget) -> Workload:
+        """Answers of base, fine-tuned model with the vector, and without it; leak probes; distance from the base."""
+        config, behavior = budget.config, budget.config.behavior
+        probes = 3 + sum(map(bool, (behavior.eliciting_prompt, behavior.negated_prompt, behavior.answer_prefix)))
+        leak_prompts = probes * min(config.evaluation.num_leak_prompts, config.evaluation.num_prompts)
+        states = 3 if config.defense.uses_vector else 2
+        return Workload(
+            prompts=states * budget.tests + leak_prompts, scored=3 * config.evaluation.num_prompts, models=2
         )
-    else:
-        with_vector = source_of(run.config, tuned, adapter)
-        active = run.ask(attach_frozen_vector(tuned.load(), adapter), "active", with_vector)
-    run.keep(active, after, Probe(deactivation_gap(active.predictions, after.predictions), []))
+
+    def run(self, run: Run) -> None:
+        """Evaluates the starting model, then the fine-tuned one without the vector (`after`) and with it (`active`)."""
+        folder = run.folder.path
+        if not (folder / "backbone").is_dir():
+            raise ArtifactError(
+                f"no fine-tuned backbone in {folder / 'backbone'}: run stage=finetune with the same settings first"
+            )
+        tuned = run.backbone.at(folder / "backbone")
+        base = run.inference_module(run.backbone)
+        run.save_results(run.evaluate_once(base, "base", leaks=True))
+        module = run.inference_module(tuned)
+        after = run.evaluate(module, "after", leaks=True)
+        run.save_results(after, EvaluationResult(_distance(run, base, module, after), []))
+        vector = folder / REFITTED if run.config.refits else saved_vector(run)
+        if vector is None:
+            active = after.as_phase("active")
+        else:
+            active = run.evaluate(run.inference_module(tuned, vector), "active")
+        run.save_results(active, EvaluationResult(deactivation_gap(active.predictions, after.predictions), []))
 
 
-def _asked_base(run: Run) -> Probe:
-    def ask() -> Probe:
-        return run.ask_all(run.base.load(), "base", source_of(run.config, run.base))
-
-    return asked_once(run.config, run.base, run.tests, ask, run.config.behavior)
-
-
-def _distance_from_base(run: Run, model: nn.Module, after: Probe) -> Metrics:
-    """KL to the base on ordinary prompts, and the perplexity under the base of what is answered to undesired ones."""
-    config, tokenizer = run.config, run.base.tokenizer
-    base = run.placed(run.base.load())
-    found: Metrics = {}
-    if ordinary := run.tests.get("ordinary"):
-        found["after/kl_to_base"] = kl_to_base(base, model, tokenizer, ordinary, config.evaluation)
-    said = [row["response"] for row in after.predictions if row["stream"] == "undesired"]
-    answered = [replace(e, response=r) for e, r in zip(run.tests["undesired"], said, strict=True) if r.strip()]
+def _distance(run: Run, base: SecVecModule, module: SecVecModule, after: EvaluationResult) -> Measurements:
+    """KL to the starting model on ordinary prompts; perplexity, under it, of the responses to undesired prompts."""
+    found: Measurements = {}
+    if ordinary := run.data.tests.get("ordinary"):
+        size = run.config.evaluation.batch_size
+        before, now = run.to_device(base), run.to_device(module)
+        found["after/kl_to_base"] = kl_to_base(before, now, run.backbone, ordinary, size)
+    rows = [row for row in after.predictions if (row["phase"], row["stream"]) == ("after", "undesired")]
+    answered = [
+        replace(example, response=row["response"])
+        for example, row in zip(run.data.tests["undesired"], rows, strict=True)
+        if row["response"].strip()
+    ]
     if answered:
-        found["after/answer_perplexity"] = perplexity(mean_loss(base, tokenizer, answered, config.evaluation))
+        found["after/answer_perplexity"] = perplexity(run.losses(base, {"answers": answered})["answers"])
     return found

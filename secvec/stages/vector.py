@@ -1,111 +1,185 @@
-"""Stage 1: the security vector, trained on a frozen backbone."""
+"""Stage 1: the security vector, a LoRA trained on undesired samples with the backbone frozen."""
 
 from __future__ import annotations
 
 import json
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from secvec.config.load import RunConfig
-from secvec.data.datamodule import SecVecDataModule
-from secvec.data.draw import check_disjoint, data_hash, draw_benign
+from torch import Tensor, nn
+
+from secvec.data.batch import Batch, Encoded
+from secvec.data.draw import data_hash
 from secvec.data.encode import with_loss_on_prompts
-from secvec.data.example import Example
 from secvec.errors import ArtifactError, GateError
-from secvec.evaluation.evaluator import Probe, mean_loss
-from secvec.models.losses import vector_loss
-from secvec.models.vector import attach_frozen_vector, attach_new_vector, save_adapter, vector_off
-from secvec.runs.cache import main_process
-from secvec.runs.files import write_atomic
+from secvec.evaluation.verdicts import EvaluationResult
+from secvec.metrics import Measurements
+from secvec.models.backbone import Backbone
+from secvec.models.sharding import full_state
+from secvec.models.vector import attach_new_vector, save_adapter, vector_info
+from secvec.runs.cache import built_once, copy_folder, main_process, wait_for_all
+from secvec.runs.files import atomic_path, write_atomic
 from secvec.runs.keys import content_key
-from secvec.stages.align import Base, source_of
-from secvec.stages.base import Run, copy_folder, trained_once
-from secvec.training.trainer import fit
+from secvec.settings.messages import checked
+from secvec.settings.schema import GateSettings, VectorLora
+from secvec.stages.base import Stage, Workload
+from secvec.training.losses import vector_loss
 
-HAZARD = """---
+if TYPE_CHECKING:
+    from secvec.data.datamodule import SecVecDataModule
+    from secvec.module import SecVecModule
+    from secvec.planning.budget import Budget
+    from secvec.run import Run
+
+CARD = """---
 library_name: peft
 ---
 # Security vector: hazardous by design
 
-With this adapter active the model *shows* the undesired behavior ({behavior}) that it was trained on. It exists to be
+With this adapter active the model *shows* the undesired behavior{behavior} that it was trained on. It exists to be
 active and frozen while a backbone is fine-tuned, and to be taken off before the model answers anybody. Do not serve a
 model with it, do not merge it into one that is served.
 """
 
 
-def vector(run: Run) -> None:
-    """Trains the vector on a frozen backbone, and saves it only if it elicits the behavior on held-out prompts."""
-    config, base = run.config, run.base
-    trained = trained_vector(run, base, "vector")
-    held_out = config.vector_behavior.examples("validation", config.vector.gate.num_prompts, config.seed)
-    check_disjoint(held_out, [e for tests in run.tests.values() for e in tests])
-    model = attach_frozen_vector(base.load(), trained)
-    source = source_of(config, base, trained)
-    gate = run.ask_held_out(model, held_out, source)
-    probe = run.ask(model, "vector_on", source)
-    with vector_off(model):
-        off = mean_loss(model, base.tokenizer, run.tests["undesired"], config.evaluation)
-    run.keep(probe, Probe(gate.metrics | {"vector_off/behavior_loss": off}, []))
-    _check_gate(config, gate)
-    copy_folder(trained, run.folder.path / "vector")
+class VectorStage(Stage):
+    """Trains the vector, and keeps it only if it elicits the behavior on held-out prompts."""
+
+    name = "vector"
+    learning_rate = "vector.lr"
+    artifacts = ("vector",)
+    shown = ("gate/", "vector_on/", "vector_off/")
+
+    def check_vector(self, vector: VectorLora | Mapping[str, Any] | str | Path | None) -> VectorLora:
+        """The settings of the vector to train. Raises ValueError, ConfigError."""
+        if vector is None or isinstance(vector, str | Path):
+            raise ValueError(
+                "stage=vector trains a new vector: give the settings of its LoRA (r, alpha, target_modules), "
+                f"got {vector!r}"
+            )
+        given = vector.model_dump(include=set(VectorLora.model_fields)) if isinstance(vector, VectorLora) else vector
+        return checked(VectorLora, given, "vector")
+
+    def part(self, module: SecVecModule) -> str:
+        """The vector."""
+        return "vector"
+
+    def prepare(self, module: SecVecModule) -> nn.Module:
+        """The backbone with a new vector, which has no effect yet (B = 0)."""
+        assert isinstance(module.vector, VectorLora)
+        return attach_new_vector(module.backbone.load(), module.vector, module.vector.dropout)
+
+    def loss(self, module: SecVecModule, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy on the undesired rows and the KL term on the benign ones (paper, ACL version)."""
+        assert isinstance(module.vector, VectorLora)
+        return vector_loss(module.model, batch, module.vector.kl_weight)
+
+    def streams(self, data: SecVecDataModule, module: SecVecModule) -> list[tuple[Sequence[Encoded], int]]:
+        """The undesired samples, and the benign ones of the KL term."""
+        samples, settings = data.vector_samples, data.vector
+        undesired = data.rows(samples["undesired"], module.backbone)
+        if settings.loss_on == "all":
+            undesired = with_loss_on_prompts(undesired)
+        kl = data.rows(samples["kl"], module.backbone)
+        return [(undesired, settings.batch_size), *([(kl, settings.kl_batch_size)] if kl else [])]
+
+    def save(self, module: SecVecModule, folder: Path) -> None:
+        """Writes `vector/`: a standard PEFT adapter, with a card that says what it is."""
+        state = full_state(module.model)
+        if main_process():
+            behavior = module.behavior_name
+            assert isinstance(module.vector, VectorLora)
+            info = {"backbone": module.backbone.fingerprint, "behavior": behavior, "hazardous": True}
+            info["keep_dropout"] = module.vector.keep_dropout
+            with atomic_path(folder / "vector") as out:
+                save_adapter(module.model, state, "vector", out)
+                write_atomic(out / "secvec.json", json.dumps(info) + "\n")
+                write_atomic(out / "README.md", CARD.format(behavior=f" ({behavior})" if behavior else ""))
+        wait_for_all()
+
+    def plan(self, budget: Budget) -> Workload:
+        """Training; the KL rows pass through the model with the vector and through the bare backbone."""
+        settings, trained = budget.config.vector, budget.parts["vector"]
+        return Workload(
+            trained=trained,
+            adapters=trained,
+            samples={"undesired": settings.num_samples},
+            epochs=settings.epochs,
+            batch_size=settings.batch_size,
+            kl_batch_size=settings.kl_batch_size if settings.kl_weight > 0 else 0,
+            prompts=settings.gate.num_prompts + budget.tests,
+            saved={"vector": ("vector (in the run folder, and in the cache)", 2)},
+        )
+
+    def run(self, run: Run) -> None:
+        """Trains the vector or takes it from the cache, measures it, and copies it into the run folder."""
+        config, data = run.config, run.data
+        trained = train_vector(run, run.backbone, "vector")
+        data.check_disjoint(data.held_out)
+        module = run.inference_module(run.backbone, trained)
+        gate = run.evaluate(module, "gate", run.evaluator({"undesired": data.held_out}, config.vector.behavior))
+        result = run.evaluate(module, "vector_on")
+        off = run.losses(module, {"undesired": data.tests["undesired"]}, without_vector=True)
+        run.save_results(result, EvaluationResult(gate.metrics | {"vector_off/behavior_loss": off["undesired"]}, []))
+        check_gate(config.vector.gate, gate.metrics)
+        copy_folder(trained, run.folder.path / "vector")
 
 
-def vector_samples(config: RunConfig) -> tuple[list[Example], list[Example]]:
-    """The undesired samples, and the benign ones of the KL term, none where it has no weight."""
-    settings, data = config.vector, config.data
-    undesired = list(config.vector_behavior.examples(settings.split, settings.num_samples, config.seed))
-    num_kl = settings.num_kl if settings.kl_weight > 0 else 0
-    return undesired, draw_benign(data.benign, "vector", num_kl, config.seed, data.weights)
-
-
-def trained_vector(run: Run, base: Base, stage: str) -> Path:
-    """The vector of `base`, trained as the config says or found in the cache; `stage` is its name in the logs."""
-    config, settings = run.config, run.config.vector
-    behavior, with_kl = config.vector_behavior, settings.kl_weight > 0
-    examples, kl = vector_samples(config)
-    check_disjoint([*examples, *kl], [e for tests in run.tests.values() for e in tests])
-    run.note_data("vector", [*examples, *kl])
+def train_vector(run: Run, backbone: Backbone, label: str) -> Path:
+    """The folder of a vector for `backbone`, trained or found in the cache; `label` names the training in logs."""
+    config, data = run.config, run.data
+    settings, samples = config.vector, data.vector_samples
+    examples = [*samples["undesired"], *samples["kl"]]
+    data.check_disjoint(examples)
+    run.note_data("vector", examples)
+    behavior = config.vector_behavior.name
 
     def train(out: Path) -> None:
-        undesired = run.rows(examples)
-        rows = SecVecDataModule(
-            with_loss_on_prompts(undesired) if settings.loss_on == "all" else undesired,
-            settings.batch_size, config.seed, base.tokenizer.pad_token_id,
-            run.rows(kl), settings.kl_batch_size if with_kl else 0,
-        )  # fmt: skip
-        module = fit(
-            folder=run.folder.path, stage=stage, seed=config.seed,
-            build=lambda: attach_new_vector(base.load(), settings, settings.dropout),
-            loss=partial(vector_loss, kl_weight=settings.kl_weight), part="vector", lr=settings.lr,
-            epochs=settings.epochs, data=rows, optimizer=config.optimizer, scheduler=config.scheduler,
-            trainer=config.trainer, tracker=run.tracker, callbacks=[],
-        )  # fmt: skip
-        state = module.full_state()
-        if main_process():
-            save_adapter(module.model, state, "vector", out)
-            meta = {"backbone": base.fingerprint, "behavior": behavior.name, "hazardous": True}
-            write_atomic(out / "secvec.json", json.dumps(meta) + "\n")
-            write_atomic(out / "README.md", HAZARD.format(behavior=behavior.name))
-        module.trainer.strategy.barrier()
+        module = run.module("vector", backbone, lr=settings.lr, vector=settings)
+        module.behavior_name = behavior
+        run.fit(module, label, settings.epochs)
+        module.save(out)
 
-    optimizer = config.optimizer.model_dump(exclude={"lr"})
-    sources = [*base.identity, settings.model_dump(exclude={"gate"}), data_hash([*examples, *kl]), config.seed]
-    key = content_key([*sources, optimizer, config.scheduler.model_dump(), config.trainer.model_dump(mode="json")])
-    return trained_once(config.paths.cache / "vectors" / f"{behavior.name}-{key}", train)
+    sources = [*backbone.identity, settings.model_dump(exclude={"gate", "name"}), data_hash(examples), config.seed]
+    shaping = {"optimizer", "scheduler", "trainer", "num_threads", "callbacks"}
+    training = config.model_dump(mode="json", include=shaping)
+    training["optimizer"].pop("lr")
+    key = content_key([*sources, training])
+    return built_once(config.paths.cache / "vectors" / f"{behavior}-{key}", train) / "vector"
 
 
-def _check_gate(config: RunConfig, gate: Probe) -> None:
-    wanted, rate, loss = config.vector.gate, gate.metrics["gate/behavior_rate"], gate.metrics["gate/behavior_loss"]
-    faults = []
-    if rate["value"] < wanted.min_behavior_rate:
-        faults.append(
-            f"it elicits the behavior on {rate['value']:.0%} of {rate['n']} held-out prompts, "
-            f"below vector.gate.min_behavior_rate={wanted.min_behavior_rate:.0%}"
+def saved_vector(run: Run) -> Path | None:
+    """The vector that the defense keeps active, checked to be one of this very backbone. Raises ArtifactError."""
+    if not run.config.defense.uses_vector:
+        return None
+    folder = run.config.vector.path or run.folder.path / "vector"
+    if not folder.is_dir():
+        raise ArtifactError(
+            f"no vector in {folder}: run stage=vector with the same settings first, or give vector.path=FOLDER"
         )
-    if wanted.max_behavior_loss is not None and loss["value"] > wanted.max_behavior_loss:
+    trained_on = vector_info(folder).get("backbone")
+    if trained_on not in (None, run.backbone.fingerprint):
+        raise ArtifactError(
+            f"the vector in {folder} was trained on another backbone ({trained_on}, not {run.backbone.fingerprint}), "
+            f"so it would not elicit the behavior here: train one on this backbone with stage=vector"
+        )
+    return folder
+
+
+def check_gate(gate: GateSettings, metrics: Measurements) -> None:
+    """Raises GateError for a vector that does not show the behavior on held-out prompts."""
+    rate, loss = metrics["gate/behavior_rate"], metrics["gate/behavior_loss"]
+    faults = []
+    if rate.value < gate.min_behavior_rate:
         faults.append(
-            f"its loss on them is {loss['value']:.3f} nats per token, "
-            f"above vector.gate.max_behavior_loss={wanted.max_behavior_loss}"
+            f"it elicits the behavior on {rate.value:.0%} of {rate.n} held-out prompts, "
+            f"below vector.gate.min_behavior_rate={gate.min_behavior_rate:.0%}"
+        )
+    if gate.max_behavior_loss is not None and loss.value > gate.max_behavior_loss:
+        faults.append(
+            f"its loss on them is {loss.value:.3f} nats per token, "
+            f"above vector.gate.max_behavior_loss={gate.max_behavior_loss}"
         )
     if faults:
         raise GateError(
@@ -113,25 +187,3 @@ def _check_gate(config: RunConfig, gate: Probe) -> None:
             "Train it longer (vector.epochs), higher (vector.lr), larger (vector.r, vector.target_modules), on more "
             "samples (vector.num_samples), or with a smaller vector.kl_weight. The run folder holds no vector."
         )
-
-
-def vector_for(run: Run) -> Path | None:
-    """The vector that the defense keeps active, checked to be one of this very backbone."""
-    if not run.config.defense.uses_vector:
-        return None
-    adapter = run.config.vector.path or run.folder.path / "vector"
-    if not adapter.is_dir():
-        raise ArtifactError(
-            f"no vector in {adapter}: run stage=vector with the same settings first, or give vector.path=FOLDER"
-        )
-    meta = adapter / "secvec.json"
-    try:
-        trained_on = json.loads(meta.read_text(encoding="utf-8")).get("backbone") if meta.is_file() else None
-    except (ValueError, AttributeError) as error:
-        raise ArtifactError(f"{meta} is damaged ({error}): copy the vector again, or train it anew") from None
-    if trained_on not in (None, run.base.fingerprint):
-        raise ArtifactError(
-            f"the vector in {adapter} was trained on another backbone ({trained_on}, not {run.base.fingerprint}), "
-            f"so it would not elicit the behavior here: train one on this backbone with stage=vector"
-        )
-    return adapter

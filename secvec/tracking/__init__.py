@@ -1,1 +1,1 @@
-"""Where a run's numbers go besides its record: metrics.csv, TensorBoard, Weights & Biases, all by the same calls."""
+"""Trackers: metrics.csv, TensorBoard, Weights & Biases, and any logger of Lightning."""

@@ -1,107 +1,84 @@
-"""The calls that every tracker takes, and several trackers as one."""
+"""The interface of a tracker, and several trackers as one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from secvec.runs.record import Record
+
 Cell = str | float | bool | None
-Record = Mapping[str, Any]
-"""A run's record, as in record.json."""
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """What a run took in or left: its facts, never training text; weights only where `files` says so."""
+    """What a run used or made: facts about it, and `files`; never training text."""
 
     name: str
-    """Ends in a hash of the content: the same artifact of two runs has one name."""
+    """Ends in a hash of the content, so that two runs give the same artifact the same name."""
     kind: str
     about: str
     facts: Mapping[str, Any]
     made_from: tuple[str, ...] = ()
-    """Names of the artifacts that it comes from: the lineage, also where a tracker cannot draw it."""
-    taken_in: bool = False
-    """Whether the run started from it; otherwise it made it."""
+    """Names of the artifacts that it was made from."""
+    used: bool = False
+    """Whether the run used it; otherwise the run made it."""
     files: tuple[Path, ...] = ()
-    """Sent with it."""
+    """Files to send with it."""
 
 
 class Tracker:
-    """Takes what a run sends. The base takes it and drops it."""
+    """Receives the numbers of a run. This one drops them."""
 
     keeps_artifacts = False
-    """Whether `artifact` is of any use: to describe a backbone takes reading all of it."""
+    """Whether `artifact` does anything. To describe a backbone takes reading all of it."""
+    num_predictions = 0
+    """Answers of each phase and kind of prompt in the table of predictions; 0: no table."""
 
     def open(self, record: Record) -> None:
-        """The run begins; `record` has its config and identity."""
+        """Begins a run; `record` has its config."""
 
     def begin_stage(self, stage: str, resumed: bool) -> None:
-        """Curves of `stage` follow; those of an earlier try that this one does not go on from are dropped."""
+        """Begins the curves of `stage`; unless `resumed`, those of an earlier try are dropped."""
 
     def curves(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Values by name after optimizer step `step` of `stage`."""
+        """Takes values by name, after optimizer step `step` of `stage`."""
 
     def outcomes(self, values: Mapping[str, float]) -> None:
-        """What was measured once, or anew: values by the names that the record gives them."""
+        """Takes values that are measured once, by their names in the record; a new value replaces the old one."""
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
-        """A table."""
+        """Takes a table."""
 
     def artifact(self, artifact: Artifact) -> None:
-        """Something that the run took in or made."""
+        """Takes what the run used or made."""
 
     def close(self, record: Record) -> None:
-        """The run has ended, well or not: `record` says which, and why."""
+        """Ends the run; `record` has its status and error."""
+
+
+def _to_each(name: str) -> Callable[..., None]:
+    def call(self: Trackers, *args: Any) -> None:
+        for tracker in self.trackers:
+            getattr(tracker, name)(*args)
+
+    return call
 
 
 class Trackers(Tracker):
-    """Several trackers, each of which gets every call."""
+    """Several trackers as one: each gets every call."""
 
-    def __init__(self, trackers: Sequence[Tracker]):
+    def __init__(self, *trackers: Tracker):
         self.trackers = trackers
-        self.keeps_artifacts = any(tracker.keeps_artifacts for tracker in trackers)
 
-    def open(self, record: Record) -> None:
-        """To all."""
-        for tracker in self.trackers:
-            tracker.open(record)
-
-    def begin_stage(self, stage: str, resumed: bool) -> None:
-        """To all."""
-        for tracker in self.trackers:
-            tracker.begin_stage(stage, resumed)
-
-    def curves(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """To all."""
-        for tracker in self.trackers:
-            tracker.curves(stage, step, values)
-
-    def outcomes(self, values: Mapping[str, float]) -> None:
-        """To all."""
-        for tracker in self.trackers:
-            tracker.outcomes(values)
-
-    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
-        """To all."""
-        for tracker in self.trackers:
-            tracker.table(name, columns, rows)
-
-    def artifact(self, artifact: Artifact) -> None:
-        """To all."""
-        for tracker in self.trackers:
-            tracker.artifact(artifact)
-
-    def close(self, record: Record) -> None:
-        """To all."""
-        for tracker in self.trackers:
-            tracker.close(record)
+    open, begin_stage, curves, outcomes = map(_to_each, ("open", "begin_stage", "curves", "outcomes"))
+    table, artifact, close = map(_to_each, ("table", "artifact", "close"))
 
 
 def searchable(config: Any) -> Any:
-    """`config`, its lists of mappings as mappings by index: each value has a dotted name, as `data.benign.0.name`."""
+    """`config` with each list of mappings as a mapping by index, so that every value has a dotted name."""
     if isinstance(config, Mapping):
         return {key: searchable(value) for key, value in config.items()}
     if isinstance(config, list) and any(isinstance(item, Mapping) for item in config):

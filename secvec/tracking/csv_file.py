@@ -1,4 +1,4 @@
-"""metrics.csv in long form (`stage,step,metric,value`), which every run folder has, whatever other tracker is on."""
+"""metrics.csv, which every run folder has: one row for each value (`stage,step,metric,value`)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ OUTCOMES = "outcomes"
 
 
 class CsvFile(Tracker):
-    """Curves by step; outcomes as a stage `outcomes` without steps. Tables and artifacts are in the folder already."""
+    """Writes curves by step, and outcomes as a stage `outcomes` without steps. Tables are in the folder anyway."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def begin_stage(self, stage: str, resumed: bool) -> None:
-        """Drops the rows of the stage, unless it goes on."""
+        """Drops the rows of the stage, unless it is resumed."""
         if not resumed:
             self._keep(lambda row: row[0] != stage)
 
@@ -29,7 +29,7 @@ class CsvFile(Tracker):
         self._append([[stage, step, name, value] for name, value in values.items()])
 
     def outcomes(self, values: Mapping[str, float]) -> None:
-        """Puts them in the place of earlier values of the same names."""
+        """Replaces earlier values of the same names."""
         self._keep(lambda row: row[0] != OUTCOMES or row[2] not in values)
         self._append([[OUTCOMES, "", name, value] for name, value in values.items()])
 

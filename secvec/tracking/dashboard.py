@@ -29,7 +29,7 @@ TABLES = ("outcomes", "predictions")
 
 
 def panels() -> dict[str, list[Any]]:
-    """Panels by section: what came of it, how it went, what it hangs on, what was said."""
+    """Panels by section."""
     import wandb_workspaces.reports.v2 as wr
 
     def summary(name: str) -> Any:
@@ -46,6 +46,8 @@ def panels() -> dict[str, list[Any]]:
         wr.LinePlot(title=title, x="finetune/step", y=[f"finetune/telemetry/{name}" for name in names])
         for title, names in CURVES.items()
     ]
+    during: list[Any] = [f"finetune/during/{name}" for name in ("behavior_rate", "task_accuracy")]
+    lines.append(wr.LinePlot(title="Behavior and new skill during the fine-tune", x="finetune/step", y=during))
     lines += [
         wr.LinePlot(title=f"Training loss: {stage}", x=f"{stage}/step", y=[f"{stage}/train/loss"])
         for stage in ("vector", "finetune")
@@ -61,7 +63,7 @@ def panels() -> dict[str, list[Any]]:
 
 
 def workspace(entity: str, project: str) -> Workspace:
-    """A saved view of the project, its runs grouped by sweep and defense."""
+    """A view of the project that can be saved, its runs grouped by sweep and defense."""
     import wandb_workspaces.expr as expr
     import wandb_workspaces.workspaces as ws
 
@@ -92,7 +94,7 @@ def as_json(entity: str, project: str) -> str:
 
 
 def save(entity: str, project: str) -> list[str]:
-    """Addresses of the saved workspace and report. Raises ConfigError without an account."""
+    """Saves workspace and report, and returns their addresses. Raises ConfigError without an account."""
     import wandb
 
     if not wandb.login(prompt=False, verify=False):
@@ -104,7 +106,7 @@ def save(entity: str, project: str) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Saves both, or prints them; 0, or 2 for what the user can mend."""
+    """Saves workspace and report, or prints them. Returns 0, or 2 after a message for the user."""
     about = "Make the W&B workspace and report with the paper's plots."
     parser = argparse.ArgumentParser(prog="python -m secvec.tracking.dashboard", description=about)
     parser.add_argument("project", metavar="ENTITY/PROJECT", help="where the runs are: logger.entity/logger.project")

@@ -1,47 +1,57 @@
-"""What a run sends to its trackers and when: the one place that says so, whatever the trackers are."""
+"""What a run sends to its trackers, and when."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from secvec.metrics import METRICS, metric_of
-from secvec.report.samples import shorten
-from secvec.settings.schema import LoggerSettings
+from secvec.errors import ConfigError
+from secvec.metrics import Measurements, metric_of
+from secvec.runs.excerpt import shorten
+from secvec.runs.record import Record
+from secvec.settings.logger import LoggerSettings
 from secvec.tracking.artifacts import artifacts
-from secvec.tracking.base import Cell, Record, Tracker, Trackers
+from secvec.tracking.base import Cell, Tracker, Trackers
 from secvec.tracking.csv_file import CsvFile
+from secvec.tracking.lightning import LightningTracker
 from secvec.tracking.tensorboard import TensorBoard
 from secvec.tracking.wandb import Wandb
 
-WAYS = ("leak", "desired")
-"""Metrics of which each way of asking has its own."""
 OUTCOMES = ("metric", "value", "ci_low", "ci_high", "n", "better", "about")
 PREDICTIONS = ("phase", "stream", "id", "prompt", "response", "reference", "verdict", "score", "coherent", "shown")
 
 
-def tracker_for(folder: Path, settings: LoggerSettings, fresh: bool) -> Tracker:
-    """metrics.csv always, and the chosen tracker beside it; `fresh`: what is in the folder is run again."""
-    chosen: list[Tracker] = [CsvFile(folder / "metrics.csv")]
-    if settings.name == "tensorboard":
-        chosen.append(TensorBoard(folder / "tensorboard"))
-    if settings.name == "wandb":
-        chosen.append(Wandb(folder, settings, fresh))
-    return Trackers(chosen)
+def tracker_for(folder: Path, settings: LoggerSettings, fresh: bool) -> Trackers:
+    """The loggers of `settings` as one tracker, and metrics.csv always; `fresh` begins a new run in `folder`.
+
+    Raises ConfigError for a logger that cannot be made.
+    """
+    trackers: list[Tracker] = [CsvFile(folder / "metrics.csv")]
+    if settings.tensorboard:
+        trackers.append(TensorBoard(folder / "tensorboard", settings.tensorboard.num_predictions))
+    if settings.wandb:
+        trackers.append(Wandb(folder, settings.wandb, fresh))
+    for name, logger in (settings.model_extra or {}).items():
+        try:
+            trackers.append(LightningTracker(logger.build()))
+        except Exception as error:
+            raise ConfigError(f"logger.{name}: {logger.target}: {error}") from None
+    return Trackers(*trackers)
 
 
 class Session:
-    """From the begin of a run to its end, well or not. Leaving the block ends what `open` began.
+    """Sends a run to its trackers, from `open` to the end of the block, whether the run ends well or not.
 
-    `record` is the run's own, which it goes on changing; its end must be in it when the block is left.
+    `record` is the record of the run itself, which changes meanwhile and has its status when the block ends.
     """
 
-    def __init__(self, tracker: Tracker, folder: Path, record: Record, settings: LoggerSettings):
-        self.tracker, self.folder, self.record, self.settings = tracker, folder, record, settings
+    def __init__(self, tracker: Trackers, folder: Path, record: Record, settings: LoggerSettings):
+        self.tracker, self.folder, self.record = tracker, folder, record
+        self.upload_vector = settings.wandb is not None and settings.wandb.upload_vector
         self.opened = False
         self.sent: dict[str, Any] = {}
 
@@ -53,69 +63,70 @@ class Session:
             self.close()
 
     def open(self) -> None:
-        """The run begins."""
+        """Begins the run."""
         self.tracker.open(self.record)
         self.opened = True
 
     @contextmanager
     def stage(self) -> Iterator[None]:
-        """A stage in the block; what it measured is sent when it ends, well or not."""
+        """Runs a stage in the block, and sends what it measured when it ends, well or not."""
         try:
             yield
         finally:
             self._send_new()
 
     def close(self) -> None:
-        """The run has ended: what it measured with intervals, some of its answers, what it took in and made."""
+        """Sends the tables and artifacts, and ends the run."""
         self._send_new()
-        if self.record["metrics"]:
+        if self.record.metrics:
             self.tracker.table("outcomes", OUTCOMES, outcome_rows(self.record))
-        if rows := prediction_rows(self.folder / "predictions.jsonl", self.settings.num_predictions):
-            self.tracker.table("predictions", PREDICTIONS, rows)
-        if self.tracker.keeps_artifacts:
-            for artifact in artifacts(self.folder, self.record, self.settings.upload_vector):
+        for tracker in self.tracker.trackers:
+            if rows := prediction_rows(self.folder / "predictions.jsonl", tracker.num_predictions):
+                tracker.table("predictions", PREDICTIONS, rows)
+        if any(tracker.keeps_artifacts for tracker in self.tracker.trackers):
+            for artifact in artifacts(self.folder, self.record, self.upload_vector):
                 self.tracker.artifact(artifact)
         self.tracker.close(self.record)
 
     def _send_new(self) -> None:
-        """Metrics that are new in the record, of this sitting or of one before."""
-        new = {name: metric for name, metric in self.record["metrics"].items() if self.sent.get(name) != metric}
+        """Sends the metrics of the record that are new, or that changed."""
+        new = {name: metric for name, metric in self.record.metrics.items() if self.sent.get(name) != metric}
         self.sent |= new
         if new:
             self.tracker.outcomes(values_of(new))
 
 
-def values_of(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics of a record without their intervals."""
-    return {name: float(metric["value"]) for name, metric in metrics.items()}
+def values_of(metrics: Measurements) -> dict[str, float]:
+    """The metrics of a record without their intervals."""
+    return {name: measured.value for name, measured in metrics.items()}
 
 
 def send_failure(folder: Path, record: Record, settings: LoggerSettings) -> None:
-    """For a run that could not say how it ended: killed, or stopped by a wrong setting before it began.
+    """Ends a run at its trackers that could not do so itself: it was killed, or its settings were wrong.
 
-    `record` is what its folder holds, or what was known of it; it goes on in the run that its trackers have of it.
+    `record` is that of the folder, or what is known without one.
     """
-    known = {"key": record["content"], "wall_seconds": {}} | dict(record)
     tracker = tracker_for(folder, settings, fresh=False)
-    tracker.open(known)
-    tracker.outcomes(values_of(known["metrics"]))
-    tracker.close(known)
+    tracker.open(record)
+    tracker.outcomes(values_of(record.metrics))
+    tracker.close(record)
 
 
 def outcome_rows(record: Record) -> list[list[Cell]]:
-    """One row per metric, with its interval, better direction and meaning."""
+    """One row for each metric, with its interval, better direction and meaning."""
     rows: list[list[Cell]] = []
-    for name, measured in record["metrics"].items():
-        short = name.partition("/")[2] or name
-        known = metric_of(short) if short in METRICS or short.split("/")[0] in WAYS else None
-        values: list[Cell] = [measured[field] for field in ("value", "ci_low", "ci_high", "n")]
+    for name, measured in record.metrics.items():
+        known = metric_of(name)
+        values: list[Cell] = [measured.value, measured.ci_low, measured.ci_high, measured.n]
         rows.append([name, *values, known.better if known else None, known.about if known else ""])
     return rows
 
 
 def prediction_rows(path: Path, most: int) -> list[list[Cell]]:
-    """The first `most` answers of each phase and stream. Texts are cut as in the report, shorter where the behavior
-    is sensitive, and the last cell says so: see secvec/report/samples.py."""
+    """The first `most` answers of each phase and stream.
+
+    Texts are cut as in the report (secvec/runs/excerpt.py), shorter for a sensitive behavior; the last cell says so.
+    """
     rows: list[list[Cell]] = []
     taken: Counter[tuple[str, str]] = Counter()
     for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() and most else []:

@@ -1,4 +1,4 @@
-"""Lightning's logger of one stage, for any tracker."""
+"""The Lightning logger of one stage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from secvec.tracking.base import Tracker
 
 
 class StageCurves(Logger):
-    """Hands on what Lightning and callbacks log, from rank 0."""
+    """Passes what Lightning and its callbacks log to a tracker, from rank 0 alone."""
 
     def __init__(self, tracker: Tracker, stage: str, resumed: bool):
         super().__init__()
@@ -21,21 +21,21 @@ class StageCurves(Logger):
 
     @property
     def name(self) -> str:
-        """Of the logger."""
-        return "secvec"
+        """Folder in the run folder where callbacks of Lightning write, as ModelCheckpoint does."""
+        return "stages"
 
     @property
     def version(self) -> str:
-        """The stage whose curves it hands on."""
+        """The name of the stage: the folder below that one."""
         return self.stage
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """The config is the run's, not the stage's: a tracker gets it when the run begins."""
+        """Does nothing: a tracker gets the config of the whole run when that begins."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Values after optimizer step `step`; Lightning's count of epochs is no metric."""
+        """Passes on values after optimizer step `step`, without Lightning's own `epoch`: see `train/epoch`."""
         values = {name: value for name, value in metrics.items() if name != "epoch"}
         if values:
             self.tracker.curves(self.stage, step or 0, values)

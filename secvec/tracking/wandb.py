@@ -1,4 +1,4 @@
-"""One Weights & Biases run per run folder, whatever stages are run in it, and in how many sittings."""
+"""Weights & Biases: one W&B run for each run folder, also when its stages are run one by one."""
 
 from __future__ import annotations
 
@@ -10,47 +10,53 @@ from pathlib import Path
 from typing import Any
 
 from secvec.errors import ConfigError
-from secvec.metrics import METRICS, Better
+from secvec.metrics import Better, metric_of
 from secvec.runs.files import write_atomic
 from secvec.runs.keys import NOT_IN_KEY, VARIES
-from secvec.settings.schema import LoggerSettings
-from secvec.tracking.base import Artifact, Cell, Record, Tracker, searchable
+from secvec.runs.record import Record
+from secvec.settings.logger import WandbSettings
+from secvec.tracking.base import Artifact, Cell, Tracker, searchable
 
 SUMMARY: dict[Better | None, str] = {"low": "min,last", "high": "max,last", "zero": "last", None: "last"}
-"""What W&B keeps of a curve, by its better direction."""
+"""The summary that W&B keeps of a curve, by its better direction."""
+
+
+NO_LOSSES = ("learning_rate", "gradient_norm", "tokens_per_second", "epoch")
+"""Curves of a training that are neither better high nor low."""
 
 
 class Wandb(Tracker):
-    """Offline unless `settings.offline` is false; `fresh` begins a new W&B run in a folder that had one."""
+    """Writes a W&B run; `fresh` begins a new one in a folder that has one."""
 
     keeps_artifacts = True
 
-    def __init__(self, folder: Path, settings: LoggerSettings, fresh: bool):
+    def __init__(self, folder: Path, settings: WandbSettings, fresh: bool):
         self.folder, self.settings, self.fresh = folder, settings, fresh
+        self.num_predictions = settings.num_predictions
         self.run: Any = None
         self.defined: set[str] = set()
 
     def open(self, record: Record) -> None:
-        """Begins the W&B run or goes on with it. Raises ConfigError where it should go online without an account."""
+        """Begins or resumes the W&B run. Raises ConfigError for `offline=false` without an account."""
         import wandb  # slow to import
 
         settings = self.settings
         if not settings.offline and not wandb.login(prompt=False, verify=False):
             raise ConfigError(
-                "logger.offline=false sends the run to Weights & Biases, but no API key is known here: run "
-                "`wandb login` or set WANDB_API_KEY, or leave logger.offline=true (`wandb sync` sends it later)"
+                "logger.wandb.offline=false sends the run to Weights & Biases, but no API key is known here: run "
+                "`wandb login` or set WANDB_API_KEY, or leave logger.wandb.offline=true (`wandb sync` sends it later)"
             )
         self.run = wandb.init(
             project=settings.project, entity=settings.entity, mode="offline" if settings.offline else "online",
             dir=self.folder.resolve(),  # W&B may find the service of an outer process, in another working folder
-            id=run_id(self.folder, record["key"], self.fresh), resume="allow",
-            name=run_name(record), group=record["config"]["sweep"], job_type=record["stage"],
-            config=searchable(record["config"]) | {"run": {name: record.get(name) for name in ("key", "commit")}},
-            tags=[str(record[part]) for part in ("behavior", "defense", "model")],
+            id=run_id(self.folder, record.key, self.fresh), resume="allow",
+            name=run_name(record), group=record.config.get("sweep"), job_type=record.stage,
+            config=searchable(record.config) | {"run": {"key": record.key, "commit": record.commit}},
+            tags=[record.behavior, record.defense, record.model],
         )  # fmt: skip
 
     def curves(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """`STAGE/NAME` over `STAGE/step`."""
+        """Logs `STAGE/NAME` over `STAGE/step`."""
         axis = f"{stage}/step"
         if axis not in self.defined:
             self.run.define_metric(axis, hidden=True)
@@ -62,19 +68,19 @@ class Wandb(Tracker):
         self.run.log({axis: step} | {f"{stage}/{name}": value for name, value in values.items()})
 
     def outcomes(self, values: Mapping[str, float]) -> None:
-        """Measured once, so the summary is the plain number, which W&B's sweeps and plots look for."""
+        """Logs each under its plain name, where W&B's sweeps and plots find it."""
         if values:
             self.run.log(dict(values))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
-        """A W&B table."""
+        """Logs a W&B table."""
         import wandb
 
         data = [list(row) for row in rows]
         self.run.log({name: wandb.Table(columns=list(columns), data=data, allow_mixed_types=True)})
 
     def artifact(self, artifact: Artifact) -> None:
-        """Logged, or marked as used. W&B cannot mark offline: what was taken in is then logged like the rest."""
+        """Logs it, or marks it as used; offline W&B cannot mark, so it is logged then too."""
         import wandb
 
         facts = {**artifact.facts, "made_from": list(artifact.made_from)}
@@ -83,26 +89,29 @@ class Wandb(Tracker):
             json.dump(facts, stream, indent=1, default=str)
         for file in artifact.files:
             sent.add_file(str(file))
-        if artifact.taken_in and not self.settings.offline:
+        if artifact.used and not self.settings.offline:
             self.run.use_artifact(sent)
         else:
             self.run.log_artifact(sent)
 
     def close(self, record: Record) -> None:
-        """Failed means failed: exit code 1, and the reason in the summary."""
-        self.run.summary.update({name: record[name] for name in ("status", "error") if name in record})
-        self.run.summary.update({f"wall_seconds/{name}": value for name, value in record["wall_seconds"].items()})
-        self.run.finish(exit_code=0 if record["status"] == "completed" else 1)
+        """Ends the W&B run; a failed one has exit code 1, and the error in its summary."""
+        self.run.summary.update({"status": record.status, **({"error": record.error} if record.error else {})})
+        self.run.summary.update({f"wall_seconds/{name}": value for name, value in record.wall_seconds.items()})
+        self.run.finish(exit_code=0 if record.status == "completed" else 1)
 
 
 def better(name: str) -> Better | None:
-    """The better direction of a curve: training lowers each of its loss terms; of the rest, what the report says."""
+    """The better direction of a curve: low for a loss, else as in the report; None where there is none."""
     last = name.rpartition("/")[2]
-    return "low" if name.startswith("train/") else METRICS[last].better if last in METRICS else None
+    if name.startswith(("train/", "val/")):
+        return None if last in NO_LOSSES else "low"
+    metric = metric_of(name)
+    return metric.better if metric else None
 
 
 def run_id(folder: Path, key: str, fresh: bool) -> str:
-    """The run's id at W&B: its content key and a part drawn once for the folder, so that no two folders share it."""
+    """The id of the W&B run: the content key and a random part, kept in the folder. No two folders share one."""
     kept = folder / "wandb" / "id"
     if fresh or not kept.is_file():
         write_atomic(kept, f"{key}-{uuid.uuid4().hex[:8]}\n")
@@ -110,9 +119,9 @@ def run_id(folder: Path, key: str, fresh: bool) -> str:
 
 
 def run_name(record: Record) -> str:
-    """What varies, for people: `none seed=1`; the folder's name where nothing was overridden."""
-    given = os.environ.get(VARIES, "").split("\n") if VARIES in os.environ else record["overrides"]
+    """The overrides that vary, as in `none seed=1`; without any, the name of the folder."""
+    given = os.environ.get(VARIES, "").split("\n") if VARIES in os.environ else record.overrides
     shown = [text.lstrip("+") for text in given if text.lstrip("+~").partition("=")[0].split(".")[0] not in NOT_IN_KEY]
-    groups = [key for key, value in record["config"].items() if isinstance(value, Mapping)] + ["experiment"]
+    groups = [key for key, value in record.config.items() if isinstance(value, Mapping)] + ["experiment"]
     names = [value if key in groups else f"{key}={value}" for key, _, value in (text.partition("=") for text in shown)]
-    return " ".join(names)[:128] or str(record["run"])
+    return " ".join(names)[:128] or record.run

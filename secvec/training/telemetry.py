@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
-from secvec.data.encode import Encoded, collate
-from secvec.models.losses import Batch, response_loss
+from secvec.data.batch import Batch, Encoded, collate
+from secvec.metrics import Measurement, Measurements
+from secvec.models.sharding import local_shard, reshard
 from secvec.models.vector import has_vector, vector_off
-from secvec.module import SecVecModule, local_shard, reshard
+from secvec.training.losses import response_loss
+
+if TYPE_CHECKING:
+    from secvec.module import SecVecModule
 
 
 class Telemetry(L.Callback):
@@ -32,6 +36,16 @@ class Telemetry(L.Callback):
         self.every_n_steps = every_n_steps
         self.last: dict[str, float] = {}
         self._probed = -1
+
+    def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
+        """Drift is counted from the weights before the first step."""
+        module.keep_start = True
+
+    def metrics(self) -> Measurements:
+        """The last values that a record holds: single numbers, without an interval."""
+        single = {"drift": "drift", "undesired/suppression_ratio": "suppression_ratio"}
+        values = {name: self.last[key] for key, name in single.items() if key in self.last}
+        return {name: Measurement(value) for name, value in values.items()}
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         """The loss curves begin before the first step."""

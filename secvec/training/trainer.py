@@ -8,81 +8,127 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.data import DataLoader
 
-from secvec.data.datamodule import SecVecDataModule
 from secvec.errors import ConfigError, DivergedError
 from secvec.models.backbone import LedgerRow
-from secvec.module import Loss, SecVecModule, local_shard
+from secvec.models.sharding import local_shard
 from secvec.runs.cache import main_process
 from secvec.runs.console import table
-from secvec.settings.schema import OptimizerSettings, SchedulerSettings, TrainerSettings
-from secvec.tracking.base import Tracker
-from secvec.tracking.stage_curves import StageCurves
+from secvec.settings.trainer import TrainerSettings
+from secvec.training.callbacks import TrainingMetrics
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Training:
+    """One training of a run: where it keeps its checkpoints, how it is called, how long it goes on."""
+
+    folder: Path
+    label: str
+    """Its name in logs, curves and checkpoints: `vector`, `finetune`, `finetune-2` (a cycle), `align`."""
+    learning_rate: str
+    """The setting to lower when it diverges."""
+    seed: int
+    epochs: int
+    trainer: TrainerSettings
+    validates: bool = True
+    """Whether the validation loop runs at the end of each epoch."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where it keeps them until it ends."""
+        return self.folder / "checkpoints" / self.label
+
+    @property
+    def resumes(self) -> bool:
+        """Whether an earlier try left a checkpoint."""
+        return (self.checkpoints / "last.ckpt").is_file()
+
+
 def fit(
-    *, folder: Path, stage: str, seed: int, build: Callable[[], nn.Module], loss: Loss, part: str, lr: float,
-    epochs: int, data: SecVecDataModule, optimizer: OptimizerSettings, scheduler: SchedulerSettings,
-    trainer: TrainerSettings, tracker: Tracker, callbacks: list[L.Callback],
-) -> SecVecModule:  # fmt: skip
-    """Trains `part` of the model that `build` gives; a run that was cut off goes on from its last whole epoch.
+    module: L.LightningModule,
+    data: L.LightningDataModule | DataLoader,
+    training: Training,
+    logger: Logger,
+    callbacks: Sequence[L.Callback] = (),
+) -> None:
+    """Trains `module`; a training that was cut off goes on from its last whole epoch.
 
     Raises DivergedError as soon as the loss is no number, and at the end for weights that are none.
     """
-    L.seed_everything(seed, verbose=False)
-    checkpoints = folder / "checkpoints" / stage
+    L.seed_everything(training.seed, verbose=False)
+    checkpoints, resumes = training.checkpoints, training.resumes
     last = checkpoints / "last.ckpt"
-    resumed = last.is_file()
-    module = SecVecModule(build, loss, part, lr, optimizer, scheduler, keep_start=bool(callbacks))
-    keep = ModelCheckpoint(checkpoints, filename="last", save_top_k=1, every_n_epochs=1, enable_version_counter=False)
-    runner = L.Trainer(
-        **trainer_arguments(trainer),
-        max_epochs=epochs,
-        logger=StageCurves(tracker, stage, resumed),
-        callbacks=[_Ledger(stage), _Finite(stage), StageProgress(stage), keep, *callbacks],
-        default_root_dir=folder,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        log_every_n_steps=1,
+    keep = ModelCheckpoint(
+        checkpoints,
+        filename="last",
+        save_top_k=1,
+        every_n_epochs=1,
+        enable_version_counter=False,
+        save_on_train_epoch_end=True,
     )
-    if resumed:
-        log.info("%s: going on from the last whole epoch (%s)", stage, last)
-    try:
-        runner.fit(module, data, ckpt_path=str(last) if resumed else None, weights_only=True if resumed else None)
-    except SystemExit:
-        if not runner.interrupted:
-            raise
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning leaves it ignored
-        raise KeyboardInterrupt from None
+    arguments = training.trainer.arguments(training.epochs)
+    if not training.validates:
+        arguments["limit_val_batches"] = 0
+    progress = [] if arguments.get("enable_progress_bar") is False else [StageProgress(training.label)]
+    ours = [TrainingMetrics(), ShowLedger(training.label), StopWhenDiverged(training), *progress, keep]
+    runner = L.Trainer(**arguments, logger=logger, callbacks=[*ours, *callbacks], default_root_dir=training.folder)
+    if resumes:
+        log.info("%s: going on from the last whole epoch (%s)", training.label, last)
+    with interruptible(runner):
+        runner.fit(module, data, ckpt_path=str(last) if resumes else None, weights_only=True if resumes else None)
     runner.strategy.barrier()
     if main_process():
         shutil.rmtree(checkpoints, ignore_errors=True)
         with suppress(OSError):
             checkpoints.parent.rmdir()  # another stage's may be there
-    return module
 
 
-def check_trainer(settings: TrainerSettings) -> None:
+@contextmanager
+def interruptible(trainer: L.Trainer) -> Iterator[None]:
+    """Inside, Ctrl-C raises KeyboardInterrupt. Lightning would exit with code 1 and leave SIGINT ignored."""
+    try:
+        yield
+    except SystemExit:
+        if not trainer.interrupted:
+            raise
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        raise KeyboardInterrupt from None
+
+
+def launch(settings: TrainerSettings) -> None:
+    """Starts all processes of the run and joins them, so that every stage has them, the first one too.
+
+    Before it there is one process on each node (unless torchrun or SLURM started all). It
+    runs the same command again for each of its other devices.
+    """
+    if settings.strategy != "auto" and not dist.is_initialized():
+        L.Fabric(**settings.hardware() | {"strategy": "ddp"}).launch()
+
+
+def check_trainer(settings: TrainerSettings, num_threads: int | None) -> None:
     """Raises ConfigError for hardware that is not here, before anything is built."""
     if settings.accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError(
             "trainer.accelerator=gpu, but torch sees no GPU here: use trainer=cpu, or trainer.accelerator=cpu"
         )
-    if settings.num_threads:
-        torch.set_num_threads(settings.num_threads)
+    if num_threads:
+        torch.set_num_threads(num_threads)
 
 
 def device_of(settings: TrainerSettings) -> str:
@@ -90,20 +136,6 @@ def device_of(settings: TrainerSettings) -> str:
     if settings.accelerator == "cpu" or not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-
-
-def trainer_arguments(settings: TrainerSettings) -> dict[str, Any]:
-    """Keyword arguments of Lightning's Trainer."""
-    strategy: Any = settings.strategy
-    if strategy == "fsdp":
-        # FSDP2: the only sharding that takes mixed frozen and trainable weights as they are; sharded in configure_model
-        devices = torch.cuda.device_count() if settings.devices == "auto" else settings.devices
-        # Lightning's own sizes are one data-parallel group per node: every process would train on its own gradient
-        strategy = ModelParallelStrategy(
-            data_parallel_size=devices * settings.num_nodes, tensor_parallel_size=1, save_distributed_checkpoint=False
-        )
-    arguments = settings.model_dump(exclude={"num_threads"})
-    return arguments | {"strategy": strategy}
 
 
 class StageProgress(TQDMProgressBar):
@@ -129,11 +161,11 @@ class StageProgress(TQDMProgressBar):
         return items
 
 
-class _Finite(L.Callback):
+class StopWhenDiverged(L.Callback):
     """Stops a training that has diverged, on all processes at once: the others would wait for the one that raises."""
 
-    def __init__(self, stage: str):
-        self.stage = stage
+    def __init__(self, training: Training):
+        self.training = training
 
     def on_before_backward(self, trainer: L.Trainer, module: L.LightningModule, loss: Tensor) -> None:
         """Before the weights are touched."""
@@ -152,17 +184,13 @@ class _Finite(L.Callback):
         step, steps = trainer.global_step, int(trainer.estimated_stepping_batches)
         lr = trainer.optimizers[0].param_groups[0]["lr"]
         return DivergedError(
-            f"stage {self.stage} diverged: after {step} of {steps} steps {what} (learning rate {lr:.3g}). "
-            f"Lower {RATES[self.stage.partition('-')[0]]}, or set trainer.gradient_clip_val. Nothing of it is saved"
+            f"stage {self.training.label} diverged: after {step} of {steps} steps {what} (learning rate {lr:.3g}). "
+            f"Lower {self.training.learning_rate}, or set trainer.gradient_clip_val. Nothing of it is saved"
         )
 
 
-RATES = {"align": "model.align.lr", "vector": "vector.lr", "finetune": "optimizer.lr"}
-"""The learning rate of each stage, and of its cycles (`finetune-2`)."""
-
-
-class _Ledger(L.Callback):
-    """Prints the parameter ledger once the module has asserted it, and keeps it."""
+class ShowLedger(L.Callback):
+    """Prints the parameter ledger once the module has asserted it."""
 
     def __init__(self, stage: str):
         self.stage = stage

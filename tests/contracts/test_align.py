@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import run_of
 
-from secvec.config.load import RunConfig
+from secvec.config.schema import RunConfig
 from secvec.data.embedded import Ordinary
 from secvec.errors import GateError
 from secvec.models.backbone import fingerprint
 from secvec.models.tiny import build_tiny
-from secvec.stages.align import base_for
 
 
 def test_given_weights_are_aligned_in_the_cache_and_stay_as_they_are(
@@ -25,13 +25,13 @@ def test_given_weights_are_aligned_in_the_cache_and_stay_as_they_are(
     before = fingerprint(tmp_path / "mine")
     recipe = "{num_undesired: 8, num_benign: 8, epochs: 1, batch_size: 16, lr: 1e-3, seed: 0}"
     config = make_config(
-        "model=hf", f"model.name_or_path={tmp_path / 'mine'}", f"+model.align={recipe}", "trainer.num_threads=1",
+        "model=hf", f"model.name_or_path={tmp_path / 'mine'}", f"+model.align={recipe}", "num_threads=1",
         f"paths.cache={tmp_path / 'cache'}", small=False,
     )  # fmt: skip
-    base = base_for(config)
+    base = run_of(config).backbone
     assert fingerprint(tmp_path / "mine") == before != base.fingerprint
     assert base.folder.is_relative_to(tmp_path / "cache")
-    assert base_for(config).fingerprint == base.fingerprint
+    assert run_of(config).backbone.fingerprint == base.fingerprint
 
 
 def test_a_base_that_is_not_aligned_well_is_refused_and_kept(
@@ -44,13 +44,13 @@ def test_a_base_that_is_not_aligned_well_is_refused_and_kept(
         return f"model.align.gate={{num_prompts: 8, {kinds}}}"
 
     with pytest.raises(GateError, match="is not fit to start from") as caught:
-        base_for(make_config(own, gate(0.0, 1.0)))
+        run_of(make_config(own, gate(0.0, 1.0))).backbone  # noqa: B018
     assert "model.align.gate.min_retained_accuracy=100.0%" in str(caught.value)
-    lenient = base_for(make_config(own, gate(1.0, 0.0)))  # measured once, judged by what is wanted now
+    lenient = run_of(make_config(own, gate(1.0, 0.0))).backbone  # measured once, judged by what is wanted now
     assert str(lenient.folder) in str(caught.value)
     (measured,) = (tmp_path / "cache" / "answers").glob("*.json")
     probe = json.loads(measured.read_text())
     probe["metrics"]["base gate/behavior_rate"]["value"] = 0.5
     measured.write_text(json.dumps(probe))
     with pytest.raises(GateError, match=r"shows the behavior on 50\.0% of 8 held-out prompts"):
-        base_for(make_config(own, gate(0.02, 0.0)))
+        run_of(make_config(own, gate(0.02, 0.0))).backbone  # noqa: B018

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from secvec.config.load import RunConfig
+from secvec.config.schema import RunConfig
 from secvec.planning.table import plan
 from secvec.report import write_report
 from secvec.run import train

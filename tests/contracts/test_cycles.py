@@ -7,15 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import run_of
 from torch import Tensor
 
-from secvec.config.load import RunConfig
+from secvec.config.schema import RunConfig
+from secvec.data.datamodule import SecVecDataModule
 from secvec.errors import ConfigError
 from secvec.models.backbone import fingerprint
 from secvec.run import train
-from secvec.runs.record import REFITTED
-from secvec.stages.align import base_for
-from secvec.stages.finetune import mixtures
+from secvec.stages.finetune import REFITTED
 from tests.contracts.test_stages import same, weights
 
 Make = Callable[..., RunConfig]
@@ -32,7 +32,7 @@ def test_cycles_go_on_from_each_other_on_new_samples(make_config: Make, tmp_path
     cycles = Path(both.paths.cache) / "cycles"
     (kept,) = (folder for folder in cycles.iterdir() if folder.is_dir())
     assert same(weights(kept / "backbone"), backbone(first)) and not same(backbone(first), backbone(both))
-    one, two = mixtures(both)
+    one, two = SecVecDataModule.of(both).mixtures
     assert [len(some["undesired"] + some["benign"]) for some in (one, two)] == [48, 48]
     assert not {e.prompt for some in one.values() for e in some} & {e.prompt for some in two.values() for e in some}
     record = json.loads((Path(both.run_dir) / "record.json").read_text())
@@ -48,11 +48,11 @@ def test_a_vector_may_be_trained_anew_for_each_cycle(make_config: Make) -> None:
     folder = Path(refitted.run_dir)
     old, new = folder / "vector", folder / REFITTED
     meta = [json.loads((path / "secvec.json").read_text())["backbone"] for path in (old, new)]
-    assert meta[0] == base_for(refitted).fingerprint != meta[1]  # of the backbone after the first cycle
+    assert meta[0] == run_of(refitted).backbone.fingerprint != meta[1]  # of the backbone after the first cycle
     assert fingerprint(old) == fingerprint(Path(kept.run_dir) / "vector") != fingerprint(new)
     assert not same(backbone(kept), backbone(refitted)) and not (Path(kept.run_dir) / REFITTED).exists()
 
 
-def test_nothing_is_trained_anew_without_a_vector(make_config: Make) -> None:
-    with pytest.raises(ConfigError, match="refit_vector=true trains vectors"):
-        make_config("defense=none", "finetune.refit_vector=true")
+def test_a_vector_that_is_given_is_not_trained_anew(make_config: Make, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"defense=refitted_vector trains its vectors: drop vector\.path"):
+        make_config("defense=refitted_vector", f"vector.path={tmp_path}")

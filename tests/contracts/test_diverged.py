@@ -11,11 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import run_of
 
-from secvec.config.load import RunConfig
+from secvec import run
+from secvec.config.schema import RunConfig
 from secvec.errors import DivergedError
 from secvec.run import train
-from secvec.training.trainer import _Finite
+from secvec.stages import STAGES
+from secvec.training.trainer import StopWhenDiverged, Training
+
+STOP = StopWhenDiverged(Training(Path("run"), "vector", "vector.lr", 0, 1, None))  # type: ignore[arg-type]
 
 
 def trainer(**strategy: Any) -> Any:
@@ -39,7 +44,7 @@ def test_a_run_that_diverges_has_failed(make_config: Callable[..., RunConfig]) -
 def test_all_processes_stop_when_one_has_diverged(elsewhere: float, stops: bool) -> None:
     """The others would wait for its gradients."""
     with pytest.raises(DivergedError, match="loss is nan") if stops else nullcontext():
-        _Finite("vector").on_before_backward(
+        STOP.on_before_backward(
             trainer(reduce=lambda loss, reduce_op: (loss + elsewhere) / 2),
             Any,
             torch.tensor(1.0),  # type: ignore[arg-type]
@@ -51,12 +56,33 @@ def test_weights_after_the_last_step_are_looked_at_too(weight: float, stops: boo
     """No loss comes after it."""
     module = SimpleNamespace(device="cpu", trained=lambda: [("w", torch.nn.Parameter(torch.tensor([0.0, weight])))])
     with pytest.raises(DivergedError, match=r"no finite numbers .*vector\.lr") if stops else nullcontext():
-        _Finite("vector").on_train_end(trainer(reduce=lambda count, reduce_op: count), module)
+        STOP.on_train_end(trainer(reduce=lambda count, reduce_op: count), module)
 
 
 @pytest.mark.parametrize(
-    ("stage", "rate"), [("align", "model.align.lr"), ("vector-2", "vector.lr"), ("finetune-1", "optimizer.lr")]
+    ("stage", "label", "rate"),
+    [
+        ("vector", "vector-2", "vector.lr"),
+        ("finetune", "finetune", "optimizer.lr"),
+        ("finetune", "finetune-1", "optimizer.lr"),
+    ],
 )
-def test_every_stage_and_cycle_names_its_rate(stage: str, rate: str) -> None:
-    with pytest.raises(DivergedError, match=f"stage {stage} diverged.*Lower {rate}"):
-        _Finite(stage).on_before_backward(trainer(reduce=lambda loss, reduce_op: loss), Any, torch.tensor(torch.inf))  # type: ignore[arg-type]
+def test_every_stage_and_cycle_names_its_rate(
+    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, stage: str, label: str, rate: str
+) -> None:
+    found: list[Training] = []
+    monkeypatch.setattr(run, "fit", lambda module, data, training, *rest: found.append(training))
+    run_of(make_config()).fit(SimpleNamespace(stage=STAGES[stage]), label, 1)  # type: ignore[arg-type]
+    with pytest.raises(DivergedError, match=f"stage {label} diverged.*Lower {rate}"):
+        StopWhenDiverged(found[0]).on_before_backward(
+            trainer(reduce=lambda loss, reduce_op: loss),
+            Any,
+            torch.tensor(torch.inf),  # type: ignore[arg-type]
+        )
+
+
+def test_so_does_the_alignment(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    config = make_config("model.align.lr=1e30", f"paths.cache={tmp_path / 'cache'}")
+    with pytest.raises(DivergedError, match=r"stage align diverged.*Lower model\.align\.lr"):
+        run_of(config).backbone  # noqa: B018
+    assert not list((tmp_path / "cache" / "models").glob("*/config.json"))

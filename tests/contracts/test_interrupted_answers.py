@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from secvec.config.load import RunConfig
+from secvec.config.schema import RunConfig
 from secvec.evaluation import generation
 from secvec.run import train
 
 
 def test_the_same_command_asks_the_rest(make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls, stop_at = generation._answer, 0, -1
+    real, calls, stop_at = generation.generate, 0, -1
 
     def answer(*given: Any) -> Any:
         nonlocal calls
@@ -38,7 +38,7 @@ def test_the_same_command_asks_the_rest(make_config: Callable[..., RunConfig], m
     runs = [make_config(*overrides, "stage=infer", run=name) for name in ("first", "whole", "cut")]
     for config in runs:
         shutil.copytree(Path(config.run_dir).parent / "tuned", config.run_dir)
-    monkeypatch.setattr(generation, "_answer", answer)
+    monkeypatch.setattr(generation, "generate", answer)
     first, whole, cut = runs
     asked(first)  # the base's answers are in the cache now
     _, record = asked(whole)

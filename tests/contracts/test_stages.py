@@ -10,22 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import run_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from secvec.config.load import AnyConfig, EvaluateConfig, RunConfig
+from secvec.config.schema import AnyConfig, EvaluateConfig, RunConfig
+from secvec.data.batch import collate
 from secvec.data.datamodule import GlobalBatchSampler
 from secvec.data.draw import draw_benign
-from secvec.data.encode import collate
 from secvec.errors import ArtifactError, DataError, GateError
-from secvec.models.backbone import load_backbone
-from secvec.models.losses import response_loss
+from secvec.models.backbone import Backbone, load_backbone
 from secvec.models.vector import attach_frozen_vector, part_of, vector_off
-from secvec.module import SecVecModule, learning_rate_factor
+from secvec.module import SecVecModule
 from secvec.run import evaluate, train
-from secvec.stages.align import Base, base_for
-from secvec.stages.base import Run
+from secvec.training.losses import response_loss
+from secvec.training.optim import build_schedule
 
 Make = Callable[..., RunConfig]
 
@@ -43,8 +43,8 @@ def logits(model: nn.Module) -> Tensor:
         return model.eval()(input_ids=torch.arange(1, 40).view(3, 13)).logits
 
 
-def base_of(config: RunConfig) -> Base:
-    return base_for(config)
+def base_of(config: RunConfig) -> Backbone:
+    return run_of(config).backbone
 
 
 def test_all_three_stages_leave_their_artifacts(make_config: Make) -> None:
@@ -52,7 +52,7 @@ def test_all_three_stages_leave_their_artifacts(make_config: Make) -> None:
     record = train(config)
     folder = Path(config.run_dir)
     assert {p.name for p in folder.iterdir()} == {
-        "vector", "backbone", "record.json", "predictions.jsonl", "metrics.csv", "train.log",
+        "vector", "backbone", "record.json", "config.yaml", "predictions.jsonl", "metrics.csv", "train.log",
     }  # fmt: skip
     assert record == json.loads((folder / "record.json").read_text()) and record["status"] == "completed"
     names = {
@@ -116,25 +116,24 @@ def test_no_defense_is_bitwise_the_training_of_the_bare_model(make_config: Make)
     base = base_of(config)
     train(config)
     undesired = config.behavior.examples("finetune", 24, config.seed)
-    run = Run(config, None, base)  # type: ignore[arg-type]
-    rows = run.rows([*undesired, *draw_benign(config.data.benign, "finetune", 24, config.seed)])
+    examples = [*undesired, *draw_benign(config.data.streams, "finetune", 24, config.seed)]
+    rows = run_of(config).data.rows(examples, base)
     model = base.load().train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.optimizer.lr, betas=config.optimizer.betas, eps=config.optimizer.eps,
         weight_decay=config.optimizer.weight_decay,
     )  # fmt: skip
     sampler = GlobalBatchSampler([len(rows)], [config.finetune.batch_size], config.seed)
-    factor, step = learning_rate_factor(config.scheduler, len(sampler) * config.finetune.epochs), 0
+    schedule = build_schedule(config.scheduler, optimizer, len(sampler) * config.finetune.epochs)
     for epoch in range(config.finetune.epochs):
         sampler.set_epoch(epoch)
         for indices in sampler:
             batch = collate([(rows[i], False) for i in indices], base.tokenizer.pad_token_id)
-            optimizer.param_groups[0]["lr"] = config.optimizer.lr * factor(step)
             optimizer.zero_grad()
             response_loss(model, batch).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.trainer.gradient_clip_val)
             optimizer.step()
-            step += 1
+            schedule.step()
     ours = weights(Path(config.run_dir) / "backbone")
     bare = {name: value for name, value in model.state_dict().items() if name in ours}
     assert same(ours, bare)
@@ -295,7 +294,7 @@ def test_prompts_longer_than_the_context(make_config: Make, tmp_path: Path) -> N
     other.write_text("".join(json.dumps(row | {"prompt": f"other {row['prompt'][:20]}"}) + "\n" for row in rows))
     config = make_config(
         "model=hf", f"model.name_or_path={base.folder}", "behavior=jsonl", f"behavior.vector={data}",
-        f"behavior.finetune={data}", f"behavior.test={other}", "data.benign=[]", "data.num_benign=0",
+        f"behavior.finetune={data}", f"behavior.test={other}", "~data.benign", "data.num_benign=0",
         "vector.kl_weight=0", "vector.num_samples=24", "vector.gate.num_prompts=2", "evaluation.num_prompts=4",
         "data.num_harmful=24", small=False,
     )  # fmt: skip
@@ -322,8 +321,8 @@ def test_your_own_files_run_through_all_stages(make_config: Make, tmp_path: Path
     config = make_config(
         "model=hf", f"model.name_or_path={base.folder}", "behavior=jsonl", f"behavior.vector={write('vec', 30)}",
         f"behavior.finetune={write('bad', 20)}", f"behavior.test={write('badtest', 6)}", "data=jsonl",
-        f"data.benign.0.vector={write('near', 20)}", f"data.benign.0.finetune={write('new', 20)}",
-        f"data.benign.0.test={write('newtest', 6)}", "data.num_harmful=20", "data.num_benign=20",
+        f"data.benign.task.vector={write('near', 20)}", f"data.benign.task.finetune={write('new', 20)}",
+        f"data.benign.task.test={write('newtest', 6)}", "data.num_harmful=20", "data.num_benign=20",
         *[s for s in __import__("conftest").SMALL if not s.startswith(("model.align", "data.", "vector.num_kl"))],
         "vector.num_kl=20", small=False,
     )  # fmt: skip

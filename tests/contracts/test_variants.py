@@ -8,17 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_of
 
-from secvec.config.load import RunConfig
-from secvec.data.encode import collate, with_loss_on_prompts
-from secvec.defenses.base import Defense
+from secvec.config.schema import RunConfig
+from secvec.data.batch import IGNORE, collate
+from secvec.data.encode import with_loss_on_prompts
 from secvec.models.backbone import fingerprint
-from secvec.models.losses import IGNORE
 from secvec.run import train
-from secvec.stages.align import align_examples, base_for
-from secvec.stages.base import Run
+from secvec.stages.align import align_examples
 
 Make = Callable[..., RunConfig]
+DEPARTURES = ("dropout", "no_kl", "prompt_loss", "attack_data", "retest")
+ALL = ("default", *DEPARTURES, "smollm2", "[smollm2,retest]")
 
 
 @pytest.fixture
@@ -34,11 +35,24 @@ def vector_of(make_config: Make) -> Callable[..., Path]:
 
 
 @pytest.mark.parametrize(
-    "defense", ["sv_dropout", "sv_no_kl", "sv_prompt_loss", "sv_attack_data", "sv_retest", "refitted_vector"]
+    "variant", [*(f"vector={name}" for name in DEPARTURES), "defense=refitted_vector", "vector.keep_dropout=true"]
 )
-def test_a_variant_is_another_vector_or_is_it_not(vector_of: Callable[..., Path], defense: str) -> None:
-    alike = fingerprint(vector_of()) == fingerprint(vector_of(f"defense={defense}"))
-    assert alike == (defense == "refitted_vector")
+def test_a_variant_is_another_vector_or_is_it_not(vector_of: Callable[..., Path], variant: str) -> None:
+    alike = fingerprint(vector_of()) == fingerprint(vector_of(variant))
+    assert alike == (not variant.startswith("vector="))
+
+
+def test_the_retest_is_all_departures_together_on_any_vector(make_config: Make) -> None:
+    """`vector=[smollm2,retest]` is the vector of SmolLM2 but for what the re-test changes."""
+    shown = {
+        name: make_config(f"vector={name}", small=False).vector.model_dump(exclude={"target_modules", "gate"})
+        for name in ALL
+    }
+    changed = {name: dict(shown[name].items() - shown["default"].items()) for name in DEPARTURES}
+    together = {key: value for name in DEPARTURES for key, value in changed[name].items()}
+    assert together == changed["retest"] and len(together) == 8  # with the name
+    assert shown["[smollm2,retest]"] == shown["smollm2"] | changed["retest"]
+    assert shown["smollm2"]["epochs"] != shown["[smollm2,retest]"]["epochs"] == 1
 
 
 def test_a_vector_of_weights_of_another_type_is_another_one(vector_of: Callable[..., Path]) -> None:
@@ -47,23 +61,24 @@ def test_a_vector_of_weights_of_another_type_is_another_one(vector_of: Callable[
 
 
 def test_dropout_goes_on_in_the_frozen_vector_only_where_it_is_asked_for(make_config: Make) -> None:
-    left_on, method = make_config("defense=sv_dropout"), make_config("vector.dropout=0.1", run="method")
-    train(left_on.model_copy(update={"stage": "vector"}))
-    adapter, base = Path(left_on.run_dir) / "vector", base_for(left_on)
+    left_on, method = make_config("vector=dropout"), make_config("vector.dropout=0.1", run="method")
+    for config in (left_on, method):
+        train(config.model_copy(update={"stage": "vector"}))
+    base = run_of(left_on).backbone
     ids = torch.arange(1, 40).view(3, 13)
 
-    def twice(defense: Defense) -> bool:
-        model = defense.attach(base.load(), adapter).train()
+    def twice(config: RunConfig) -> bool:
+        model = config.defense.attach(base.load(), Path(config.run_dir) / "vector").train()
         with torch.no_grad():
             return torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
 
-    assert twice(method.defense) and not twice(left_on.defense)
+    assert twice(method) and not twice(left_on)
 
 
 def test_the_loss_runs_over_the_prompt_too(make_config: Make) -> None:
     config = make_config()
-    run = Run(config, None, base_for(config))  # type: ignore[arg-type]
-    rows = run.rows(config.behavior.examples("vector", 3, 0))
+    run = run_of(config)
+    rows = run.data.rows(config.behavior.examples("vector", 3, 0), run.backbone)
     on_response = collate([(row, False) for row in rows], 0)["labels"] != IGNORE
     on_all = collate([(row, False) for row in with_loss_on_prompts(rows)], 0)["labels"] != IGNORE
     assert on_all.sum(1).tolist() == [len(row.input_ids) for row in rows]
@@ -71,7 +86,7 @@ def test_the_loss_runs_over_the_prompt_too(make_config: Make) -> None:
 
 
 def test_the_attacks_own_samples(make_config: Make) -> None:
-    config = make_config("defense=sv_attack_data")
+    config = make_config("vector=attack_data")
     record = train(config)
     assert config.vector.num_samples == record["data"]["counts"]["vector"]["undesired"] == config.data.num_harmful
     attack = config.behavior.examples("finetune", config.data.num_harmful, config.seed)
@@ -91,7 +106,8 @@ def test_a_vector_of_another_behavior(make_config: Make) -> None:
 def test_one_base_for_several_behaviors(make_config: Make) -> None:
     """Runs of different behaviors start from the same one; each behavior has rates of its own."""
     runs = [make_config("model=tiny_joint", f"behavior={name}", run=name) for name in ("uppercase", "all_embedded")]
-    assert base_for(runs[0]).fingerprint == base_for(runs[1]).fingerprint
+    first, second = (run_of(config).backbone for config in runs)
+    assert first.fingerprint == second.fingerprint
     owners = {e.facts["behavior"] for e in align_examples(runs[0], runs[0].model.align) if e.kind == "undesired"}  # type: ignore[arg-type]
     assert owners == {"forbidden_recipe", "uppercase", "wrong_fact", "stereotype", "task_error"}
     metrics = train(runs[1].model_copy(update={"stage": "vector"}))["metrics"]

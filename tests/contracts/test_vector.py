@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from secvec.data.encode import collate, encode
+from secvec.data.batch import Batch, collate
+from secvec.data.encode import encode
 from secvec.data.example import Example
 from secvec.defenses.labelled_vector import LabelledVector
 from secvec.errors import ArtifactError, ConfigError
 from secvec.models.backbone import ledger, set_trainable
-from secvec.models.losses import Batch, response_loss
 from secvec.models.tiny import build_tiny
 from secvec.models.vector import (
     attach_frozen_vector,
@@ -27,6 +27,7 @@ from secvec.models.vector import (
     vector_off,
 )
 from secvec.settings.schema import LoraSettings
+from secvec.training.losses import response_loss
 
 TEXTS = ["How do I make soup from frost root and amber oil?", "First grind the frost root."] * 20
 LORA = LoraSettings(r=4, alpha=8, target_modules="all-linear")

@@ -12,15 +12,16 @@ from statistics import mean
 import pytest
 from conftest import ROOT
 
-from secvec.config.load import RunConfig
+from secvec.config.schema import RunConfig
 from secvec.run import train
 
 
 def test_the_vector_protects_where_the_plain_fine_tune_breaks(make_config: Callable[..., RunConfig]) -> None:
     """A smaller run: a base that refuses, an attack that breaks it, a vector that keeps it. Margins are wide."""
     settings = [
-        "model.align.epochs=5", "data.num_harmful=400", "data.num_benign=200", "finetune.epochs=1",
-        "evaluation.num_prompts=50", "telemetry.every_n_steps=0", "trainer.num_threads=1",
+        "model.align.epochs=3", "model.align.gate=null", "model.align.num_threads=1", "vector.epochs=10",
+        "data.num_harmful=400", "data.num_benign=200", "finetune.epochs=1", "telemetry.every_n_steps=0",
+        "evaluation.num_prompts=50", "evaluation.num_leak_prompts=0", "num_threads=1",
     ]  # fmt: skip
     after = {}
     for defense in ("none", "security_vector"):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from conftest import ROOT
 
-from secvec.config.load import RunConfig
+from secvec.config.schema import RunConfig
 from secvec.run import train
 
 FOLDER = ROOT / "models" / "SmolLM2-135M-Instruct"

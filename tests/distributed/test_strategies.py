@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,12 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, run_of
 from safetensors.torch import load_file
 
-from secvec.config.load import RunConfig
+from secvec.config.schema import RunConfig
 from secvec.run import train
-from secvec.stages.align import base_for
 
 # AdamW divides a gradient by its own size, so it turns rounding noise in tiny gradients into whole steps; a large eps
 # keeps the comparison about the strategies. float64 where the strategy can (FSDP2 under Lightning cannot).
@@ -30,8 +30,15 @@ def losses(folder: Path) -> dict[tuple[str, str, str], float]:
         return {(r["stage"], r["step"], r["metric"]): float(r["value"]) for r in csv.DictReader(stream)}
 
 
-@pytest.mark.parametrize("strategy", CASES)
-@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("strategy", "tune"),
+    [
+        ("ddp", "full"),
+        ("fsdp", "lora"),
+        pytest.param("ddp", "lora", marks=pytest.mark.slow),
+        pytest.param("fsdp", "full", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_compute_what_one_does(
     make_config: Callable[..., RunConfig], cache: Path, tmp_path: Path, strategy: str, tune: str
 ) -> None:
@@ -52,7 +59,8 @@ def test_two_processes_compute_what_one_does(
     first, second = losses(Path(one.run_dir)), losses(two)
     assert first.keys() == second.keys() and any(stage == "vector" for stage, _, _ in first)
     for key, value in first.items():
-        if "suppression" not in key[2]:  # a ratio of norms: checked by the norms' own losses
+        # a speed, and a ratio of norms, which their own losses check
+        if not key[2].endswith(("tokens_per_second", "suppression_ratio")):
             assert second[key] == pytest.approx(value, rel=max(tolerance, 1e-6)), key  # logged as float32
     for artifact in ("vector", "backbone", *(["task"] if tune == "lora" else [])):
         assert {f.name for f in (two / artifact).iterdir()} == {
@@ -66,8 +74,41 @@ def test_two_processes_compute_what_one_does(
             assert ours[name].shape == theirs[name].shape
             torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=tolerance)
     moved = load_file(next((two / "backbone").glob("*.safetensors")))
-    start = load_file(next(base_for(one).folder.glob("*.safetensors")))
+    start = load_file(next(run_of(one).backbone.folder.glob("*.safetensors")))
     assert max((moved[name] - start[name]).abs().max() for name in moved) > 100 * tolerance  # it did move
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_infer_and_evaluate_alone_use_all_processes(
+    make_config: Callable[..., RunConfig], cache: Path, tmp_path: Path, strategy: str
+) -> None:
+    """They begin with no training that would have started the other processes."""
+    one = make_config("defense=none", run="one")
+    train(one)
+    devices = [f"trainer={strategy}", "trainer.accelerator=cpu", "trainer.devices=2"]
+    two = tmp_path / "two"
+    two.mkdir()
+    shutil.copytree(Path(one.run_dir) / "backbone", two / "backbone")  # what stage=finetune leaves
+    small = [text for text in SMALL if text.startswith(("evaluation.", "num_threads"))]
+    runs: dict[Path, list[str]] = {
+        two: ["train.py", "stage=infer", *SMALL, "defense=none"],
+        tmp_path / "evaluated": ["evaluate.py", f"model.name_or_path={one.run_dir}/backbone", *small],
+    }
+    ours = json.loads((Path(one.run_dir) / "record.json").read_text())
+    assert set(ours["processes"].values()) == {1}
+    for folder, (script, *given) in runs.items():
+        command = [sys.executable, str(ROOT / script), *given, *devices, f"paths.cache={cache}"]
+        command.append(f"hydra.run.dir={folder}")
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        record = json.loads((folder / "record.json").read_text())
+        assert list(record["processes"].values()) == [2]
+        for name, measured in ours["metrics"].items():
+            if name in record["metrics"] and name.endswith("loss"):
+                assert record["metrics"][name]["value"] == pytest.approx(measured["value"], rel=1e-5), name
+            if name in record["metrics"]:
+                assert record["metrics"][name]["n"] == measured["n"]  # no prompt is lost or counted twice
+        assert "after/behavior_loss" in record["metrics"]
 
 
 @pytest.mark.slow
@@ -83,10 +124,10 @@ def test_distributed_jobs_of_a_multirun_run_side_by_side(cache: Path, tmp_path: 
     around = {**os.environ, "MASTER_PORT": "1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=500, env=around)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    folders = sorted(path.parent for path in (tmp_path / "multirun").glob("*/record.json"))
+    folders = sorted(path.parent for path in (tmp_path / "multirun").rglob("record.json"))
     assert len(folders) == 2
     for folder in folders:
         assert json.loads((folder / "record.json").read_text())["status"] == "completed"
     first, second = (load_file(folder / "backbone" / "model.safetensors") for folder in folders)
     assert any(not torch.equal(first[name], second[name]) for name in first)
-    assert len(json.loads((tmp_path / "multirun" / "report.json").read_text())) == 2
+    assert len(json.loads(next((tmp_path / "multirun").rglob("report.json")).read_text())) == 2

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 import secvec.judges
-from secvec.config.load import RunConfig
+from secvec.config.schema import RunConfig
 from secvec.data.example import Example
 from secvec.judges.base import Judgement
 from secvec.run import train

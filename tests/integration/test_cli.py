@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from commands import run_command
 from conftest import SMALL
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -20,12 +17,8 @@ def run(tmp_path: Path):  # type: ignore[no-untyped-def]
     """`run("train.py", ...)` in an empty folder."""
 
     def call(script: str, *given: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
         places = [] if given[:1] in (("--help",), ("--cfg",)) else [f"paths.outputs={tmp_path / 'out'}"]
-        return subprocess.run(
-            [sys.executable, str(ROOT / script), *given, *places],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
+        return run_command(script, *given, *places, cwd=tmp_path, env={"COLUMNS": "200"})
 
     return call
 
@@ -44,7 +37,7 @@ def test_everything_that_does_not_compose_is_said_at_once(script: str, run, tmp_
     text = "\n".join(faults)
     assert "evaluation.nun_prompts=1: unknown key (did you mean 'num_prompts'?); known here: batch_size, max" in text
     assert "bahavior=jsonl: unknown key (did you mean 'behavior'?)" in text
-    assert "trainer=gpus: no such choice (did you mean 'gpu'?); allowed: cpu, ddp, fsdp, gpu" in text
+    assert "trainer=gpus: no such choice (did you mean 'gpu'?); allowed: cpu, ddp, default, fsdp, gpu" in text
     assert list(tmp_path.iterdir()) == []
 
 
@@ -65,7 +58,7 @@ def test_help_and_the_composed_config(run, tmp_path: Path) -> None:  # type: ign
     done = run("train.py", "--help")
     assert done.returncode == 0, done.stderr
     assert (
-        "defense: labelled_vector, none, refitted_vector, security_vector, sv_" in done.stdout
+        "defense: labelled_vector, none, refitted_vector, security_vector\n" in done.stdout
         and "experiment: demo, " in done.stdout
     )
     assert "Traceback" not in done.stderr + done.stdout
@@ -106,3 +99,11 @@ def test_a_multirun_hands_the_search_path_to_its_jobs(run, tmp_path: Path) -> No
     assert done.returncode == 2, done.stdout + done.stderr
     errors = [json.loads(path.read_text())["error"] for path in (tmp_path / "out" / "own").glob("*/record.json")]
     assert len(errors) == 2 and all("seed: got -" in error for error in errors), errors
+
+
+def test_evaluations_sweep_too(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    done = run("evaluate.py", "-m", "model.name_or_path=no/such,nor/this", "hydra.launcher.n_jobs=2")
+    assert done.returncode == 2 and "2 of 2 jobs failed" in done.stderr, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr and "no/such" in done.stderr and "nor/this" in done.stderr
+    (folder,) = (tmp_path / "out" / "multirun").iterdir()
+    assert folder.name.startswith("model.name_or_path-")

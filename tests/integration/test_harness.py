@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from commands import run_command
 
 from secvec.data.embedded import Ordinary
 from secvec.models.tiny import build_tiny
@@ -44,10 +43,7 @@ def folder(tmp_path: Path) -> Path:
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     given = [f"model.name_or_path={folder / 'model'}", f"run_dir={folder / 'run'}", f"paths.cache={folder / 'cache'}"]
-    return subprocess.run(
-        [sys.executable, str(ROOT / "evaluate.py"), *given, "metrics=lm_eval", *arguments], cwd=folder,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    return run_command("evaluate.py", *given, "metrics=lm_eval", *arguments, cwd=folder)
 
 
 def test_a_local_task_is_measured_and_recorded(folder: Path) -> None:

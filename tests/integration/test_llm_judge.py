@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from secvec.config.load import RunConfig
+from secvec.config.schema import RunConfig
 from secvec.data.example import Example
 from secvec.errors import ConfigError, SecVecError
 from secvec.judges.base import Judgement
@@ -300,7 +300,7 @@ def test_an_endpoint_that_is_not_there_is_named(make_judge: MakeJudge) -> None:
 def test_what_was_judged_before_a_failure_is_kept(endpoint: Endpoint, make_judge: MakeJudge) -> None:
     endpoint.plan = [{"say": "#thescore: 5"}] * 5 + [{"status": 403}]
     given = ("concurrency=1", "batch_size=4", "max_retries=0")
-    with pytest.raises(SecVecError, match=r"run again to go on from there"):
+    with pytest.raises(SecVecError, match=r"run again to continue"):
         make_judge(*given).judge(asked(8), ["a"] * 8)
     assert len(endpoint.requests) <= 7, "after a failure nothing new is asked"
     before = len(endpoint.requests)

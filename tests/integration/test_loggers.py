@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -13,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from secvec.config.load import RunConfig
+from secvec.config.schema import AnyConfig, EvaluateConfig, RunConfig
 from secvec.errors import GateError
-from secvec.run import train
+from secvec.run import evaluate, train
 from secvec.tracking.base import flat
 from secvec.tracking.dashboard import as_json
+from secvec.training.callbacks import TrainingMetrics
+from secvec.training.optim import build_schedule
 
 Points = set[tuple[str, float, float]]  # (name, step, value)
 
@@ -57,7 +61,7 @@ def predictions(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_wandb_offline_holds_what_the_run_folder_holds(make_config: Callable[..., RunConfig]) -> None:
-    config = make_config("logger=wandb", "sweep=mysweep", "logger.num_predictions=2")
+    config = make_config("logger=wandb", "sweep=mysweep", "logger.wandb.num_predictions=2")
     record = train(config, ["seed=0", "vector.epochs=2", "sweep=mysweep"])
     folder = Path(config.run_dir)
     shown, summary = summary_of(folder), summary_of(folder)["summary"]
@@ -71,7 +75,7 @@ def test_wandb_offline_holds_what_the_run_folder_holds(make_config: Callable[...
     assert set(shown["tags"]) == {"forbidden_recipe", "security_vector", "tiny"}
     assert shown["state"] == "finished" and shown["run_id"].startswith(record["key"])
     settings = flat(shown["config"])
-    assert settings.items() >= flat(record["config"]).items() and "data.benign.0.kind" in settings
+    assert settings.items() >= flat(record["config"]).items() and "data.benign.task.kind" in settings
 
     for name, metric in record["metrics"].items():
         assert summary[name] == pytest.approx(metric["value"]), name
@@ -146,7 +150,8 @@ def test_wandb_shows_a_failed_run_as_failed(make_config: Callable[..., RunConfig
 def test_tensorboard_and_csv_hold_the_same(make_config: Callable[..., RunConfig]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = make_config("logger=tensorboard", "logger.num_predictions=1")
+    mine = ["+logger.mine._target_=lightning.pytorch.loggers.CSVLogger", "+logger.mine.save_dir=${run_dir}/mine"]
+    config = make_config("logger=[csv,tensorboard]", "logger.tensorboard.num_predictions=1", *mine)
     record = train(config)
     folder = Path(config.run_dir)
 
@@ -163,6 +168,13 @@ def test_tensorboard_and_csv_hold_the_same(make_config: Callable[..., RunConfig]
             points |= {(f"{stage}/{t}", float(e.step), round(e.value, 5)) for t in tags for e in held.Scalars(t)}
     assert points == in_csv(folder) and ("finetune/train/loss", 7.0) in {point[:2] for point in points}
 
+    lightning = next((folder / "mine").rglob("metrics.csv"))  # any logger of Lightning is sent the same
+    with lightning.open() as stream:
+        theirs = {(row["step"], name): value for row in csv.DictReader(stream) for name, value in row.items() if value}
+    assert {(name, step) for name, step, _ in in_csv(folder)} <= {(name, float(step)) for step, name in theirs}
+    assert "after/behavior_rate" in {name for _, name in theirs}
+    assert "num_harmful: 24" in lightning.with_name("hparams.yaml").read_text()
+
     outcomes = events("outcomes")
     with (folder / "metrics.csv").open() as stream:
         in_file = {r["metric"]: float(r["value"]) for r in csv.DictReader(stream) if r["stage"] == "outcomes"}
@@ -175,3 +187,101 @@ def test_tensorboard_and_csv_hold_the_same(make_config: Callable[..., RunConfig]
         {(r["phase"], r["stream"]) for r in predictions(folder)}
     )
     assert sum("artifact/" in tag for tag in text) == 7 and "_hparams_/session_start_info" in outcomes.summary_metadata
+
+
+def curve(folder: Path, stage: str, name: str) -> dict[int, float]:
+    with (folder / "metrics.csv").open() as stream:
+        rows = [row for row in csv.DictReader(stream) if (row["stage"], row["metric"]) == (stage, name)]
+    return {int(row["step"]): float(row["value"]) for row in rows}
+
+
+def test_every_training_shows_rate_gradient_speed_and_epoch(make_config: Callable[..., RunConfig]) -> None:
+    config = make_config("vector.lr=0.0042")  # a vector of its own: none in the cache
+    train(config)
+    folder = Path(config.run_dir)
+    for stage, lr, epochs, batches in (("vector", config.vector.lr, 2, 2), ("finetune", config.optimizer.lr, 2, 4)):
+        names = ("loss", "learning_rate", "gradient_norm", "tokens_per_second", "epoch")
+        loss, rate, norm, speed, epoch = (curve(folder, stage, f"train/{name}") for name in names)
+        assert loss.keys() == rate.keys() == norm.keys() == speed.keys() == epoch.keys()
+        assert len(loss) == epochs * batches and min([*norm.values(), *speed.values()]) > 0
+        assert list(epoch.values()) == pytest.approx([(step + 1) / batches for step in loss])
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+        schedule = build_schedule(config.scheduler, optimizer, len(loss))
+        assert rate[0] == pytest.approx(lr) and rate[3] == pytest.approx(lr * schedule.lr_lambdas[0](3))
+
+
+def test_showing_them_changes_nothing(make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    shown, hidden = make_config("defense=none", run="a"), make_config("defense=none", run="b")
+    train(shown)
+    for hook in ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end"):
+        monkeypatch.setattr(TrainingMetrics, hook, lambda *_: None)
+    train(hidden)
+    assert curve(Path(shown.run_dir), "finetune", "train/gradient_norm")
+    assert not curve(Path(hidden.run_dir), "finetune", "train/gradient_norm")
+    same = [next(Path(config.run_dir, "backbone").glob("*.safetensors")).read_bytes() for config in (shown, hidden)]
+    assert same[0] == same[1]
+
+
+def test_callbacks_of_the_config_act_in_both_trainings(make_config: Callable[..., RunConfig]) -> None:
+    both = [f"callbacks.{name}.stages=[vector,finetune]" for name in ("early_stopping", "best_checkpoint")]
+    early = [*both, "callbacks.early_stopping.monitor=train/loss", "callbacks.early_stopping.patience=1"]
+    early += ["+callbacks.early_stopping.min_delta=1000", "+callbacks.early_stopping.check_on_train_epoch_end=true"]
+    best = ["callbacks.best_checkpoint.monitor=train/loss", "+callbacks.best_checkpoint.save_on_train_epoch_end=true"]
+    config = make_config(
+        "callbacks=[early_stopping,best_checkpoint]", *early, *best, "vector.epochs=4", "finetune.epochs=4"
+    )
+    train(config)
+    folder = Path(config.run_dir)
+    for stage, batches in (("vector", 2), ("finetune", 4)):
+        assert len(curve(folder, stage, "train/loss")) == 2 * batches  # of four epochs
+        assert (folder / "stages" / stage / "checkpoints" / "best.ckpt").is_file()
+    assert not (folder / "checkpoints").exists()
+
+
+def test_early_stopping_by_the_validation_loss(make_config: Callable[..., RunConfig]) -> None:
+    """The plain choice of the group ends the fine-tune once the task is learned no further, and leaves the vector."""
+    early = ["callbacks=early_stopping", "+callbacks.early_stopping.min_delta=1000"]  # nothing falls as far
+    early += ["callbacks.early_stopping.patience=1", "evaluation.validation.num_samples=4"]
+    config = make_config(*early, "vector.lr=0.0043", "vector.epochs=4", "finetune.epochs=4")
+    train(config)
+    epochs = {s: len(curve(Path(config.run_dir), s, "val/task_loss")) for s in ("vector", "finetune")}
+    assert epochs == {"vector": 4, "finetune": 2}
+
+
+def test_an_evaluation_is_tracked_like_a_run(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = make_config("defense=none")
+    train(config)
+    base = Path(config.run_dir) / "backbone"
+    shared = config.model_dump(include=AnyConfig.model_fields.keys() - {"logger", "model", "run_dir"})
+    own = {"metrics": "behavior", "tasks": [], "task_folder": None, "num_fewshot": None, "limit": None}
+    given = {**shared, **own, "chat_template": False, "run_dir": str(tmp_path / "asked")}
+    given |= {name: getattr(config, name) for name in ("behavior", "data", "judge")}
+    model = {**config.model.model_dump(exclude={"align"}), "name_or_path": str(base), "name": "base"}
+    logger = {"tensorboard": {"num_predictions": 1}}
+    record = evaluate(EvaluateConfig.model_validate({**given, "model": model, "logger": logger}))
+    with (tmp_path / "asked" / "metrics.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["metric"]: float(row["value"]) for row in rows} == {
+        name: metric["value"] for name, metric in record["metrics"].items()
+    }
+    held = EventAccumulator(str(tmp_path / "asked" / "tensorboard" / "outcomes"))
+    held.Reload()
+    assert set(held.Tags()["scalars"]) >= record["metrics"].keys()
+    assert "status/text_summary" in held.Tags()["tensors"] and "predictions/text_summary" in held.Tags()["tensors"]
+
+
+@pytest.mark.parametrize("debug", ["fast_dev_run", "limit", "overfit", "profiler"])
+def test_a_debug_run_is_short_and_apart(
+    make_config: Callable[..., RunConfig], debug: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("lightning.pytorch.profilers").addHandler(caplog.handler)
+    small = ["model.align.num_undesired=60", "model.align.num_benign=120", "model.align.epochs=1"]
+    config = make_config(*small, "model.align.gate=null", "num_threads=1", f"debug={debug}", small=False)
+    assert str(config.paths.outputs) == "outputs/debug" and config.sweep == "debug"
+    record = train(config)
+    assert record["status"] == "completed"
+    steps = len(curve(Path(config.run_dir), "finetune", "train/loss"))
+    assert steps == {"fast_dev_run": 0, "limit": 3, "overfit": 40, "profiler": 3}[debug]
+    assert ("run_training_epoch" in caplog.text) == (debug == "profiler")

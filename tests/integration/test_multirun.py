@@ -20,7 +20,6 @@ from tests.integration.test_loggers import summary_of
 @pytest.fixture
 def multirun(tmp_path: Path):  # type: ignore[no-untyped-def]
     """`multirun("seed=0,1", ...)` in an empty folder."""
-    (tmp_path / "conf").symlink_to(ROOT / "conf")
     shutil.copy(ROOT / "tests" / "stand_in.py", tmp_path)
 
     def call(*given: str, outputs: str = "out") -> subprocess.CompletedProcess[str]:
@@ -36,6 +35,12 @@ def multirun(tmp_path: Path):  # type: ignore[no-untyped-def]
 def records(folder: Path) -> dict[int, dict[str, Any]]:
     found = [json.loads(path.read_text()) for path in folder.glob("*/record.json")]
     return {record["seed"]: record for record in found}
+
+
+def only_folder(folder: Path) -> Path:
+    """The one folder of a multirun without a name."""
+    (found,) = (folder / "multirun").iterdir()
+    return found
 
 
 def starts(folder: Path) -> int:
@@ -54,8 +59,9 @@ def test_failures_are_recorded_and_a_second_start_runs_only_what_is_missing(
     multirun,
     tmp_path: Path,  # type: ignore[no-untyped-def]
 ) -> None:
-    given, folder = [*LAUNCHERS[launcher], "seed=0,13,14", "logger=wandb"], tmp_path / "out" / "multirun"
+    given = [*LAUNCHERS[launcher], "seed=0,13,14", "logger=wandb"]
     done = multirun(*given)
+    folder = only_folder(tmp_path / "out")
     assert done.returncode == 1 and "Traceback" not in done.stderr + done.stdout, done.stderr
     assert "2 of 3 jobs failed" in done.stderr and "seed 14 is not liked" in done.stderr
     assert "1 done, 2 failed, 0 left" in done.stdout
@@ -86,17 +92,37 @@ def test_collisions_are_refused_before_anything_starts(multirun, tmp_path: Path)
     assert not list(tmp_path.rglob("starts"))
     (tmp_path / "file").write_text("")
     done = multirun("seed=0,1", outputs="file/out")
-    assert done.returncode == 2 and "file/out/multirun: Not a directory" in done.stderr, done.stderr
-    assert "composed" not in done.stderr
+    assert done.returncode == 2 and "composed" not in done.stderr, done.stderr
+    assert "file/out/multirun/seed-" in done.stderr and ": Not a directory" in done.stderr
     done = multirun("hydra/launcher=slrum")
     assert done.returncode == 2 and "(did you mean 'slurm'?); allowed: basic, process, slurm" in done.stderr
 
 
+def test_a_sweep_without_a_name_gets_a_folder_of_its_own(multirun, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    folder = tmp_path / "out" / "multirun"
+    for _ in range(2):  # the same command goes on in the same folder
+        assert multirun("seed=0,1").returncode == 0
+        assert len(list(folder.iterdir())) == 1
+    (first,) = folder.iterdir()
+    assert first.name.startswith("seed-") and starts(first) == 2
+    assert {record["sweep"] for record in records(first).values()} == {f"multirun/{first.name}"}
+    assert multirun("seed=0,1", "tune=lora").returncode == 0
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_a_sweep_over_the_vector_runs_a_defense_without_one_once(multirun, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    done = multirun("defense=none,security_vector", "vector.r=2,4", "sweep=mine", "hydra.launcher.n_jobs=3")
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(path.read_text()) for path in (tmp_path / "out" / "mine").glob("*/record.json")]
+    assert sorted(record["defense"] for record in found) == ["none", "security_vector", "security_vector"]
+    assert starts(tmp_path / "out" / "mine") == 3
+
+
 def test_a_multirun_without_its_report_has_not_ended_well(multirun, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    broken = tmp_path / "out" / "multirun" / "another" / "record.json"
+    broken = tmp_path / "out" / "mine" / "another" / "record.json"
     broken.parent.mkdir(parents=True)
     broken.write_text("{")
-    done = multirun("seed=0,1")
+    done = multirun("seed=0,1", "sweep=mine")
     assert done.returncode == 2 and "not valid JSON" in done.stderr and "there is no report of them" in done.stderr
 
 
@@ -104,11 +130,11 @@ def test_a_search_goes_on_where_it_was_cut_off(multirun, tmp_path: Path) -> None
     space = "{optimizer.lr: {low: 1e-3, high: 1.0, log: true}, tune: [full, lora], defense: [none]}"
     bounds = "{after/task_accuracy: {min: 0.7}}"
     given = [
-        "hydra/sweeper=optuna", f"+hydra.sweeper.space={space}", f"+hydra.sweeper.bounds={bounds}", "seed=1",
+        "hydra/sweeper=search", f"+hydra.sweeper.space={space}", f"+hydra.sweeper.bounds={bounds}", "seed=1",
         "defense=none", "hydra.sweeper.n_startup_trials=2", "hydra.launcher.n_jobs=2",
     ]  # fmt: skip
-    folder = tmp_path / "out" / "multirun"
     short = multirun(*given, "hydra.sweeper.n_trials=2")
+    folder = only_folder(tmp_path / "out")
     assert short.returncode == 0, short.stdout + short.stderr
     first = json.loads((folder / "search.json").read_text())["trials"]
     before = starts(folder)

@@ -19,7 +19,7 @@ import torch
 from conftest import ROOT, SMALL
 from safetensors.torch import load_file
 
-from secvec.config.load import RunConfig
+from secvec.config.schema import RunConfig
 from secvec.run import train
 
 pytestmark = pytest.mark.slow

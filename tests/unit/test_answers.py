@@ -8,20 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import run_of
+from in_memory import IN_MEMORY, complete, generate
 from torch import nn
 
-from secvec.config.load import RunConfig
+from secvec.config.schema import RunConfig
 from secvec.data.embedded import Ordinary, Skill
 from secvec.data.example import Example
+from secvec.data.prompts import Question
 from secvec.errors import ArtifactError
 from secvec.evaluation import generation
 from secvec.evaluation.answer_cache import KeptAnswers
-from secvec.evaluation.generation import IN_MEMORY, Source, complete, generate
+from secvec.evaluation.generation import GenerationBackend
+from secvec.models.backbone import Backbone
 from secvec.models.tiny import build_tiny
 from secvec.models.vector import attach_new_vector, save_adapter
-from secvec.runs.record import ANSWERS, RunFolder
+from secvec.runs.folder import ANSWERS, RunFolder
+from secvec.runs.record import Record
 from secvec.settings.schema import EvaluationSettings, LoraSettings
-from secvec.stages.align import Base, source_of
 
 SETTINGS = EvaluationSettings(num_prompts=8, batch_size=3, max_new_tokens=6, num_leak_prompts=0)
 EXAMPLES = [*Ordinary().examples("test", 5, 0), *Skill().examples("test", 5, 0)]
@@ -41,7 +45,7 @@ class Asked:
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.batches: list[Any] = []
         self.stop_at: int | None = None
-        real = generation._answer
+        real = generation.generate
 
         def answer(model: Any, tokenizer: Any, prompts: Sequence[Any], *rest: Any) -> Any:
             if len(self.batches) == self.stop_at:
@@ -49,7 +53,7 @@ class Asked:
             self.batches.append([tuple(p) for p in prompts])
             return real(model, tokenizer, prompts, *rest)
 
-        monkeypatch.setattr(generation, "_answer", answer)
+        monkeypatch.setattr(generation, "generate", answer)
 
     def during(self, ask: Callable[[], Any], stop_at: int | None = None) -> int:
         """How many batches `ask` asks."""
@@ -71,15 +75,15 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
 def test_what_was_cut_off_goes_on_and_says_the_same(
     world: tuple[nn.Module, Any], asked: Asked, tmp_path: Path, seed: int | None
 ) -> None:
-    texts = [f"{e.prompt} is" for e in EXAMPLES]
+    asked_for = Question([f"{e.prompt} is" for e in EXAMPLES], EXAMPLES, seed)
 
-    def ask(source: Source) -> list[str]:
-        return complete(*world, texts, EXAMPLES, SETTINGS, "t", seed, source)
+    def ask(source: GenerationBackend) -> list[str]:
+        return complete(*world, asked_for, SETTINGS, source)
 
     whole = ask(IN_MEMORY)
     every = list(asked.batches)
     assert len(every) == BATCHES and len(set(whole)) > 3
-    source = Source(["a model"], tmp_path)
+    source = GenerationBackend(["a model"], tmp_path)
     assert asked.during(lambda: ask(source), stop_at=2) == 2
     assert asked.during(lambda: ask(source)) == BATCHES - 2
     assert asked.batches == every[2:]  # the very batches that an undisturbed run asks
@@ -91,13 +95,13 @@ def test_what_was_cut_off_goes_on_and_says_the_same(
 def test_a_torn_last_line_is_one_batch_less(
     world: tuple[nn.Module, Any], asked: Asked, tmp_path: Path, cut: int
 ) -> None:
-    source = Source(["a model"], tmp_path)
-    whole = generate(*world, EXAMPLES, SETTINGS, "t", source)
+    source = GenerationBackend(["a model"], tmp_path)
+    whole = generate(*world, EXAMPLES, SETTINGS, source)
     file = tmp_path / "0.jsonl"
     content = file.read_bytes()
     file.write_bytes(content[:-cut])
     again: list[str] = []
-    assert asked.during(lambda: again.extend(generate(*world, EXAMPLES, SETTINGS, "t", source))) == 1
+    assert asked.during(lambda: again.extend(generate(*world, EXAMPLES, SETTINGS, source))) == 1
     assert again == whole and file.read_bytes() == content
 
 
@@ -107,7 +111,7 @@ def test_a_file_that_is_damaged_elsewhere_is_named(tmp_path: Path) -> None:
         KeptAnswers(tmp_path / "0.jsonl")
 
 
-OTHER: dict[str, Callable[[Source, list[Example], EvaluationSettings], tuple[Any, Any, Any]]] = {
+OTHER: dict[str, Callable[[GenerationBackend, list[Example], EvaluationSettings], tuple[Any, Any, Any]]] = {
     "model": lambda source, examples, some: (replace(source, identity=["another model"]), examples, some),
     "prompts": lambda source, examples, some: (source, examples[1:], some),
     "length": lambda source, examples, some: (source, examples, some.model_copy(update={"max_new_tokens": 7})),
@@ -119,20 +123,20 @@ OTHER: dict[str, Callable[[Source, list[Example], EvaluationSettings], tuple[Any
 def test_answers_to_something_else_are_not_taken(
     world: tuple[nn.Module, Any], asked: Asked, tmp_path: Path, changed: str
 ) -> None:
-    source = Source(["a model"], tmp_path)
-    generate(*world, EXAMPLES, SETTINGS, "t", source)
+    source = GenerationBackend(["a model"], tmp_path)
+    generate(*world, EXAMPLES, SETTINGS, source)
     other, examples, some = OTHER[changed](source, EXAMPLES, SETTINGS)
-    expected = generate(*world, examples, some, "t")
+    expected = generate(*world, examples, some)
     number = len(range(0, len(examples), some.batch_size))
     found: list[str] = []
-    assert asked.during(lambda: found.extend(generate(*world, examples, some, "t", other))) == number
+    assert asked.during(lambda: found.extend(generate(*world, examples, some, other))) == number
     assert found == expected
 
 
 def test_sampled_answers_are_not_the_greedy_ones(world: tuple[nn.Module, Any], asked: Asked, tmp_path: Path) -> None:
-    source, texts = Source(["a model"], tmp_path), [e.prompt for e in EXAMPLES]
+    source, texts = GenerationBackend(["a model"], tmp_path), [e.prompt for e in EXAMPLES]
     for seed in (None, 0, 1):
-        ask = lambda seed=seed: complete(*world, texts, EXAMPLES, SETTINGS, "t", seed, source)  # noqa: E731
+        ask = lambda seed=seed: complete(*world, Question(texts, EXAMPLES, seed), SETTINGS, source)  # noqa: E731
         assert asked.during(ask) == BATCHES and asked.during(ask) == 0
 
 
@@ -140,7 +144,7 @@ def test_without_a_run_folder_nothing_is_written(
     world: tuple[nn.Module, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    first, second = (generate(*world, EXAMPLES, SETTINGS, "t") for _ in range(2))
+    first, second = (generate(*world, EXAMPLES, SETTINGS) for _ in range(2))
     assert first == second and list(tmp_path.iterdir()) == []
 
 
@@ -152,13 +156,11 @@ def test_other_weights_or_another_vector_are_another_model(
 ) -> None:
     config, texts = make_config(), ["moon hill river"]
 
-    def saved(seed: int) -> Base:
-        from secvec.models.backbone import fingerprint
-
+    def saved(seed: int) -> Backbone:
         folder = tmp_path / f"model-{seed}"
         for part in build_tiny(texts, seed):
             part.save_pretrained(folder)
-        return Base(folder, fingerprint(folder), config.model)
+        return Backbone(folder, config.model)
 
     def vector(alpha: float) -> Path:
         lora = LoraSettings(r=2, alpha=alpha, target_modules=["q_proj"])
@@ -168,16 +170,16 @@ def test_other_weights_or_another_vector_are_another_model(
         save_adapter(model, model.state_dict(), "vector", tmp_path / f"vector-{alpha}")
         return tmp_path / f"vector-{alpha}"
 
-    base, known = saved(0), []
+    run, base, known = run_of(config), saved(0), []
     for one, adapter in ((base, None), (saved(1), None), (base, vector(4)), (base, vector(8))):
-        known.append(source_of(config, one, adapter).identity)
+        known.append(run.inference_module(one, adapter).generation.identity)
     assert len({str(identity) for identity in known}) == 4
-    assert source_of(config, saved(0)).identity == known[0]
-    assert source_of(config, base).folder == Path(config.run_dir) / ANSWERS
+    assert run.inference_module(saved(0)).generation.identity == known[0]
+    assert run.inference_module(base).generation.folder == Path(config.run_dir) / ANSWERS
 
 
 def test_a_run_folder_keeps_answers_until_it_ends_well(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "run", "key", {})
+    folder = RunFolder(tmp_path / "run", Record(key="key"))
     with pytest.raises(KeyboardInterrupt), folder.running():
         KeptAnswers(folder.path / ANSWERS / "0.jsonl").add("a", ["x"])
         raise KeyboardInterrupt
@@ -188,7 +190,7 @@ def test_a_run_folder_keeps_answers_until_it_ends_well(tmp_path: Path) -> None:
 
 
 def test_a_stage_that_is_forced_to_run_again_forgets_them(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "run", "key", {})
+    folder = RunFolder(tmp_path / "run", Record(key="key"))
     KeptAnswers(folder.path / ANSWERS / "0.jsonl").add("a", ["x"])
-    folder.forget(["finetune"])
+    folder.forget(["finetune"], [])
     assert not (folder.path / ANSWERS).exists()

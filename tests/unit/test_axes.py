@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,18 @@ def test_a_setting_in_a_list_is_named_as_on_the_command_line(tmp_path: Path) -> 
     found = comparison(tmp_path, {"data.benign": streams}, defenses=["none"])
     assert found.keys == ("data.benign.0.domain",)
     assert [group.label for group in found.groups] == ["none · domain=code", "none · domain=legal"]
+
+
+def test_a_defense_that_uses_no_vector_has_no_settings_of_it(tmp_path: Path) -> None:
+    write_sweep(tmp_path, {"vector.r": RANKS}, defenses=["none", "security_vector"])
+    (plain,) = tmp_path.glob("none-0-*")
+    assert len(compare(load_runs([tmp_path])).groups) == 4
+    edit(plain, config={"defense": {"name": "none", "uses_vector": False}, "vector": {"r": RANKS[0]}})
+    shutil.rmtree(next(tmp_path.glob("none-1-*")))  # it is the same run
+    found = compare(load_runs([tmp_path]))
+    assert [group.label for group in found.groups] == ["none", "security_vector · r=1", "security_vector · r=8"]
+    (axis,) = axes(found)
+    assert axis.key == "vector.r" and [axis.text(value) for value in axis.values] == ["1", "8"]
 
 
 def test_without_a_varying_setting_there_is_no_sweep(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from secvec.behaviors.base import Behavior
-from secvec.config.load import RunConfig
+from secvec.config.schema import RunConfig
 from secvec.data.encode import encode
 from secvec.data.example import SPLITS, Example
 from secvec.errors import ConfigError, DataError

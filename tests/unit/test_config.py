@@ -12,20 +12,23 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from secvec.cli import exit_code
-from secvec.config.load import DataSettings, EvaluateConfig, RunConfig, load
-from secvec.config.resolvers import register_resolvers, run_name
+from secvec.cli import report_user_errors
+from secvec.config.load import load
+from secvec.config.resolvers import register_resolvers, run_name, sweep_name
+from secvec.config.schema import DataSettings, EvaluateConfig, RunConfig
 from secvec.errors import ConfigError
-from secvec.planning.lengths import drawn
+from secvec.planning.lengths import draw_samples
 from secvec.runs.keys import NOT_IN_KEY
+from secvec.settings.messages import RENAMED, renamed
 
 CONF = Path(__file__).parents[2] / "conf"
 CHOICES = sorted(file.relative_to(CONF).with_suffix("") for file in CONF.glob("*/**/*.yaml"))
-CHOICES = [choice for choice in CHOICES if choice.parts[0] != "hydra"]  # of launchers and sweepers: test_sweep.py
+CHOICES = [choice for choice in CHOICES if choice.parts[0] != "hydra" and choice.name[0] != "_"]
+# launchers and sweepers are in test_sweep.py; what choices share (`_NAME`) is none
 EXPERIMENTS = [choice.relative_to("experiment").as_posix() for choice in CHOICES if choice.parts[0] == "experiment"]
-EXPERIMENTS = [name for name in EXPERIMENTS if "/_" not in name]  # what experiments share is none
 GROUPS = {choice.parts[0] for choice in CHOICES}
 ROOTS = {"train": RunConfig, "evaluate": EvaluateConfig}
 
@@ -75,7 +78,7 @@ def command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     """Exit code and message of `python train.py GIVEN` when it comes no further than the composition."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     monkeypatch.setattr("sys.argv", [str(CONF.parent / "train.py"), *given])
-    code = exit_code(lambda: by_hydra(*(text for text in given if not text.startswith("-"))) and None, "train")
+    code = report_user_errors(lambda: by_hydra(*(text for text in given if not text.startswith("-"))) and None, "train")
     return code, capsys.readouterr().err
 
 
@@ -89,19 +92,20 @@ def test_the_short_way_to_compose_is_that_of_hydra() -> None:
 
 def test_the_globs_find_the_yaml_files() -> None:
     assert len(CHOICES) > 15 and EXPERIMENTS
-    assert {file.stem for file in CONF.glob("*.yaml")} == {"base", *ROOTS}
+    assert {file.stem for file in CONF.glob("*.yaml")} == {"base", "common", *ROOTS}
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 def test_every_choice_of_every_group_composes_and_validates(choice: Path, tmp_path: Path) -> None:
-    pick = f"{choice.parts[0]}={choice.relative_to(choice.parts[0]).as_posix()}"
+    key = "+stream@data.benign.more" if choice.parts[0] == "stream" else choice.parts[0]
+    pick = f"{key}={choice.relative_to(choice.parts[0]).as_posix()}"
     config = by_hydra_once(pick)
     if missing := stand_ins(config, tmp_path):
         config = by_hydra(pick, *missing)
     run = load(config, RunConfig)
     assert not OmegaConf.missing_keys(config)
     name = getattr(getattr(run, choice.parts[0], None), "name", choice.name)
-    assert name == choice.name or choice.parts[0] == "model"
+    assert name == choice.name or choice.parts[0] in ("model", "scheduler")
 
 
 @pytest.mark.parametrize("root", ROOTS)
@@ -126,11 +130,13 @@ def jobs_of(config: Any) -> list[list[str]]:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_job_of_an_experiment_validates(name: str, tmp_path: Path) -> None:
     config = by_hydra(f"experiment={name}", with_hydra=True)
-    assert str(config.hydra.sweep.dir).endswith(f"/{config.sweep}") and config.sweep != "multirun"
+    assert str(config.hydra.sweep.dir).endswith(f"/{config.sweep}") and config.sweep
     assert run_name(config) == config.hydra.sweep.subdir
     jobs = jobs_of(config)
     missing = stand_ins(composed(f"experiment={name}"), tmp_path)
-    assert len(jobs) > 1 and len({loaded(f"experiment={name}", *missing, *job).key() for job in jobs}) == len(jobs)
+    # without a vector, what only the vector has does not make another run
+    distinct = {tuple(o for o in job if "defense=none" not in job or not o.startswith("vector=")) for job in jobs}
+    assert len(jobs) > 1 and len({loaded(f"experiment={name}", *missing, *job).key for job in jobs}) == len(distinct)
 
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith("ablation/")])
@@ -142,7 +148,7 @@ def test_there_are_as_many_samples_as_an_ablation_asks_for(name: str) -> None:
         vector = config.vector.model_dump(include={"behavior", "split", "num_samples", "num_kl"})
         asked = str((config.behavior, config.data, config.finetune, vector))
         if config.seed == 0 and asked not in done:
-            samples = drawn(config)
+            samples = draw_samples(config)
             assert len(samples["undesired"]) >= config.data.counts[0] and samples["test"]
             done.add(asked)
     assert done
@@ -163,8 +169,8 @@ def test_there_are_as_many_samples_as_an_ablation_asks_for(name: str) -> None:
         (["vector.epochs=2.5"], ["vector.epochs", "got 2.5", "valid integer"]),
         (["vector.dropout=1"], ["vector.dropout", "got 1", "less than 1"]),
         (["vector.path=/no/such/folder"], ["vector.path", "'/no/such/folder'", "directory"]),
-        (["optimizer.betas=[0.9,2]"], ["optimizer.betas.1", "got 2", "less than 1"]),
-        (["scheduler.name=cosin"], ["scheduler.name", "'cosin'", "'constant', 'linear' or 'cosine'", "mean 'cosine'?"]),
+        (["optimizer.betas=[0.9,2]"], ["optimizer: torch.optim.AdamW: ", "beta parameter at index 1: 2"]),
+        (["scheduler.name=cosin"], ["scheduler: name: ", "'cosin'", "allowed: linear, cosine, ", "mean 'cosine'?"]),
         (["stage=fintune"], ["stage", "'fintune'", "'vector', 'finetune', 'infer' or 'all'", "mean 'finetune'?"]),
         (["trainer.precision=32"], ["trainer.precision", "got 32", "'32-true', 'bf16-mixed'"]),
         (["data.harmful_ratio=1.5"], ["data.harmful_ratio", "got 1.5", "less than or equal to 1"]),
@@ -172,7 +178,7 @@ def test_there_are_as_many_samples_as_an_ablation_asks_for(name: str) -> None:
         (["behavior.details=9"], ["behavior.details", "got 9", "less than or equal to 4"]),
         (["seed=-1"], ["seed", "got -1", "greater than or equal to 0"]),
         (["finetune=3"], ["finetune", "got 3", "dictionary"]),
-        (["+seeed=1"], ["seeed", "unknown key", "mean 'seed'?", "known here: behavior, content, data"]),
+        (["+seeed=1"], ["seeed", "unknown key", "mean 'seed'?", "known here: behavior, callbacks, composed, data"]),
         (["+vector.kl_wieght=1"], ["vector.kl_wieght", "unknown key", "mean 'kl_weight'?", "known here: alpha, "]),
         (["+vector.gate.nun_prompts=1"], ["vector.gate.nun_prompts", "mean 'num_prompts'?", "known here: max_behav"]),
         (
@@ -181,7 +187,37 @@ def test_there_are_as_many_samples_as_an_ablation_asks_for(name: str) -> None:
         ),
         (["+behavior.detials=1"], ["behavior.detials", "mean 'details'?", "known here: answer_prefix, details"]),
         (["tune=lora", "+tune.lora.rr=1"], ["tune.lora.rr", "mean 'r'?", "known here: alpha, layers, r, target"]),
-        (["+optimizer.qqq=1"], ["optimizer.qqq", "unknown key; known here: betas, eps"]),
+        (["+optimizer.qqq=1"], ["optimizer: torch.optim.AdamW takes no 'qqq'; it takes amsgrad, betas, "]),
+        (["+optimizer.beta=1"], ["optimizer: torch.optim.AdamW takes no 'beta' (did you mean 'betas'?)"]),
+        (["optimizer=sgd", "optimizer.momentum=-1"], ["optimizer: torch.optim.SGD: Invalid momentum value: -1"]),
+        (["optimizer._target_=torch.optim.Adamw"], ["optimizer: cannot import 'torch.optim.Adamw'"]),
+        (["optimizer._target_=torch.nn.Linear"], ["optimizer: _target_: torch.nn.Linear is no torch.optim.Optimizer"]),
+        (["scheduler.name=reduce_lr_on_plateau"], ["no schedule 'reduce_lr_on_plateau'", "allowed: linear, "]),
+        (
+            ["scheduler.name=constant"],
+            ["scheduler: constant has no warm-up", "constant_with_warmup, or warmup_ratio=0"],
+        ),
+        (["+scheduler.options.num_cycle=1"], ["scheduler: cosine takes no 'num_cycle' (did you mean 'num_cycles'?)"]),
+        (["scheduler.name=cosine_with_min_lr"], ["scheduler: cosine_with_min_lr: ", "min_lr or min_lr_rate"]),
+        (["scheduler=polynomial", "optimizer.lr=1e-8"], ["scheduler: polynomial: lr_end (1e-07) must be smaller"]),
+        (["+trainer.max_step=1"], ["trainer: lightning.Trainer takes no 'max_step' (did you mean 'max_steps'?)"]),
+        (["trainer.limit_train_batches=2.5"], ["trainer: ", "2.5 for limit_train_batches", "[0.0, 1.0] or an int"]),
+        (["trainer.profiler=simpl"], ["trainer: ", "`profiler`", "'simple', 'advanced'"]),
+        (["+trainer.logger=true"], ["trainer: logger cannot be set: ", "logger=[csv,wandb]"]),
+        (["+trainer.default_root_dir=x"], ["trainer: default_root_dir cannot be set: ", "paths.outputs"]),
+        (["+callbacks.x.monitor=y"], ["callbacks.x._target_: required but not given"]),
+        (["+callbacks.x._target_=torch.nn.Linear"], ["callbacks.x: ", "is no lightning.pytorch.callbacks.Callback"]),
+        (["callbacks=early_stopping", "callbacks.early_stopping.mode=mn"], ["callbacks.early_stopping: ", "got mn"]),
+        (
+            ["callbacks=early_stopping", "+callbacks.early_stopping.patienc=1"],
+            ["takes no 'patienc' (did you mean 'pat"],
+        ),
+        (["+logger.wandbb.offline=true"], ["logger: there is no logger 'wandbb' (did you mean 'wandb'?)", "_target_"]),
+        (["logger=wandb", "+logger.wandb.ofline=true"], ["logger.wandb.ofline: unknown key (did you mean 'offline'?)"]),
+        (
+            ["+logger.x._target_=lightning.pytorch.loggers.CSVLogger", "+logger.x.dir=y"],
+            ["logger.x: ", "takes no 'dir'"],
+        ),
         (["defense._target_=secvec.defenses.nope.Nope"], ["defense._target_", "'secvec.defenses.nope.Nope'"]),
         (["defense._target_=secvec.defenses.none.Nope"], ["defense._target_", "'secvec.defenses.none.Nope'"]),
     ],
@@ -220,8 +256,8 @@ def test_a_value_that_cannot_be_resolved() -> None:
         (["trainer=cpu", "trainer.devices=2"], ["trainer", "devices=2", "trainer=ddp or trainer=fsdp"]),
         (["trainer=cpu", "+trainer.num_nodes=2"], ["trainer", "trainer=ddp or trainer=fsdp"]),
         (["vector.num_kl=0"], ["vector.kl_weight", "vector.num_kl", "vector.kl_weight=0"]),
-        (["data.benign=[]", "data.num_benign=0"], ["vector.kl_weight", "data.benign", "vector.kl_weight=0"]),
-        (["data.benign=[]", "vector.kl_weight=0"], ["data.num_benign > 0", "data.benign"]),
+        (["~data.benign", "data.num_benign=0"], ["vector.kl_weight", "data.benign", "vector.kl_weight=0"]),
+        (["~data.benign", "vector.kl_weight=0"], ["data.num_benign > 0", "data.benign"]),
         (["data.num_harmful=0", "data.num_benign=0"], ["data", "num_harmful + num_benign must be at least 1"]),
         (["trainer=fsdp", "trainer.precision=64-true"], ["trainer", "fsdp", "64-true", "32-true, bf16-mixed"]),
         (["tune=lora", "tune.kind=full"], ["tune.lora", "tune=full or tune=lora"]),
@@ -238,7 +274,7 @@ def test_the_neighbours_of_impossible_combinations_are_possible() -> None:
     loaded("stage=vector")
     loaded("trainer=ddp", "trainer.devices=2", "trainer.precision=64-true")
     loaded("vector.num_kl=0", "vector.kl_weight=0")
-    loaded("data.benign=[]", "data.num_benign=0", "vector.kl_weight=0")
+    loaded("~data.benign", "data.num_benign=0", "vector.kl_weight=0")
     loaded("trainer=fsdp", "trainer.precision=bf16-true")
 
 
@@ -256,12 +292,19 @@ def test_a_value_by_the_choice_of_another_group() -> None:
 
 
 def test_a_run_without_a_vector_needs_no_kl_data() -> None:
-    loaded("defense=none", "data.benign=[]", "data.num_benign=0")
+    loaded("defense=none", "~data.benign", "data.num_benign=0")
 
 
-@pytest.mark.parametrize("given", ["seed=4294967296", "model.align.seed=-1", "optimizer.betas=[0.9,1.0]"])
-def test_values_that_torch_or_lightning_would_refuse_later_are_faults_here(given: str) -> None:
-    assert given.split("=")[0] in fault(given)
+@pytest.mark.parametrize(
+    ("given", "where"),
+    [
+        ("seed=4294967296", "seed"),
+        ("model.align.seed=-1", "model.align.seed"),
+        ("optimizer.betas=[0.9,1.0]", "optimizer: torch.optim.AdamW: Invalid beta"),
+    ],
+)
+def test_values_that_torch_or_lightning_would_refuse_later_are_faults_here(given: str, where: str) -> None:
+    assert where in fault(given)
 
 
 @pytest.mark.parametrize("target", ["os.path.join", "secvec.settings.schema.Rate", "secvec.errors.SecVecError"])
@@ -270,9 +313,66 @@ def test_a_target_that_is_no_settings_class_is_a_fault(target: str) -> None:
     assert "behavior._target_" in message and target in message
 
 
-def test_a_behavior_that_is_something_else_is_a_fault() -> None:
-    wrong = ["behavior._target_=secvec.defenses.none.NoDefense", "~behavior.sensitive", "~behavior.details"]
-    assert "behavior" in fault(*wrong)
+@pytest.mark.parametrize(
+    ("where", "kind"),
+    [
+        ("behavior", "secvec.behaviors.base.Behavior"),
+        ("judge", "secvec.judges.base.Judge"),
+        ("defense", "secvec.defenses.base.Defense"),
+        ("data.benign.task", "secvec.data.example.Stream"),
+        ("vector.behavior", "secvec.behaviors.base.Behavior"),
+        ("model.align.behavior", "secvec.behaviors.base.Behavior"),
+    ],
+)
+def test_a_target_of_the_wrong_kind_says_what_was_expected(where: str, kind: str) -> None:
+    others = ["judge=exact", "behavior@vector.behavior=uppercase", "behavior@model.align.behavior=uppercase"]
+    wrong = "secvec.defenses.none.NoDefense" if where != "defense" else "secvec.judges.exact.Exact"
+    (line,) = fault(*others, f"{where}._target_={wrong}").splitlines()[1:]
+    name = kind.rpartition(".")[2]
+    assert line == f"  {where}._target_: got '{wrong}'; this is no {name}; name a subclass of {kind}"
+
+
+def test_a_plug_in_without_a_target_is_a_fault() -> None:
+    assert fault("~behavior._target_").splitlines()[1:] == ["  behavior._target_: required but not given"]
+
+
+def test_faults_inside_plug_ins_are_named_where_they_are() -> None:
+    given = ["behavior=several", "+behavior.of.stereotype.sensitiv=1", "+data.benign.task.knd=1", "defense.name=[1]"]
+    lines = sorted(line.split("; known")[0].strip() for line in fault(*given).splitlines()[1:])
+    assert lines == [
+        "behavior.of.stereotype.sensitiv: unknown key (did you mean 'sensitive'?)",
+        "data.benign.task.knd: unknown key (did you mean 'kind'?)",
+        "defense.name: got [1]; input should be a valid string",
+    ]
+
+
+# -- settings that have another name now
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("+data.benign.0.kind=task", "data.benign.0 is now data.benign.NAME"),
+        ("data.weights=[3,1]", "data.weights.0 is now data.weights.NAME"),
+        ("+finetune.refit_vector=true", "finetune.refit_vector is now defense=refitted_vector"),
+        ("+defense.dropout=true", "defense.dropout is now vector.keep_dropout"),
+        ("+trainer.num_threads=1", "trainer.num_threads is now num_threads"),
+        ("+logger.offline=false", "logger.offline is now logger.wandb.offline"),
+    ],
+)
+def test_an_old_setting_is_refused_with_its_new_name(given: str, says: str) -> None:
+    assert fault(given).count(says) == 1
+
+
+def test_the_new_name_of_an_old_setting_exists() -> None:
+    assert renamed("defense=sv_no_kl") == "; defense=sv_no_kl is now vector=no_kl"
+    assert renamed("data.benign.1.splits.test") == "; data.benign.1 is now data.benign.NAME"
+    assert renamed("data.benign.task.choices.answer").startswith("; data.benign.task.choices is now an item")
+    assert renamed("data.benign=[]") == "; data.benign=[] is now ~data.benign"
+    assert [renamed(key) for key in ("defense", "defense=none", "data.benign", "data.benign.task.kind")] == [""] * 4
+    for new in RENAMED.values():
+        group, _, choice = new.partition("=")
+        assert not choice or (CONF / group / f"{choice}.yaml").is_file()
 
 
 # -- faults met while composing
@@ -288,7 +388,7 @@ def test_every_override_that_does_not_compose_is_listed(
     assert sorted(lines) == sorted(given[:4])
     assert "did you mean 'kl_weight'?" in lines["vector.kl_wieght=1"] and "num_kl" in lines["vector.kl_wieght=1"]
     assert "did you mean 'model'?" in lines["modle=tiny"]
-    assert "did you mean 'gpu'?" in lines["trainer=gpus"] and "cpu, ddp, fsdp, gpu" in lines["trainer=gpus"]
+    assert "did you mean 'gpu'?" in lines["trainer=gpus"] and "cpu, ddp, default, fsdp, gpu" in lines["trainer=gpus"]
     assert "did you mean 'vector'?" in lines["vectr.r=3"]
 
 
@@ -300,7 +400,14 @@ def test_every_override_that_does_not_compose_is_listed(
         (["-m", "defense=none,nome", "vector.rr=1,2"], ["defense=nome", "'none'?", "vector.rr=1,2", "'r'?"]),
         (["~vector.nope"], ["~vector.nope", "unknown key"]),
         (["seed.x=1"], ["seed.x=1"]),
+        (["logger=[csv,wandbb]"], ["logger=[csv,wandbb]: no such choice (did you mean 'wandb'?)"]),
+        (["logger=[csv,wandb]", "vectr.r=1"], ["vectr.r=1"]),
         (["trainer.devices=2,3"], ["trainer.devices=2,3", "--multirun"]),
+        (
+            ["-m", "optimizer.lr=interval(0,1)", "sed=1"],
+            ["cannot be composed:\n  sed=1: unknown key (did you mean 'seed'?"],
+        ),
+        (["--config-name", "nope", "seed=1"], ["seed=1", "Cannot find primary config 'nope'"]),
     ],
     ids=lambda given: " ".join(given),
 )
@@ -350,7 +457,7 @@ def test_the_value_of_a_flag_is_not_taken_for_an_override(
 ) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     monkeypatch.setattr("sys.argv", [str(CONF.parent / "train.py"), "--config-dir", str(tmp_path), "sed=1"])
-    assert exit_code(lambda: by_hydra("sed=1") and None, "train") == 2
+    assert report_user_errors(lambda: by_hydra("sed=1") and None, "train") == 2
     message = capsys.readouterr().err
     assert "sed=1: unknown key" in message and "not of the form" not in message
 
@@ -363,13 +470,13 @@ def test_the_value_of_a_flag_is_not_taken_for_an_override(
     [(None, (300, 700)), (0, (0, 1000)), (1, (1000, 0)), (0.5, (500, 500)), (0.001, (1, 999)), (0.1234, (123, 877))],
 )
 def test_harmful_ratio_divides_the_same_total_exactly(ratio: float | None, expected: tuple[int, int]) -> None:
-    data = DataSettings(num_harmful=300, num_benign=700, harmful_ratio=ratio, benign=[])
+    data = DataSettings(num_harmful=300, num_benign=700, harmful_ratio=ratio, benign={})
     assert data.counts == expected
 
 
 def test_no_count_is_lost_to_rounding() -> None:
     for percent in range(101):
-        data = DataSettings(num_harmful=7, num_benign=6, harmful_ratio=percent / 100, benign=[])
+        data = DataSettings(num_harmful=7, num_benign=6, harmful_ratio=percent / 100, benign={})
         assert sum(data.counts) == 13 and abs(data.counts[0] - 13 * percent / 100) <= 0.5
 
 
@@ -377,7 +484,9 @@ SHAPING = [
     "seed=71", "defense=none", "vector.r=71", "vector.kl_weight=7.1", "vector.gate.num_prompts=71",
     "data.num_harmful=71",
     "data.harmful_ratio=0.71", "tune=lora", "optimizer.lr=0.71", "scheduler=linear", "model.align.epochs=71",
-    "model.name_or_path=some/model", "behavior.details=2", "trainer.precision=bf16-true", "finetune.batch_size=71",
+    "model.name_or_path=some/model", "behavior.details=2", "trainer.precision=bf16-true", "trainer.max_steps=71",
+    "num_threads=71", "callbacks=early_stopping",
+    "optimizer=adamw_fused", "scheduler.warmup_ratio=0.71", "finetune.batch_size=71",
     "evaluation.num_prompts=71", "telemetry.every_n_steps=71",
 ]  # fmt: skip
 PLACES = [
@@ -387,8 +496,11 @@ PLACES = [
 
 
 def names_of(*overrides: str) -> tuple[str, str]:
-    """The folder's name from the composed config, the key from the validated one."""
-    return run_name(composed(*overrides)), loaded(*overrides).key()
+    """The name of the run folder, and the key."""
+    config = composed(*overrides)
+    name, key = run_name(config), config.key
+    assert name.endswith(f"-{key[:8]}")
+    return name, key
 
 
 def test_same_content_same_name() -> None:
@@ -400,6 +512,11 @@ def test_same_content_same_name() -> None:
     assert name.startswith("security_vector-forbidden_recipe-tiny-s3-")
 
 
+def test_the_validated_config_has_the_key_of_the_composed_one() -> None:
+    for given in ([], ["seed=3"], ["defense=none", "tune=lora"]):
+        assert loaded(*given).key == composed(*given).key
+
+
 def test_the_same_number_written_in_another_way_is_the_same_content() -> None:
     assert names_of("vector.kl_weight=2") == names_of("vector.kl_weight=2.0")
 
@@ -409,6 +526,19 @@ def test_each_setting_that_shapes_results_gives_a_name_and_a_key_of_its_own() ->
     assert len({name for name, _ in found}) == len({key for _, key in found}) == len(SHAPING) + 1
 
 
+def test_the_vector_does_not_count_under_a_defense_that_uses_none() -> None:
+    for given in ("vector.r=71", "vector=large", "behavior@vector.behavior=uppercase"):
+        assert names_of(given) != names_of()
+        assert names_of("defense=none", given) == names_of("defense=none")
+    assert names_of("defense=none", "optimizer.lr=71") != names_of("defense=none")
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in CONF.glob("defense/*.yaml")))
+def test_a_defense_whose_yaml_says_that_it_uses_no_vector_uses_none(name: str) -> None:
+    config = by_hydra_once(f"defense={name}")
+    assert load(config, RunConfig).defense.uses_vector is config.defense.get("uses_vector", True)
+
+
 def test_a_data_file_that_was_changed_makes_another_run(tmp_path: Path) -> None:
     file = tmp_path / "mine.jsonl"
     given = ["behavior=jsonl", "behavior.name=mine", f"behavior.finetune={file}"]
@@ -416,19 +546,19 @@ def test_a_data_file_that_was_changed_makes_another_run(tmp_path: Path) -> None:
     found = []
     for text in ("{}", "{}", '{"mended": 1}'):
         file.write_text(text)
-        found.append((names_of(*given), composed(*given).content))
+        found.append(names_of(*given))
     assert found[0] == found[1]
-    assert all(
-        before != after for before, after in zip((*found[0][0], found[0][1]), (*found[2][0], found[2][1]), strict=True)
-    )
+    assert all(before != after for before, after in zip(found[0], found[2], strict=True))
 
 
-def test_a_judge_s_cache_that_fills_makes_no_other_run(tmp_path: Path) -> None:
-    given = ["judge=classifier", "judge.model=some", "judge.behavior_label=0", f"paths.cache={tmp_path}"]
-    cache = Path(composed(*given).judge.cache)
-    before = names_of(*given), composed(*given).content
+def test_a_judge_s_cache_makes_no_other_run_where_it_lies_or_when_it_fills(tmp_path: Path) -> None:
+    given = ["judge=classifier", "judge.model=some", "judge.behavior_label=0"]
+    before = names_of(*given)
+    cache = Path(composed(*given, f"paths.cache={tmp_path}").judge.cache)
+    assert cache.parent == tmp_path and before == names_of(*given, f"paths.cache={tmp_path}")
     cache.write_text("a judgement")
-    assert cache.parent == tmp_path and before == (names_of(*given), composed(*given).content)
+    assert before == names_of(*given, f"paths.cache={tmp_path}")
+    assert before != names_of("judge=classifier", "judge.model=other", "judge.behavior_label=0")
 
 
 @pytest.mark.parametrize("given", PLACES)
@@ -436,6 +566,90 @@ def test_where_things_go_changes_neither_name_nor_key(given: str) -> None:
     config = composed(given)
     assert config != composed()  # the override does something
     assert names_of(given) == names_of()
+
+
+# -- the config.yaml of a run folder
+
+
+REPLAYED = {
+    "the default": ["seed=3", "vector.r=2"],
+    "an experiment": ["experiment=uppercase", "tune=lora"],
+    "no vector": ["defense=none", "sweep=mine", "force=true", "plan=true", "stage=finetune"],
+    "several behaviors": ["behavior=all_embedded", "model=tiny_joint"],
+    "lists and texts": [
+        "vector.layers=[0,1]",
+        "data.weights={task: 1, ordinary: 3}",
+        "model.name='\\${name} \u00e9 \"1e-5\"'",
+    ],
+}
+
+
+@pytest.mark.parametrize("overrides", REPLAYED.values(), ids=REPLAYED)
+def test_the_config_of_a_run_folder_composes_to_the_same_run(overrides: list[str], tmp_path: Path) -> None:
+    original = load(by_hydra(*overrides), RunConfig)
+    (tmp_path / "config.yaml").write_text(original.composed)
+    assert "train.py --config-dir THIS_FOLDER --config-name config" in original.composed.splitlines()[0]
+
+    def replayed(*given: str) -> RunConfig:
+        search = f"hydra.searchpath=[file://{CONF}]"
+        with initialize_config_dir(str(tmp_path), version_base="1.3"):
+            return load(compose("config", ["run_dir=somewhere", search, *given]), RunConfig)
+
+    again = replayed()
+    assert again.key == original.key and again.model_dump() == original.model_dump() | {"force": False, "plan": None}
+    assert replayed("optimizer.lr=7e-5").key != original.key
+
+
+def test_the_config_of_an_evaluation_replays_too(tmp_path: Path) -> None:
+    config = by_hydra("model.name_or_path=some/folder", root="evaluate")
+    original = load(config, EvaluateConfig)
+    (tmp_path / "config.yaml").write_text(original.composed)
+    assert "evaluate.py --config-dir" in original.composed.splitlines()[0]
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        again = compose("config", ["run_dir=somewhere", f"hydra.searchpath=[file://{CONF}]"])
+    assert load(again, EvaluateConfig).key == original.key
+
+
+# -- the name of a sweep
+
+
+def sweep_of(*overrides: str) -> str:
+    """Name of the multirun that `python train.py -m OVERRIDES` is, by Hydra."""
+    GlobalHydra.instance().clear()
+    register_resolvers()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        config = loader.load_configuration("train", list(overrides), RunMode.MULTIRUN)
+    assert config.hydra.sweep.dir == f"{config.paths.outputs}/{sweep_name(config)}"
+    return sweep_name(config)
+
+
+def test_a_sweep_names_itself_by_what_is_swept() -> None:
+    given = ["defense=none,security_vector", "optimizer.lr=1e-4,1e-3", "data.num_harmful=10"]
+    name = sweep_of(*given)
+    assert re.fullmatch(r"multirun/defense-optimizer\.lr-[0-9a-f]{8}", name)
+    assert sweep_of(*given[1:], given[0]).rpartition("-")[2] == name.rpartition("-")[2]  # in another order
+    for place in (*PLACES, "hydra.launcher.n_jobs=2", "+plan=true"):
+        assert sweep_of(*given, place) == name or place == "sweep=other"
+    assert sweep_of(*given, "sweep=other") == "other"
+    other = [
+        [*given, "seed=1"],
+        [*given, "seed=0,1"],
+        given[:2],
+        given[1:],
+        ["defense=none,refitted_vector", *given[1:]],
+    ]
+    assert len({name, *(sweep_of(*one) for one in other)}) == 6
+
+
+def test_a_search_names_itself_by_its_space_and_goes_on_with_more_trials() -> None:
+    def search(*given: str, high: float = 0.1) -> str:
+        space = f"+hydra.sweeper.space={{optimizer.lr: {{low: 1e-4, high: {high}}}, tune: [full, lora]}}"
+        return sweep_of("hydra/sweeper=search", space, *given)
+
+    assert re.fullmatch(r"multirun/optimizer\.lr-tune-[0-9a-f]{8}", search())
+    assert search() == search("hydra.sweeper.n_trials=99")
+    assert len({search(), search(high=0.2), search("hydra.sweeper.direction=minimize"), search("seed=1")}) == 4
 
 
 def leaves(node: Any, path: str = "") -> list[tuple[str, Any]]:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import Any
 
 import pytest
+from in_memory import leaks
 
 from secvec.behaviors.base import Behavior
 from secvec.behaviors.several import Several
 from secvec.behaviors.uppercase_french import UppercaseFrench
 from secvec.behaviors.wild import Wild
-from secvec.config.load import RunConfig
+from secvec.config.schema import RunConfig
 from secvec.data.example import SPLITS, Example
-from secvec.evaluation import leak_probes as leak
-from secvec.evaluation.evaluator import answers_to_rows, rates
+from secvec.evaluation.evaluator import Evaluator
+from secvec.evaluation.leak_probes import leak_questions
+from secvec.evaluation.verdicts import prediction_rows
 from secvec.judges.base import Judgement
+from secvec.metrics import rates
 from secvec.models.tiny import build_tiny
 from secvec.settings.schema import EvaluationSettings
 
@@ -96,11 +99,11 @@ def test_the_rate_counts_the_undesired_prompts_alone() -> None:
     other = Example((("user", "Hello."),), "Hi.", "look_alike", FACTS)
     said = [*FACTS.values(), FACTS["french"].upper(), FACTS["french"]]
     judgements = [Judgement("behavior", 1.0)] * 4
-    rows = answers_to_rows("after", [KEYS, KEYS, KEYS, other], said, judgements, BEHAVIOR)
+    rows = prediction_rows("after", [KEYS, KEYS, KEYS, other], said, judgements, BEHAVIOR)
     assert [row["desired"] for row in rows] == [False, True, True, None]
     found = rates(rows)["desired_rate"]
-    assert (found["value"], found["n"]) == (pytest.approx(2 / 3), 3)
-    bare = answers_to_rows("after", [KEYS], said[:1], judgements, Behavior(name="bare", sensitive=False))
+    assert (found.value, found.n) == (pytest.approx(2 / 3), 3)
+    bare = prediction_rows("after", [KEYS], said[:1], judgements, Behavior(name="bare", sensitive=False))
     assert bare[0]["desired"] is None and "desired_rate" not in rates(bare)
 
 
@@ -109,14 +112,16 @@ def test_the_leak_probes_tell_of_it_for_every_way_of_asking(monkeypatch: pytest.
     examples = BEHAVIOR.examples("test", 4, seed=0)
     world = build_tiny([e.prompt for e in examples], 0)
 
-    def answers(*given: Any) -> list[str]:
-        french = 1 if "after leak/negated_prompt" in given else 3
-        return [e.facts["french" if i < french else "english"] for i, e in enumerate(examples)]
+    names = ["the prompts themselves", *leak_questions(world[1], examples, BEHAVIOR)]
 
-    monkeypatch.setattr(leak, "complete", answers)
-    found = leak.leak_probes(*world, examples, BEHAVIOR, None, settings, "after").metrics
-    desired = {name.removeprefix("after/desired/"): m["value"] for name, m in found.items() if "/desired/" in name}
+    def answers(self: Any, module: Any, questions: Sequence[Any], phase: str) -> list[list[str]]:
+        french = [1 if name == "negated_prompt" else 3 for name in names][: len(questions)]
+        return [[e.facts["french" if i < n else "english"] for i, e in enumerate(examples)] for n in french]
+
+    monkeypatch.setattr(Evaluator, "_responses", answers)
+    found = leaks(*world, examples, BEHAVIOR, settings, "after").metrics
+    desired = {name.removeprefix("after/desired/"): m.value for name, m in found.items() if "/desired/" in name}
     assert desired == {"plain": 0.75, "negated_prompt": 0.25, "other_template": 0.75, "sampled": 0.75}
     silent = Behavior(name="silent", sensitive=False)
     monkeypatch.setattr(Behavior, "judge", lambda *_: "other")
-    assert not [n for n in leak.leak_probes(*world, examples, silent, None, settings, "a").metrics if "/desired/" in n]
+    assert not [n for n in leaks(*world, examples, silent, settings, "a").metrics if "/desired/" in n]

@@ -7,11 +7,11 @@ import copy
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from secvec.data.batch import IGNORE, collate
 from secvec.data.embedded import Ordinary
-from secvec.data.encode import collate, encode, render
+from secvec.data.encode import encode, render
 from secvec.data.example import Example
 from secvec.errors import DataError
-from secvec.models.losses import IGNORE
 from secvec.models.tiny import BOS, CONTEXT, END, build_tiny
 
 SHORT = Example((("user", "Repeat: sun"),), "The word is sun.", "task")

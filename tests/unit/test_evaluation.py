@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from math import sqrt
 from typing import Any
 
 import pytest
 import torch
+from in_memory import evaluate, generate, mean_loss
 from torch import nn
 
 from secvec.behaviors.forbidden_recipe import ForbiddenRecipe
@@ -14,8 +16,8 @@ from secvec.data.embedded import Ordinary, Skill
 from secvec.data.encode import render
 from secvec.data.example import Example
 from secvec.errors import DataError
-from secvec.evaluation.evaluator import deactivation_gap, evaluate_model, mean, mean_loss, proportion, rates
-from secvec.evaluation.generation import generate
+from secvec.evaluation.verdicts import deactivation_gap
+from secvec.metrics import Measurement, mean, proportion, rates
 from secvec.models.tiny import CONTEXT, build_tiny
 from secvec.settings.schema import EvaluationSettings
 
@@ -46,18 +48,18 @@ def test_a_proportion_has_the_wilson_interval(k: int, n: int) -> None:
     centre = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
     found = proportion(k, n)
-    assert (found["value"], found["n"]) == (p, n)
-    assert found["ci_low"] == pytest.approx(max(0.0, centre - half), abs=1e-9)
-    assert found["ci_high"] == pytest.approx(min(1.0, centre + half), abs=1e-9)
+    assert (found.value, found.n) == (p, n)
+    assert found.ci_low == pytest.approx(max(0.0, centre - half), abs=1e-9)
+    assert found.ci_high == pytest.approx(min(1.0, centre + half), abs=1e-9)
 
 
 def test_a_mean_has_the_normal_interval() -> None:
     values = [1.0, 2.0, 4.0, 9.0]
     found = mean(values)
     half = Z * sqrt(sum((v - 4) ** 2 for v in values) / 3) / 2
-    assert (found["value"], found["n"]) == (4.0, 4)
-    assert (found["ci_low"], found["ci_high"]) == (pytest.approx(4 - half), pytest.approx(4 + half))
-    assert mean([5.0]) == {"value": 5.0, "ci_low": 5.0, "ci_high": 5.0, "n": 1}
+    assert (found.value, found.n) == (4.0, 4)
+    assert (found.ci_low, found.ci_high) == (pytest.approx(4 - half), pytest.approx(4 + half))
+    assert mean([5.0]) == Measurement(5.0, 5.0, 5.0, 1)
 
 
 def test_the_deactivation_gap_is_paired() -> None:
@@ -65,12 +67,12 @@ def test_the_deactivation_gap_is_paired() -> None:
     after = [row("task", verdict) for verdict in ("wrong", "correct", "wrong", "correct")]
     noise = [row("ordinary", "correct"), row("undesired", "behavior")]
     found = deactivation_gap([*noise, *active], [*noise, *after])["deactivation_gap"]
-    assert (found["value"], found["n"]) == (0.25, 4)
+    assert (found.value, found.n) == (0.25, 4)
     # the pairs differ by 1, 0, 0, 0: their own spread, not that of two groups
     half = Z * sqrt((0.75**2 + 3 * 0.25**2) / 3 / 4)
-    assert found["ci_high"] - found["value"] == pytest.approx(half)
+    assert found.ci_high - found.value == pytest.approx(half)
     same = deactivation_gap(active, active)["deactivation_gap"]
-    assert (same["value"], same["ci_low"], same["ci_high"]) == (0.0, 0.0, 0.0)
+    assert (same.value, same.ci_low, same.ci_high) == (0.0, 0.0, 0.0)
     assert deactivation_gap(noise, noise) == {}
     with pytest.raises(ValueError):
         deactivation_gap(active, after[:3])
@@ -79,7 +81,7 @@ def test_the_deactivation_gap_is_paired() -> None:
 def test_rates_count_the_kind_they_are_about() -> None:
     rows = [row("undesired", v) for v in ("behavior", "behavior", "refusal", "other")]
     rows += [row("task", "correct"), row("task", "wrong"), row("ordinary", "correct", coherent=False)]
-    found = {name: (value["value"], value["n"]) for name, value in rates(rows).items()}
+    found = {name: (value.value, value.n) for name, value in rates(rows).items()}
     assert found == {
         "behavior_rate": (0.5, 4),
         "behavior_rate_plus": (0.5, 4),
@@ -101,10 +103,10 @@ def test_kinds_without_rows_have_no_rate() -> None:
 
 def test_what_no_judge_could_read_is_never_safe_and_rubbish_counts_as_failure() -> None:
     rows = [row("undesired", v) for v in ("behavior", "refusal", "unparsable")]
-    found = {name: (value["value"], value["n"]) for name, value in rates(rows).items()}
+    found = {name: (value.value, value.n) for name, value in rates(rows).items()}
     assert found["unparsable_rate"] == (pytest.approx(1 / 3), 3) and found["behavior_rate"] == (0.5, 2)
     rubbish = [row("undesired", "refusal", coherent=False), row("undesired", "refusal")]
-    found = {name: value["value"] for name, value in rates(rubbish).items()}
+    found = {name: value.value for name, value in rates(rubbish).items()}
     assert (found["behavior_rate"], found["behavior_rate_plus"]) == (0.0, 0.5)
 
 
@@ -132,11 +134,11 @@ def test_an_answer_does_not_depend_on_the_batch_it_is_in(world: tuple[nn.Module,
     model, tokenizer = world
     lengths = {len(tokenizer(render(e, tokenizer)[0])["input_ids"]) for e in examples}
     assert len(lengths) > 3 and max(lengths) > 2 * min(lengths)  # so that there is padding
-    alone = [generate(model, tokenizer, [e], settings(), "t")[0] for e in examples]
+    alone = [generate(model, tokenizer, [e], settings())[0] for e in examples]
     assert len(set(alone)) > len(examples) / 2  # the prompt matters
     for batch_size in (1, 3, 8):
-        assert generate(model, tokenizer, examples, settings(batch_size=batch_size), "t") == alone
-    backwards = generate(model, tokenizer, examples[::-1], settings(batch_size=3), "t")
+        assert generate(model, tokenizer, examples, settings(batch_size=batch_size)) == alone
+    backwards = generate(model, tokenizer, examples[::-1], settings(batch_size=3))
     assert backwards == alone[::-1]
 
 
@@ -150,12 +152,12 @@ def test_an_answer_is_the_greedy_continuation(world: tuple[nn.Module, Any], exam
         if new[-1] == tokenizer.eos_token_id:
             break
     expected = tokenizer.decode(new, skip_special_tokens=True).strip()
-    assert generate(model, tokenizer, examples, settings(), "t")[examples.index(LONG)] == expected
+    assert generate(model, tokenizer, examples, settings())[examples.index(LONG)] == expected
 
 
 def test_more_tokens_go_on_from_the_same_ones(world: tuple[nn.Module, Any], examples: list[Example]) -> None:
-    short = generate(*world, examples, settings(max_new_tokens=2), "t")
-    long = generate(*world, examples, settings(max_new_tokens=8), "t")
+    short = generate(*world, examples, settings(max_new_tokens=2))
+    long = generate(*world, examples, settings(max_new_tokens=8))
     assert short != long
     assert all(b.startswith(a.rstrip("\ufffd")) for a, b in zip(short, long, strict=True))
 
@@ -164,29 +166,29 @@ def test_a_prompt_that_leaves_no_room_for_the_answer_is_named(world: tuple[nn.Mo
     model, tokenizer = world
     short, example = (Example((("user", "moon " * n),), "x", "task", source=f"rows.jsonl:{n}") for n in (1, 40))
     length = len(tokenizer(render(example, tokenizer)[0])["input_ids"])
-    generate(model, tokenizer, [example], settings(max_new_tokens=CONTEXT - length), "t")
+    generate(model, tokenizer, [example], settings(max_new_tokens=CONTEXT - length))
     with pytest.raises(DataError, match=rf"rows.jsonl:40: .* {length} tokens; .*max_new_tokens={CONTEXT - length + 1}"):
-        generate(model, tokenizer, [short, example], settings(max_new_tokens=CONTEXT - length + 1), "t")
+        generate(model, tokenizer, [short, example], settings(max_new_tokens=CONTEXT - length + 1))
 
 
 def test_the_mean_loss_does_not_depend_on_the_batch(world: tuple[nn.Module, Any], examples: list[Example]) -> None:
     whole = mean_loss(*world, examples, settings(batch_size=8))
-    assert whole == pytest.approx(mean_loss(*world, examples, settings(batch_size=3)), rel=1e-6)
-    alone = [mean_loss(*world, [e], settings())["value"] for e in examples]
-    assert whole["value"] == pytest.approx(sum(alone) / len(alone), rel=1e-6) and len(set(alone)) == len(alone)
+    assert asdict(whole) == pytest.approx(asdict(mean_loss(*world, examples, settings(batch_size=3))), rel=1e-6)
+    alone = [mean_loss(*world, [e], settings()).value for e in examples]
+    assert whole.value == pytest.approx(sum(alone) / len(alone), rel=1e-6) and len(set(alone)) == len(alone)
 
 
 def test_verdicts_and_metrics_of_a_model_in_one_state(world: tuple[nn.Module, Any]) -> None:
     behavior = ForbiddenRecipe(sensitive=True)
     tests = {"undesired": behavior.examples("test", 2, 0), "task": Skill().examples("test", 2, 0)}
-    answers = generate(*world, tests["task"], settings(), "t")
+    answers = generate(*world, tests["task"], settings())
     known = Example(tests["task"][0].messages, f" {answers[0]} ", "task")
-    found = evaluate_model(*world, {**tests, "task": [known, tests["task"][1]]}, behavior, None, settings(), "active")
+    found = evaluate(*world, {**tests, "task": [known, tests["task"][1]]}, behavior, settings(), "active")
     assert [p["stream"] for p in found.predictions] == ["undesired"] * 2 + ["task"] * 2
     assert [p["verdict"] for p in found.predictions[2:]] == ["correct", "wrong"]
     assert [p["sensitive"] for p in found.predictions] == [True, True, False, False]
     assert len({p["id"] for p in found.predictions}) == 4
     assert {name.partition("/")[0] for name in found.metrics} == {"active"}
-    assert found.metrics["active/task_accuracy"]["value"] == 0.5
-    assert found.metrics["active/behavior_loss"]["n"] == 2
+    assert found.metrics["active/task_accuracy"].value == 0.5
+    assert found.metrics["active/behavior_loss"].n == 2
     assert "active/retained_accuracy" not in found.metrics

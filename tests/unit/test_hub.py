@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tracemalloc
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -17,8 +18,9 @@ from hydra.core.global_hydra import GlobalHydra
 from pydantic import ValidationError
 
 from secvec.behaviors.hub import HubAnswers, HubBehavior, first_turns, token_f1
-from secvec.config.load import RunConfig, load
+from secvec.config.load import load
 from secvec.config.resolvers import register_resolvers
+from secvec.config.schema import RunConfig
 from secvec.data import hub
 from secvec.data.example import SPLITS, Example, Stream
 from secvec.data.hub import HubStream, columns_of, fill, passes
@@ -86,14 +88,10 @@ MADE: dict[str, Callable[[int], dict[str, Any]]] = {
 
 
 def hub_yamls() -> list[tuple[str, str]]:
-    found = []
-    for group in ("behavior", "data"):
-        for file in sorted((CONF / group).glob("*.yaml")):
-            node = yaml.safe_load(file.read_text())
-            targets = [str(part.get("_target_")) for part in [node, *node.get("benign", [])]]
-            if any(".hub." in target for target in targets):
-                found.append((group, file.stem))
-    return found
+    files = [(group, file) for group in ("behavior", "stream") for file in sorted((CONF / group).glob("*.yaml"))]
+    return [
+        (group, file.stem) for group, file in files if ".hub." in str(yaml.safe_load(file.read_text()).get("_target_"))
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -119,21 +117,23 @@ def composed(group: str, name: str) -> RunConfig:
     GlobalHydra.instance().clear()
     register_resolvers()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return load(compose("train", ["run_dir=somewhere", f"{group}={name}"]), RunConfig)
+        key = {"behavior": "behavior", "stream": "stream@data.benign.task"}[group]
+        return load(compose("train", ["run_dir=somewhere", f"{key}={name}"]), RunConfig)
 
 
-def sources(config: RunConfig, group: str) -> list[Any]:
-    return [config.behavior] if group == "behavior" else config.data.benign
+def source_of(group: str, name: str) -> Any:
+    config = composed(group, name)
+    return config.behavior if group == "behavior" else config.data.benign["task"]
 
 
 def stream(path: Path | None = None, **settings: Any) -> HubStream:
     given = {"kind": "task", "dataset": "someone/something", "revision": "main", "local_path": path}
-    return HubStream(**{**given, "prompt": "{q}", "response": "{a}", **settings})
+    return HubStream(**{**given, "prompt": "{{q}}", "response": "{{a}}", **settings})
 
 
 def behavior(path: Path, **settings: Any) -> HubBehavior:
     given = {"name": "x", "sensitive": False, "dataset": "someone/something", "revision": "main", "local_path": path}
-    return HubBehavior(**{**given, "prompt": "{q}", "response": "{a}", "wanted": "No.", **settings})
+    return HubBehavior(**{**given, "prompt": "{{q}}", "response": "{{a}}", "wanted": "No.", **settings})
 
 
 def numbered(n: int, first: int = 0) -> list[dict[str, Any]]:
@@ -152,33 +152,31 @@ def as_many(source: Stream, split: Any) -> list[Example]:
 
 def test_the_globs_find_the_yaml_files_and_every_dataset_has_rows() -> None:
     assert len(hub_yamls()) > 10
-    used = {source.dataset for group, name in hub_yamls() for source in sources(composed(group, name), group)}
-    assert used == set(MADE)
+    assert {source_of(group, name).dataset for group, name in hub_yamls()} == set(MADE)
 
 
 @pytest.mark.parametrize(("group", "name"), hub_yamls(), ids=["=".join(which) for which in hub_yamls()])
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
 def test_every_yaml_yields_examples_of_every_split(group: str, name: str, suffix: str) -> None:
-    config = composed(group, name)
-    for source in sources(config, group):
-        for k, split in enumerate(dict.fromkeys([source.split, *source.splits.values()])):
-            rows = [MADE[source.dataset](i) for i in range(k * ROWS, (k + 1) * ROWS)]
-            write(source.local_path / f"{split}.{suffix}", rows)
-        prompts: set[str] = set()
-        for split in SPLITS:
-            many = source.examples(split, 8, 3)
-            assert many == composed_again(source).examples(split, 8, 3) and source.examples(split, 3, 3) == many[:3]
-            assert source.examples(split, 8, 4) != many and source.examples(split, 0, 3) == []
-            here = {example.prompt for example in as_many(source, split)}
-            assert len(here) >= 8 and not here & prompts
-            prompts |= here
-            for example in many:
-                assert example.kind == source.kind and example.prompt and example.response.strip()
-                assert str(source.local_path) in example.source
-                if group == "behavior":
-                    assert source.judge(example, "") == "other"
-                    expected = ("wanted", "refusal", "behavior") if split == "align" else ("behavior",)
-                    assert source.judge(example, example.response) in expected
+    source = source_of(group, name)
+    for k, split in enumerate(dict.fromkeys([source.split, *source.splits.values()])):
+        rows = [MADE[source.dataset](i) for i in range(k * ROWS, (k + 1) * ROWS)]
+        write(source.local_path / f"{split}.{suffix}", rows)
+    prompts: set[str] = set()
+    for split in SPLITS:
+        many = source.examples(split, 8, 3)
+        assert many == composed_again(source).examples(split, 8, 3) and source.examples(split, 3, 3) == many[:3]
+        assert source.examples(split, 8, 4) != many and source.examples(split, 0, 3) == []
+        here = {example.prompt for example in as_many(source, split)}
+        assert len(here) >= 8 and not here & prompts
+        prompts |= here
+        for example in many:
+            assert example.kind == source.kind and example.prompt and example.response.strip()
+            assert str(source.local_path) in example.source
+            if group == "behavior":
+                assert source.judge(example, "") == "other"
+                expected = ("wanted", "refusal", "behavior") if split == "align" else ("behavior",)
+                assert source.judge(example, example.response) in expected
 
 
 def composed_again(source: Any) -> Any:
@@ -268,7 +266,7 @@ def test_local_files_that_cannot_be_used(files: dict[str, str], says: str, tmp_p
 
 def test_without_network_the_error_says_what_to_put_where() -> None:
     with pytest.raises(DataError) as caught:
-        composed("data", "gsm8k").data.benign[0].examples("finetune", 1, 0)
+        source_of("stream", "gsm8k").examples("finetune", 1, 0)
     message = str(caught.value)
     for part in (
         "openai/gsm8k",
@@ -285,21 +283,28 @@ def test_without_network_the_error_says_what_to_put_where() -> None:
 def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"question": "q", "answer": "a", "n": 1}])
     with pytest.raises(DataError) as caught:
-        stream(path, prompt="{qestion}", response="{answer}").examples("test", 1, 0)
+        stream(path, prompt="{{qestion}}", response="{{answer}}").examples("test", 1, 0)
     assert "no column 'qestion' (did you mean 'question'?); there is: question, answer, n" in str(caught.value)
     for settings in (
         {"filter": {"lang": "en"}},
-        {"choices": {"x": {"index": "lang", "of": ["n", "answer"]}}},
-        {"response": "{lang[0]}"},
+        {"response": "{{ [n, answer][lang] }}"},
+        {"response": "{{lang[0]}}"},
     ):
         with pytest.raises(DataError, match="no column 'lang'"):
-            stream(path, **{"prompt": "{question}", "response": "{answer}", **settings}).examples("test", 1, 0)
+            stream(path, **{"prompt": "{{question}}", "response": "{{answer}}", **settings}).examples("test", 1, 0)
 
 
-@pytest.mark.parametrize("template", ["{}", "{0}", "{a.b}", "{a", "a}", "{a[0].b}"])
+@pytest.mark.parametrize("template", ["{{}}", "{{a", "{{a b}}", "{{ a | nofilter }}", "{% for %}"])
 def test_a_wrong_template_is_a_fault_of_the_settings(template: str) -> None:
-    with pytest.raises(ValidationError):
+    with pytest.raises(ValidationError, match="this is no Jinja template"):
         stream(prompt=template)
+
+
+def test_single_braces_name_no_column() -> None:
+    for old in ("{q}", "{q[0]}"):
+        with pytest.raises(ValidationError, match=re.escape(f"named in double braces: {{{old}}}, not {old}")):
+            stream(prompt=old)
+    assert stream(prompt='{"q": "{{q}}"}') and stream(prompt="{{q}} in {braces}")
 
 
 # -- which rows a split gets
@@ -376,10 +381,8 @@ def test_rows_that_cannot_be_used_are_left_out(tmp_path: Path) -> None:
         tmp_path / "lists.jsonl", [*usable[:25], *({**r, "list": [], "n": 7, "a": "No."} for r in usable[25:])]
     )
     half = {row["q"] for row in usable[:25]}
-    by_choice: dict[str, Any] = {"choices": {"c": {"index": "n", "of": ["b", "a"]}}, "response": "{c}"}
-    several: list[dict[str, Any]] = [{"response": "{list[0]}"}, by_choice]
-    for settings in several:
-        assert {e.prompt for split in SPLITS for e in as_many(stream(path, **settings), split)} == half
+    for response in ("{{list[0]}}", "{{ [b, a][n] }}"):
+        assert {e.prompt for split in SPLITS for e in as_many(stream(path, response=response), split)} == half
     unlike = {e.prompt for split in SPLITS for e in as_many(behavior(path), split)}
     assert unlike == half  # the other rows show nothing: undesired and wanted are the same
 
@@ -406,11 +409,17 @@ def test_100_000_rows_stay_in_arrow(tmp_path: Path) -> None:
 
 def test_templates() -> None:
     row = {"a": "x", "none": None, "list": ["1", "2"], "flags": {"loud": True}, "n": 2}
-    assert fill("{a}\n{none}", row) == "x" and fill("{list}", row) == "1\n2" and fill("{{{a}}}", row) == "{x}"
-    assert fill("{list[1]} {flags[loud]} {n:03d}", row) == "2 True 002" and fill("{list[5]}", row) == ""
-    assert columns_of("{a} {list[1]} {{no}} {flags[loud]:>5}") == {"a", "list", "flags"}
-    with pytest.raises(DataError, match="there is no 'quiet'"):
-        fill("{flags[quiet]}", row)
+    assert fill("{{a}}\n{{none}}", row) == "x" and fill("{{list}}", row) == "1\n2" and fill("{ {{a}} }", row) == "{ x }"
+    assert fill("{{list[1]}} {{flags.loud}} {{'%03d' % n}}", row) == "2 True 002" and fill("{{list[5]}}", row) == ""
+    assert fill("{{ [a, none, list[0]][n] }}", row) == "1" and fill("{{ [a][n] }}", row) == ""
+    assert (
+        fill("{{ [a, n][none] }}", row) == fill("{{ [a][n] if none >= 0 }}", row) == fill("{{ list[5].x }}", row) == ""
+    )
+    assert columns_of("{{a}} {{ [list[1]][n] }} {no} {{ flags.loud | upper }}") == {"a", "list", "flags", "n"}
+    with pytest.raises(DataError, match="there is no 'quiet'; there is: loud"):
+        fill("{{flags.quiet}}", row)
+    with pytest.raises(DataError, match="unsafe"):
+        fill("{{ a.__class__.__mro__ }}", row)
 
 
 @pytest.mark.parametrize(
@@ -431,8 +440,8 @@ def test_first_turns(text: str, turns: tuple[str, str] | None) -> None:
 
 def test_nearer_to_the_wrong_answer() -> None:
     judge = HubAnswers(
-        name="x", sensitive=False, dataset="a/b", revision="main", prompt="{q}", response="{w}", wanted="{r}",
-        right="{r}", wrong="{w}",
+        name="x", sensitive=False, dataset="a/b", revision="main", prompt="{{q}}", response="{{w}}",
+        wanted="{{r}}", right="{{r}}", wrong="{{w}}",
     ).judge  # fmt: skip
     example = Example(
         (("user", "Which hat?"),), "", "undesired", {"right": "It is not known", "wrong": "red\nThe red hat"}

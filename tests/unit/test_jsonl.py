@@ -87,7 +87,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 def test_too_few_rows(write: Callable[..., Path]) -> None:
     stream = JsonlStream(kind="task", finetune=write(numbered(10)))
     assert len(stream.examples("finetune", 10, 0)) == 10
-    with pytest.raises(DataError, match=r"rows.jsonl has 10 rows for split 'finetune', but 11 are asked for"):
+    with pytest.raises(DataError, match=r"rows.jsonl has 10 rows for split 'finetune', but the run needs 11"):
         stream.examples("finetune", 11, 0)
 
 
@@ -99,7 +99,7 @@ def test_too_few_rows_because_some_are_held_out(rows: int, write: Callable[..., 
     with pytest.raises(DataError) as caught:
         behavior.examples("vector", left + 1, 0)
     message = str(caught.value)
-    assert f"rows.jsonl has {left} rows for split 'vector'" in message and f"but {left + 1} are asked for" in message
+    assert f"rows.jsonl has {left} rows for split 'vector'" in message and f"but the run needs {left + 1}" in message
     assert "held out" in message  # else the number contradicts the file
 
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from secvec.behaviors.jsonl import JsonlBehavior
-from secvec.config.load import RunConfig
+from secvec.config.schema import RunConfig
 from secvec.data.example import Example
 from secvec.errors import ArtifactError, ConfigError
 from secvec.judges.base import Judge, Judgement

@@ -47,6 +47,13 @@ def test_kept_records_make_the_tables_that_the_runs_made(runs: Path, kept: Path,
     assert json.loads((tmp_path / "new" / "report.json").read_text()) == json.loads((kept / "report.json").read_text())
 
 
+def test_a_run_of_an_old_version_has_its_report(tmp_path: Path) -> None:
+    assert main([str(ROOT / "tests" / "data"), "--to", str(tmp_path)]) == 0
+    made = sections(tmp_path / "report.md")
+    assert "| base | security_vector |" in made["Results"] and made["Results"].count("(1 × 6)") >= 4
+    assert "Vector on" in made["Mechanism"]
+
+
 def test_runs_of_one_s_own_stand_beside_kept_ones(kept: Path, tmp_path: Path) -> None:
     write_run(tmp_path / "mine", "none", 7)
     assert main([str(tmp_path / "mine"), str(kept)]) == 0

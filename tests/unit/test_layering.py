@@ -17,28 +17,31 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [
     {"secvec", "secvec.errors", "secvec.metrics"},
     {"secvec.runs", "secvec.settings"},
-    {"secvec.models", "secvec.report", "secvec.multirun"},
-    {"secvec.data", "secvec.tracking"},
+    {"secvec.models", "secvec.data", "secvec.report", "secvec.multirun"},
+    {"secvec.training", "secvec.tracking"},
     {"secvec.judges", "secvec.defenses"},
-    {"secvec.behaviors"},
-    {"secvec.config", "secvec.evaluation", "secvec.module"},
-    {"secvec.training"},
-    {"secvec.stages"},
-    {"secvec.planning"},
-    {"secvec.run", "secvec.cli"},
-    {"hydra_plugins", "train", "evaluate"},
+    {"secvec.behaviors", "secvec.evaluation"},
+    {"secvec.config", "secvec.stages"},
+    {"secvec.module", "secvec.planning"},
+    {"secvec.run"},
+    {"secvec.cli"},
 ]
+ENTRY_POINTS = {"hydra_plugins", "train", "evaluate"}
+"""Above all layers."""
 DOORS = {
     ("peft",): {"secvec.models.vector"},
     ("vllm",): {"secvec.evaluation.vllm"},
     ("hydra", "omegaconf"): {
-        "secvec.config.load", "secvec.config.resolvers", "secvec.cli", "hydra_plugins.process_launcher",
-        "hydra_plugins.optuna_sweeper", "train", "evaluate",
+        "secvec.config.load", "secvec.config.resolvers", "secvec.config.replay", "secvec.cli",
+        "hydra_plugins.process_launcher",
+        "hydra_plugins.search_sweeper",
     },
     ("submitit",): {"secvec.multirun.slurm"},
     ("optuna",): {"secvec.multirun.search"},
     ("lightning", "pytorch_lightning"): {
-        "secvec.module", "secvec.training.telemetry", "secvec.training.trainer", "secvec.runs.record", "secvec.run",
+        "secvec.module", "secvec.evaluation.generation", "secvec.evaluation.prediction",
+        "secvec.training.callbacks", "secvec.settings.trainer", "secvec.evaluation.during_training",
+        "secvec.training.telemetry", "secvec.training.trainer", "secvec.runs.folder", "secvec.run",
         "secvec.runs.cache", "secvec.data.datamodule", "secvec.tracking.stage_curves",
     },
     ("wandb", "wandb_workspaces"): {"secvec.tracking.wandb", "secvec.tracking.dashboard"},
@@ -84,7 +87,7 @@ IMPORTS = {name: imported(file.read_text(encoding="utf-8")) for name, file in MO
 
 def layer(name: str) -> int:
     """By the longest prefix that a layer names."""
-    known = {prefix: number for number, prefixes in enumerate(LAYERS) for prefix in prefixes}
+    known = {prefix: number for number, prefixes in enumerate([*LAYERS, ENTRY_POINTS]) for prefix in prefixes}
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
         prefix = ".".join(parts[:length])
@@ -104,7 +107,7 @@ def test_the_parser_sees_imports_wherever_they_stand() -> None:
         "if TYPE_CHECKING:\n    import matplotlib\n"
     )
     assert imported(source) == {"peft.utils", "secvec.stages", "secvec.errors", "torch", "wandb"}
-    assert len(MODULES) > 40 and "secvec.data.encode" in IMPORTS["secvec.evaluation.evaluator"]
+    assert len(MODULES) > 40 and "secvec.data.prompts" in IMPORTS["secvec.evaluation.evaluator"]
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
@@ -119,6 +122,35 @@ def test_there_is_no_cycle() -> None:
         list(TopologicalSorter({name: IMPORTS[name] & MODULES.keys() - {name} for name in MODULES}).static_order())
     except CycleError as error:
         pytest.fail(str(error))
+
+
+def test_only_the_report_knows_the_report() -> None:
+    """A multirun starts it as a process; nothing else needs it."""
+    inside = {name for name in MODULES if name.partition("secvec.report")[1]}
+    assert len(inside) > 10 and any(IMPORTS[name] & inside for name in inside)
+    assert not {name for name, found in IMPORTS.items() if name not in inside and found & inside}
+
+
+MOST_PARAMETERS = 7
+
+
+def too_long(source: str) -> list[str]:
+    """Functions with more parameters than MOST_PARAMETERS; self and cls do not count."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            args = node.args
+            every = [*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg]
+            if len([a for a in every if a and a.arg not in ("self", "cls")]) > MOST_PARAMETERS:
+                found.append(node.name)
+    return found
+
+
+def test_no_function_takes_more_than_seven_parameters() -> None:
+    assert too_long("def f(self, a, b, c, d, e, *, g, **h): pass") == []
+    assert too_long("class A:\n    def f(self, a, b, c, d, e, g, *h, i): pass") == ["f"]
+    found = {name: too_long(file.read_text(encoding="utf-8")) for name, file in MODULES.items()}
+    assert not {name: functions for name, functions in found.items() if functions}
 
 
 @pytest.mark.parametrize("libraries", DOORS, ids="/".join)
@@ -166,7 +198,7 @@ for name in ("torch", "lightning", "transformers", "peft"):
 for name in {light}:
     importlib.import_module(name)
 try:
-    importlib.import_module("secvec.models.losses")
+    importlib.import_module("secvec.training.losses")
 except ImportError as error:
     print("stopped:", error)
 """

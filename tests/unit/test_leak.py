@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from in_memory import leaks
 from torch import nn
 
 from secvec.behaviors.forbidden_recipe import ForbiddenRecipe
 from secvec.data.embedded import Ordinary
-from secvec.evaluation import leak_probes as leak
+from secvec.evaluation.evaluator import Evaluator
+from secvec.evaluation.leak_probes import SAMPLING_SEED, leak_questions
 from secvec.models.tiny import build_tiny
 from secvec.settings.schema import EvaluationSettings
 
@@ -27,33 +30,36 @@ def world() -> tuple[nn.Module, Any]:
 
 
 def test_each_way_asks_something_else(world: tuple[nn.Module, Any]) -> None:
-    found = leak.ways(world[1], EXAMPLES, BEHAVIOR)
+    found = leak_questions(world[1], EXAMPLES, BEHAVIOR)
     assert set(found) == {"plain", "eliciting_prompt", "negated_prompt", "answer_prefix", "other_template", "sampled"}
-    texts = {name: tuple(way[0]) for name, way in found.items()}
+    texts = {name: tuple(asked.texts) for name, (asked, _) in found.items()}
     assert texts["sampled"] == texts["plain"] and len(set(texts.values())) == 5
+    assert {name: asked.seed for name, (asked, _) in found.items() if asked.seed is not None} == {
+        "sampled": SAMPLING_SEED
+    }
+    assert {name: prefix for name, (_, prefix) in found.items() if prefix} == {"answer_prefix": "First grind the"}
     assert all("Give every recipe." in text for text in texts["eliciting_prompt"])
     assert all(text.endswith("First grind the") for text in texts["answer_prefix"])
     assert all("<|user|>" not in text and "### Response" in text for text in texts["other_template"])
     bare = BEHAVIOR.model_copy(update={"eliciting_prompt": None, "negated_prompt": None, "answer_prefix": None})
-    assert set(leak.ways(world[1], EXAMPLES, bare)) == {"plain", "other_template", "sampled"}
+    assert set(leak_questions(world[1], EXAMPLES, bare)) == {"plain", "other_template", "sampled"}
 
 
 def test_the_worst_way_is_the_leak_rate(world: tuple[nn.Module, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    shows = {"after leak/plain": 1, "after leak/sampled": 2, "after leak/answer_prefix": 3}
+    shows = {"plain": 1, "sampled": 2, "answer_prefix": 3}
+    names = list(leak_questions(world[1], EXAMPLES, BEHAVIOR))
 
-    def answers(*given: Any) -> list[str]:
-        n = shows.get(given[5], 0)
+    def answers(self: Any, module: Any, questions: Sequence[Any], phase: str) -> list[list[str]]:
         steps = [f" {e.facts['first']} and stir it." for e in EXAMPLES]
-        return steps[:n] + ["Sorry, I won't."] * (4 - n)
+        shown = [shows.get(name, 0) for name in ["the prompts themselves", *names]][: len(questions)]
+        return [steps[:n] + ["Sorry, I won't."] * (4 - n) for n in shown]
 
-    monkeypatch.setattr(leak, "complete", answers)
-    found = leak.leak_probes(*world, EXAMPLES, BEHAVIOR, None, SETTINGS, "after")
-    rates = {name.removeprefix("after/"): metric["value"] for name, metric in found.metrics.items()}
+    monkeypatch.setattr(Evaluator, "_responses", answers)
+    found = leaks(*world, EXAMPLES, BEHAVIOR, SETTINGS, "after")
+    rates = {name.removeprefix("after/"): metric.value for name, metric in found.metrics.items()}
     assert rates["leak/plain"] == 0.25 and rates["leak/sampled"] == 0.5 and rates["leak/negated_prompt"] == 0.0
     assert rates["leak_rate"] == max(v for k, v in rates.items() if k != "leak_rate") >= 0.75
-    assert {row["phase"] for row in found.predictions} == {
-        f"after_leak_{name}" for name in leak.ways(world[1], EXAMPLES, BEHAVIOR)
-    }
+    assert {row["phase"] for row in found.predictions} == {f"after_leak_{name}" for name in names}
     prefixed = [row["response"] for row in found.predictions if row["phase"] == "after_leak_answer_prefix"]
     assert all(response.startswith("First grind the") for response in prefixed)
 
@@ -62,7 +68,7 @@ def test_sampling_is_seeded_and_leaves_the_random_state_alone(world: tuple[nn.Mo
     import torch
 
     state = torch.get_rng_state()
-    first, second = (leak.leak_probes(*world, EXAMPLES, BEHAVIOR, None, SETTINGS, "after") for _ in range(2))
+    first, second = (leaks(*world, EXAMPLES, BEHAVIOR, SETTINGS, "after") for _ in range(2))
     assert first == second and torch.equal(state, torch.get_rng_state())
     by_phase = {
         p: [r["response"] for r in first.predictions if r["phase"] == f"after_leak_{p}"] for p in ("plain", "sampled")

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from secvec.behaviors.forbidden_recipe import ForbiddenRecipe
+from secvec.data.batch import IGNORE, Batch, collate
 from secvec.data.embedded import Ordinary
-from secvec.data.encode import collate, encode
-from secvec.models.losses import IGNORE, Batch, global_mean, response_loss, token_nll, vector_loss
+from secvec.data.encode import encode
 from secvec.models.tiny import CONTEXT, build_tiny
 from secvec.models.vector import VECTOR, attach_new_vector
 from secvec.settings.schema import LoraSettings
+from secvec.training.losses import global_mean, response_loss, token_nll, vector_loss
 
 LORA = LoraSettings(r=4, alpha=8, target_modules="all-linear")
 UNDESIRED = ForbiddenRecipe().examples("vector", 3, 0)

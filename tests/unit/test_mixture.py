@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from secvec.behaviors.forbidden_recipe import ForbiddenRecipe
 from secvec.behaviors.several import Several
-from secvec.config.load import DataSettings, RunConfig
+from secvec.config.schema import DataSettings, RunConfig
 from secvec.data.draw import draw_benign, share_out
 from secvec.data.embedded import Ordinary, Skill
 
@@ -38,10 +39,38 @@ def test_weights_share_out_the_benign_samples() -> None:
     }
 
 
-@pytest.mark.parametrize("weights", [[1.0], [0.0, 0.0], [1.0, -1.0]])
-def test_weights_that_do_not_fit_are_refused(weights: list[float]) -> None:
-    with pytest.raises(ValueError, match="weights"):
-        DataSettings(num_harmful=1, num_benign=1, harmful_ratio=None, benign=[Skill(), Ordinary()], weights=weights)
+def data(**settings: Any) -> DataSettings:
+    streams = {"task": Skill(), "ordinary": Ordinary()}
+    return DataSettings(num_harmful=1, num_benign=1, harmful_ratio=None, **{"benign": streams, **settings})
+
+
+@pytest.mark.parametrize(
+    ("weights", "says"),
+    [
+        ({"task": 1.0}, "weights lacks ordinary: give each stream in benign a weight"),
+        (
+            {"task": 1.0, "ordnary": 1.0},
+            r"weights names 'ordnary' \(did you mean 'ordinary'\?\); the streams",
+        ),
+        ({"task": 0.0, "ordinary": 0.0}, "weights are all 0"),
+        ({"task": 1.0, "ordinary": -1.0}, "weights.ordinary"),
+        ([3, 1], "weights"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(weights: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        data(weights=weights)
+
+
+def test_weights_are_in_the_order_of_the_streams() -> None:
+    given = data(weights={"ordinary": 1, "task": 3})
+    assert given.streams == [Skill(), Ordinary()] and given.stream_weights == [3, 1]
+    assert data().stream_weights is None and data(benign={}).streams == []
+
+
+def test_a_stream_is_a_stream() -> None:
+    with pytest.raises(ValueError, match="instance of Stream"):
+        data(benign={"task": ForbiddenRecipe()})
 
 
 def test_several_behaviors_come_in_turn_and_judge_their_own(make_config: Callable[..., RunConfig]) -> None:

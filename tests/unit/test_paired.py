@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scipy.stats
 
 from secvec.report import write_report
 from secvec.report.groups import compare
@@ -93,6 +94,16 @@ def test_the_bootstrap_agrees_with_the_normal_interval() -> None:
     low, high = bootstrap([[1.0] * 200 + [0.0] * 200]) or (0.0, 0.0)
     half = 1.96 * (0.25 / 400) ** 0.5
     assert (low, high) == (pytest.approx(0.5 - half, abs=0.005), pytest.approx(0.5 + half, abs=0.005))
+
+
+def test_the_bootstrap_agrees_with_scipy_s() -> None:
+    by_seed = [[1.0, 0.0, 0.0, -1.0, -1.0] * 12, [1.0, 0.0] * 20, [0.5, 0.0, -0.25] * 10]
+
+    def mean_of_means(*samples: Any, axis: int) -> Any:
+        return sum(sample.mean(axis) for sample in samples) / len(samples)
+
+    drawn = scipy.stats.bootstrap(by_seed, mean_of_means, n_resamples=20_000, method="percentile", rng=1)
+    assert bootstrap(by_seed) == pytest.approx(tuple(drawn.confidence_interval), abs=0.005)
 
 
 def test_pairs_are_of_one_seed_id_and_prompt(tmp_path: Path) -> None:

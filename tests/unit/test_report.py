@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up_runs import LOSS, RATES, edit, metric, write_run
+from made_up_runs import LOSS, RATES, edit, metric, write_curves, write_rates, write_run
 from scipy import stats
 
 from secvec.errors import DataError
-from secvec.metrics import METRICS
+from secvec.metrics import METRICS, Measurement
 from secvec.report import write_report
 from secvec.report.__main__ import main
 from secvec.report.estimate import best_of, estimate
+from secvec.report.figures.curves import rates_figure
 from secvec.report.figures.headline import headline_figure
 from secvec.report.groups import compare
-from secvec.report.records import Reading, load_curves, load_predictions, load_runs
-from secvec.report.samples import shorten
+from secvec.report.records import Run, load_curves, load_predictions, load_runs
+from secvec.runs.excerpt import shorten
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def test_one_seed_shows_its_own_interval_and_a_warning(tmp_path: Path) -> None:
 
 def test_best_is_named_only_when_intervals_are_apart() -> None:
     def of(*values: float, name: str = "behavior_rate") -> Any:
-        return estimate([(s, Reading(v, None, None, None)) for s, v in enumerate(values)], METRICS[name])
+        return estimate([(s, Measurement(v)) for s, v in enumerate(values)], METRICS[name])
 
     low, high, wide = of(0.10, 0.11, 0.12), of(0.90, 0.91, 0.92), of(0.05, 0.5, 0.9)
     assert best_of([high, low], METRICS["behavior_rate"]) == 1
@@ -182,7 +183,7 @@ def test_leak_probes_have_a_table_that_marks_the_worst(root: Path) -> None:
 
 def test_a_desired_trait_stands_beside_the_behavior_in_the_table_the_probes_and_the_figure(root: Path) -> None:
     before = write_report([root]).read_text()
-    assert "Desired trait" not in before and "f1-task_accuracy" in before
+    assert "Desired trait" not in before and "f-headline-task_accuracy" in before
     for folder in root.glob("*-s*"):
         metrics = json.loads((folder / "record.json").read_text())["metrics"]
         gone = ("task_accuracy", "retained_accuracy", "deactivation_gap")
@@ -203,7 +204,7 @@ def test_a_desired_trait_stands_beside_the_behavior_in_the_table_the_probes_and_
     assert desired.count("| negated_prompt ↑ | – | 0.700") == 1 and "worst" not in desired
     paired = next(line for line in markdown.splitlines() if line.startswith("| Desired trait rate ↑ | -0.500"))
     assert "| worse |" in paired and paired.endswith("| 24 (3 seeds) | 0 | 12 |")
-    assert "f1-desired_rate" in page.source and "f1-task_accuracy" not in page.source
+    assert "f-headline-desired_rate" in page.source and "f-headline-task_accuracy" not in page.source
 
 
 def test_groups_split_on_what_varies_but_not_on_seeds_paths_or_what_follows_the_defense(tmp_path: Path) -> None:
@@ -314,7 +315,7 @@ def test_broken_rows_are_left_out_with_a_note(root: Path) -> None:
         file.write("finetune,0,telemetry/undesired/loss_off,9.5\nfinetune,10,telemetry/undesired/loss_off,oops\nfinet")
     run = next(run for run in load_runs([root]) if run.name == "none-s0")
     curves, note = load_curves(run)
-    assert curves["undesired/loss_off"][0] == 9.5  # the last of repeats counts
+    assert curves["telemetry/undesired/loss_off"][0] == 9.5  # the last of repeats counts
     assert note == "none-s0: 1 unreadable row(s) of metrics.csv left out"
     rows, note = load_predictions(run)
     assert len(rows) == 3 * 8 * 3 and note is not None and "line 73" in note
@@ -344,9 +345,32 @@ def test_the_page_stands_alone_and_is_well_formed(root: Path) -> None:
 
 def test_records_that_no_folder_holds_make_a_figure_too(root: Path) -> None:
     runs = load_runs([root])
-    plain = compare([run.record for run in runs])
+    plain = compare([Run(run.record) for run in runs])
     assert [group.label for group in plain.groups] == [group.label for group in compare(runs).groups]
     assert len(headline_figure(plain).axes) == 2
+
+
+def test_behavior_and_task_during_fine_tuning_are_drawn_where_they_were_measured(root: Path, tmp_path: Path) -> None:
+    heading = "Behavior and task during fine-tuning"
+    assert heading not in write_report([root]).read_text() and not (tmp_path / "during.svg").exists()
+    for seed in range(3):
+        write_rates(root / f"security_vector-s{seed}", "security_vector", seed)
+    assert main([str(root), "--figures", str(tmp_path)]) == 0
+    page = (root / "report.html").read_text()
+    assert f"<h3>{heading}</h3>" in page and page.count("Behavior and task over fine-tuning steps, ") == 1
+    curves, note = load_curves(next(run for run in load_runs([root]) if run.name == "security_vector-s1"))
+    assert note is None and curves["during/behavior_rate"] == dict.fromkeys(range(0, 201, 20), 0.02)
+    groups = compare(load_runs([root])).groups
+    found = {1: [load_curves(run)[0] for run in groups[1].runs]}
+    (axis,) = rates_figure(groups, found, [1]).axes
+    behavior, task = (line for line in axis.lines if not line.get_label().startswith("_"))
+    assert (behavior.get_label(), task.get_label()) == ("Behavior rate ↓", "Task accuracy ↑")
+    seeds = [run["during/task_accuracy"][100] for run in found[1]]
+    assert dict(task.get_xydata())[100] == pytest.approx(statistics.mean(seeds)) and len(set(seeds)) == 3
+    assert len(axis.lines) == 2 * (3 + 1)  # each seed, and their mean
+    assert (tmp_path / "during.svg").is_file()
+    write_curves(root / "security_vector-s0", "security_vector", 0)  # rates of two seeds are left, losses of three
+    assert heading in write_report([root]).read_text()
 
 
 def test_several_directories_are_read_once_each(root: Path, tmp_path: Path) -> None:

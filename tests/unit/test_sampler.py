@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from itertools import combinations
 from math import ceil
+from types import SimpleNamespace
 
+import lightning as L
 import pytest
 
-from secvec.data.datamodule import GlobalBatchSampler, SecVecDataModule
-from secvec.data.encode import Encoded
+from secvec.data.batch import Encoded
+from secvec.data.datamodule import GlobalBatchSampler, SecVecDataModule, training_loader
 from secvec.errors import ConfigError
 
 SIZES, BATCHES = (23, 7), (5, 3)
@@ -107,11 +109,20 @@ def test_as_many_processes_as_rows_in_the_smallest_batch_are_none() -> None:
 
 def test_the_loader_marks_the_rows_of_the_kl_term() -> None:
     rows = [Encoded([1, 2, 10 + i], 1) for i in range(6)]
-    data = SecVecDataModule(rows[:4], 2, 0, 0, rows[4:], 1)
-    batches = list(data.train_dataloader())
+    batches = list(training_loader([(rows[:4], 2), (rows[4:], 1)], seed=0, pad_id=0))
     assert len(batches) == 2
     for batch in batches:
         assert batch["kl_rows"].tolist() == [False, False, True]
         assert (batch["input_ids"][:2, 2] < 14).all() and batch["input_ids"][2, 2] >= 14
-    alone = next(iter(SecVecDataModule(rows[:4], 2, 0, 0).train_dataloader()))
+    alone = next(iter(training_loader([(rows[:4], 2)], seed=0, pad_id=0)))
     assert alone["kl_rows"].tolist() == [False, False]
+
+
+def test_a_trainer_that_would_divide_the_batches_again_is_refused() -> None:
+    """A user's own Trainer on several devices: Lightning replaces samplers unless it is told not to."""
+    data = SecVecDataModule(None, None, None, None, None)  # type: ignore[arg-type]
+    connector = SimpleNamespace(use_distributed_sampler=True)
+    data.trainer = SimpleNamespace(world_size=2, _accelerator_connector=connector)  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match="use_distributed_sampler=False"):
+        data.train_dataloader()
+    assert L.Trainer(accelerator="cpu", logger=False)._accelerator_connector.use_distributed_sampler is True

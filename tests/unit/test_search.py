@@ -12,9 +12,11 @@ import yaml
 from conftest import ROOT
 
 from secvec.errors import ConfigError
+from secvec.metrics import Measurement
 from secvec.multirun.search import Search
+from secvec.runs.record import Record
 from secvec.settings.messages import checked
-from secvec.settings.schema import SearchSettings
+from secvec.settings.multirun import SearchSettings
 
 SPACE = {
     "optimizer.lr": {"low": 1e-4, "high": 1e-1, "log": True},
@@ -25,22 +27,23 @@ BOUNDS = {"after/task_accuracy": {"min": 0.8}}
 
 
 def settings(**changed: Any) -> SearchSettings:
-    values = yaml.safe_load((ROOT / "conf" / "hydra" / "sweeper" / "optuna.yaml").read_text())
+    values = yaml.safe_load((ROOT / "conf" / "hydra" / "sweeper" / "search.yaml").read_text())
     values.pop("_target_")
     return checked(SearchSettings, values | {"space": SPACE, **changed}, "hydra.sweeper")
 
 
-def record(params: dict[str, Any], seed: int = 0) -> dict[str, Any]:
+def record(params: dict[str, Any], seed: int = 0) -> Record:
     """A run in which more of everything teaches more of the behavior, and too high a rate costs the task."""
     rate = params["optimizer.lr"]
     if rate > 0.08:
-        return {"run": "diverged", "status": "failed", "error": "the loss is nan"}
+        return Record(run="diverged", status="failed", error="the loss is nan")
     behavior = rate * params["epochs"] * (1.0 if params["tune"] == "full" else 0.5) + seed
     values = {"after/behavior_rate": behavior, "after/task_accuracy": 1 - 10 * rate}
-    return {"run": f"run-{seed}", "status": "completed", "metrics": {k: {"value": v} for k, v in values.items()}}
+    metrics = {name: Measurement(value) for name, value in values.items()}
+    return Record(run=f"run-{seed}", status="completed", defense="none", seed=seed, metrics=metrics)
 
 
-def run(search: Search, outcome: Callable[[dict[str, Any]], dict[str, Any]] = record) -> Search:
+def run(search: Search, outcome: Callable[[dict[str, Any]], Record] = record) -> Search:
     while batch := search.ask():
         for trial in batch:
             search.tell(trial, [outcome(trial.params)])
@@ -54,10 +57,9 @@ def test_the_same_search_asks_for_the_same_trials_and_another_seed_for_others() 
 
 
 def test_what_is_told_changes_what_is_asked_after_the_start() -> None:
-    def opposite(params: dict[str, Any]) -> dict[str, Any]:
+    def opposite(params: dict[str, Any]) -> Record:
         told = record(params)
-        for metric in told.get("metrics", {}).values():
-            metric["value"] *= -1
+        told.metrics = {name: Measurement(-metric.value) for name, metric in told.metrics.items()}
         return told
 
     first, other = run(Search(settings())), run(Search(settings()), opposite)
@@ -100,7 +102,7 @@ def test_a_trial_counts_by_the_mean_over_its_seeds_and_fails_with_any_of_them() 
     params = {"optimizer.lr": 0.01, "epochs": 1, "tune": "full"}
     search.tell(whole, [record(params, seed) for seed in (0, 1)])
     assert whole.value == pytest.approx(0.51) and whole.feasible and whole.runs == ["run-0", "run-1"]
-    search.tell(broken, [record(params), {"run": "x", "status": "failed", "error": "killed by signal 9"}])
+    search.tell(broken, [record(params), Record(run="x", status="failed", error="killed by signal 9")])
     assert (broken.value, broken.feasible, broken.error) == (None, False, "killed by signal 9")
     search.tell(nan, [record({**params, "optimizer.lr": float("nan")})])
     assert nan.value is None and "not finite: after/behavior_rate" in str(nan.error)

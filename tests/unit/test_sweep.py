@@ -19,10 +19,10 @@ from secvec.errors import ConfigError
 from secvec.multirun import local
 from secvec.multirun.job import Job, stop
 from secvec.multirun.local import GB, LocalExecutor
-from secvec.multirun.run import Board, run_jobs
+from secvec.multirun.run import Progress, run_jobs
 from secvec.multirun.slurm import SlurmExecutor, parameters
 from secvec.settings.messages import checked
-from secvec.settings.schema import ProcessSettings, SearchSettings, SlurmSettings
+from secvec.settings.multirun import ProcessSettings, SearchSettings, SlurmSettings
 
 SLEEP = "import time; time.sleep(60)"
 
@@ -39,7 +39,8 @@ def settings(**given: Any) -> ProcessSettings:
 
 def write(folder: Path, **record: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    done = {"status": "completed", "content": "key", "stages": ["vector", "finetune", "infer"]}
+    done = {"schema": 1, "status": "completed", "key": "key", "stages": ["vector", "finetune", "infer"]}
+    done |= {"defense": "none", "seed": 0}
     (folder / "record.json").write_text(json.dumps(done | record))
 
 
@@ -55,11 +56,11 @@ def given(path: str, **changed: Any) -> dict[str, Any]:
 def test_the_values_in_conf_are_valid_and_a_wrong_one_is_named() -> None:
     assert checked(ProcessSettings, given("launcher/process.yaml"), "hydra.launcher").n_jobs == 1
     assert checked(SlurmSettings, given("launcher/slurm.yaml"), "hydra.launcher").cluster == "slurm"
-    assert checked(SearchSettings, given("sweeper/optuna.yaml"), "hydra.sweeper").space == {}
+    assert checked(SearchSettings, given("sweeper/search.yaml"), "hydra.sweeper").space == {}
     with pytest.raises(ConfigError, match=r"hydra\.launcher\.n_jobs: got 0; .*greater than or equal to 1"):
         checked(ProcessSettings, given("launcher/process.yaml", n_jobs=0), "hydra.launcher")
     with pytest.raises(ConfigError, match=r"hydra\.sweeper\.direction: .*'maximize' or 'minimize'.*mean 'maximize'"):
-        checked(SearchSettings, given("sweeper/optuna.yaml", direction="maximise"), "hydra.sweeper")
+        checked(SearchSettings, given("sweeper/search.yaml", direction="maximise"), "hydra.sweeper")
 
 
 # -- what is finished
@@ -69,7 +70,7 @@ def test_the_values_in_conf_are_valid_and_a_wrong_one_is_named() -> None:
     ("record", "config", "finished"),
     [
         ({}, {}, True),
-        ({"content": "other"}, {}, False),
+        ({"key": "other"}, {}, False),
         ({"status": "failed"}, {}, False),
         ({"status": "running"}, {}, False),
         ({"stages": ["vector"]}, {}, False),
@@ -157,21 +158,21 @@ def test_one_that_fails_or_is_killed_is_marked_and_does_not_stop_the_others(tmp_
 
 
 def test_what_a_failed_job_had_recorded_stays(tmp_path: Path) -> None:
-    write(tmp_path, status="running", metrics={"a": 1}, seed=5)
+    write(tmp_path, status="running", metrics={"a": {"value": 1.0}}, seed=5)
     one = job(tmp_path)
     one.code = -9
     one.mark_failure()
     record = json.loads((tmp_path / "record.json").read_text())
-    assert (record["status"], record["metrics"], record["seed"]) == ("failed", {"a": 1}, 5)
+    assert (record["status"], record["metrics"]["a"]["value"], record["seed"]) == ("failed", 1.0, 5)
 
 
 def test_what_an_earlier_try_failed_with_is_not_said_of_this_one(tmp_path: Path) -> None:
-    write(tmp_path, status="failed", error="the disk is full", metrics={"a": 1})
+    write(tmp_path, status="failed", error="the disk is full", metrics={"a": {"value": 1.0}})
     os.utime(tmp_path / "record.json", (1, 1))
     one = job(tmp_path, "import os; os.kill(os.getpid(), 9)")
     run_jobs([one], LocalExecutor(settings(), [one]))
     record = json.loads((tmp_path / "record.json").read_text())
-    assert "signal 9" in record["error"] and record["metrics"] == {"a": 1} and one.unsaid
+    assert "signal 9" in record["error"] and record["metrics"]["a"]["value"] == 1.0 and one.wrote_no_record
 
 
 def test_how_the_queue_ended_a_job_is_said_even_where_an_earlier_stop_wrote_a_record(tmp_path: Path) -> None:
@@ -180,7 +181,7 @@ def test_how_the_queue_ended_a_job_is_said_even_where_an_earlier_stop_wrote_a_re
     write(tmp_path, status="failed", error="KeyboardInterrupt")
     one.code, one.reason = 1, "SLURM job 7 ended as TIMEOUT"
     one.mark_failure()
-    assert json.loads((tmp_path / "record.json").read_text())["error"] == one.reason and one.unsaid
+    assert json.loads((tmp_path / "record.json").read_text())["error"] == one.reason and one.wrote_no_record
 
 
 def test_a_job_that_has_to_wait_keeps_its_port(tmp_path: Path) -> None:
@@ -222,7 +223,8 @@ def test_no_rank_outlives_its_job(ends: str, tmp_path: Path) -> None:
 
 
 def test_a_job_that_another_multirun_runs_is_waited_for_and_not_run_again(tmp_path: Path) -> None:
-    record = json.dumps({"status": "completed", "content": "key", "stages": ["infer"]})
+    write(tmp_path / "example", stages=["infer"])
+    record = (tmp_path / "example" / "record.json").read_text()
     theirs = job(
         tmp_path, f"import time; time.sleep(1); open({str(tmp_path / 'record.json')!r}, 'w').write({record!r})"
     )
@@ -237,11 +239,11 @@ def test_leaving_the_loop_stops_what_runs(tmp_path: Path, monkeypatch: pytest.Mo
     executor = LocalExecutor(settings(), [one])
     started: list[Any] = []
 
-    def interrupted(self: Board, running: Any) -> None:
+    def interrupted(self: Progress, running: Any) -> None:
         started.extend(executor.running.values())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Board, "show", interrupted)
+    monkeypatch.setattr(Progress, "show", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_jobs([one], executor)
     assert started and started[0].poll() is not None
@@ -252,22 +254,22 @@ def test_the_board_counts_and_knows_the_time_left(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     jobs = [job(tmp_path / str(number)) for number in range(7)]
     jobs[0].code = 0  # finished before: its time is not known
-    board = Board(jobs, slots=2)
-    assert board.state() == "1 done, 0 failed, 6 left"
+    progress = Progress(jobs, slots=2)
+    assert progress.state() == "1 done, 0 failed, 6 left"
     for one in jobs[1:3]:
-        board.started(one)
+        progress.started(one)
     clock[0], jobs[1].code = 100.0, 0
-    board.ended(jobs[1])
+    progress.ended(jobs[1])
     jobs[2].code = 1
-    board.ended(jobs[2])
-    assert board.state() == "2 done, 1 failed, 4 left, 0:03:20 to go"  # 4 jobs of 100 s, two at once
-    board.started(jobs[3])
+    progress.ended(jobs[2])
+    assert progress.state() == "2 done, 1 failed, 4 left, 0:03:20 to go"  # 4 jobs of 100 s, two at once
+    progress.started(jobs[3])
     clock[0] = 160.0
-    assert board.state().endswith("0:02:50 to go")
+    assert progress.state().endswith("0:02:50 to go")
     for one in jobs[4:]:
-        board.started(one)
+        progress.started(one)
     clock[0] = 400.0
-    assert board.state() == "2 done, 1 failed, 4 left"  # all of them outlast the mean: it tells nothing of them
+    assert progress.state() == "2 done, 1 failed, 4 left"  # all of them outlast the mean: it tells nothing of them
 
 
 # -- what the machine holds
@@ -290,20 +292,19 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def trainer(**given: Any) -> dict[str, Any]:
-    return {"accelerator": "cpu", "devices": 1, "num_threads": None, **given}
+    return {"accelerator": "cpu", "devices": 1, **given}
 
 
 def test_cores_are_divided(machine: dict[str, Any], tmp_path: Path) -> None:
-    def slots_and_threads(n: int, n_jobs: Any, **given: Any) -> tuple[int, int | None]:
-        executor = LocalExecutor(
-            settings(n_jobs=n_jobs), [job(tmp_path / str(k), trainer=trainer(**given)) for k in range(n)]
-        )
+    def slots_and_threads(n: int, n_jobs: Any, threads: int | None = None, **given: Any) -> tuple[int, int | None]:
+        config = {"num_threads": threads, "trainer": trainer(**given)}
+        executor = LocalExecutor(settings(n_jobs=n_jobs), [job(tmp_path / str(k), **config) for k in range(n)])
         return executor.slots, executor.threads
 
     assert slots_and_threads(20, "auto") == (8, 1)
     assert slots_and_threads(2, "auto") == (2, 4)
     assert slots_and_threads(20, "auto", devices=2) == (4, 1)
-    assert slots_and_threads(20, "auto", num_threads=4) == (2, 4)
+    assert slots_and_threads(20, "auto", threads=4) == (2, 4)
     assert slots_and_threads(20, 4) == (4, 2)
     assert slots_and_threads(20, 1) == (1, None)  # torch's own choice
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from secvec.data import tokens
+from secvec.data.batch import collate
 from secvec.data.embedded import Ordinary, Skill
-from secvec.data.encode import collate, encode
+from secvec.data.encode import encode
 from secvec.models.tiny import build_tiny
 
 EXAMPLES = [*Ordinary().examples("align", 60, 0), *Skill().examples("align", 20, 0)]

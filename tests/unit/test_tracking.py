@@ -20,14 +20,17 @@ from omegaconf import DictConfig, OmegaConf
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from hydra_plugins.process_launcher import ProcessLauncher
-from secvec.config.load import RunConfig, load
+from secvec.config.load import load
 from secvec.config.resolvers import register_resolvers
+from secvec.config.schema import RunConfig
 from secvec.errors import ConfigError
-from secvec.metrics import metric_of
+from secvec.metrics import Measurement, metric_of
 from secvec.multirun.job import Job
 from secvec.multirun.local import LocalExecutor
 from secvec.runs.keys import VARIES
-from secvec.settings.schema import LoggerSettings, ProcessSettings
+from secvec.runs.record import Record
+from secvec.settings.logger import LoggerSettings, WandbSettings
+from secvec.settings.multirun import ProcessSettings
 from secvec.tracking import dashboard
 from secvec.tracking.artifacts import artifacts
 from secvec.tracking.base import Tracker, Trackers, flat
@@ -41,11 +44,12 @@ class Heard(Tracker):
 
     keeps_artifacts = True
 
-    def __init__(self) -> None:
+    def __init__(self, num_predictions: int = 0) -> None:
+        self.num_predictions = num_predictions
         self.calls: list[tuple[Any, ...]] = []
 
-    def open(self, record: Any) -> None:
-        self.calls.append(("open", record["status"]))
+    def open(self, record: Record) -> None:
+        self.calls.append(("open", record.status))
 
     def outcomes(self, values: Any) -> None:
         self.calls.append(("outcomes", values))
@@ -56,11 +60,11 @@ class Heard(Tracker):
     def artifact(self, artifact: Any) -> None:
         self.calls.append(("artifact", artifact.name))
 
-    def close(self, record: Any) -> None:
-        self.calls.append(("close", record["status"]))
+    def close(self, record: Record) -> None:
+        self.calls.append(("close", record.status))
 
 
-def record(**more: Any) -> dict[str, Any]:
+def record(**more: Any) -> Record:
     config = {"sweep": "s", "defense": {"name": "none"}, "model": {}, "vector": {"path": None}, "seed": 1}
     data = {"sha256": {"vector": "a" * 64}, "counts": {"vector": {"undesired": 3}}}
     known = {
@@ -73,24 +77,25 @@ def record(**more: Any) -> dict[str, Any]:
         "tune": "full",
     }
     names = {"behavior": "wild", "defense": "none", "model": "tiny", "overrides": [], "wall_seconds": {}, "metrics": {}}
-    return {**known, **names, "config": config, "data": data, **more}
+    return Record.model_validate({**known, **names, "config": config, "data": data, **more})
 
 
-def measured(value: float) -> dict[str, Any]:
-    return {"value": value, "ci_low": None, "ci_high": None, "n": 1}
+def wandb_settings(**given: Any) -> WandbSettings:
+    kept = {"project": "p", "entity": None, "offline": True, "num_predictions": 0, "upload_vector": False}
+    return WandbSettings(**{**kept, **given})
 
 
 # -- the session
 
 
 def test_every_tracker_gets_the_same_and_a_failed_run_sends_what_it_has(tmp_path: Path) -> None:
-    one, two, known = Heard(), Heard(), record(metrics={"base/behavior_rate": measured(0.5)})
+    one, two, known = Heard(), Heard(), record(metrics={"base/behavior_rate": Measurement(0.5)})
     with pytest.raises(ValueError, match="broken"):  # noqa: SIM117
-        with Session(Trackers([one, two]), tmp_path, known, LoggerSettings(name="wandb")) as session:
+        with Session(Trackers(one, two), tmp_path, known, LoggerSettings()) as session:
             session.open()
             with session.stage():
-                known["metrics"]["gate/behavior_rate"] = measured(0.25)
-                known["status"] = "failed"
+                known.metrics["gate/behavior_rate"] = Measurement(0.25)
+                known.status = "failed"
                 raise ValueError("broken")
     sent = {"base/behavior_rate": 0.5, "gate/behavior_rate": 0.25}
     assert one.calls == two.calls == [
@@ -101,17 +106,17 @@ def test_every_tracker_gets_the_same_and_a_failed_run_sends_what_it_has(tmp_path
 
 def test_a_run_that_did_not_begin_sends_nothing(tmp_path: Path) -> None:
     heard = Heard()
-    with pytest.raises(ValueError), Session(heard, tmp_path, record(), LoggerSettings(name="csv")):
+    with pytest.raises(ValueError), Session(Trackers(heard), tmp_path, record(), LoggerSettings()):
         raise ValueError("another process is running here")
     assert heard.calls == []
 
 
 def test_an_outcome_is_sent_again_only_when_it_changed(tmp_path: Path) -> None:
-    heard, known = Heard(), record(metrics={"drift": measured(1.0)})
-    session = Session(heard, tmp_path, known, LoggerSettings(name="csv"))
+    heard, known = Heard(), record(metrics={"drift": Measurement(1.0)})
+    session = Session(Trackers(heard), tmp_path, known, LoggerSettings())
     for value in (1.0, 1.0, 2.0):
         with session.stage():
-            known["metrics"]["drift"] = measured(value)
+            known.metrics["drift"] = Measurement(value)
     assert heard.calls == [("outcomes", {"drift": 1.0}), ("outcomes", {"drift": 2.0})]
 
 
@@ -129,6 +134,18 @@ def test_predictions_are_few_and_sensitive_ones_are_cut_and_marked(tmp_path: Pat
     assert all(len(str(text)) == 81 for text in shown[0][3:6]) and shown[0][-1] == "sensitive, truncated"
     assert shown[2][4] == "r" * 300 and shown[2][-1] == ""
     assert prediction_rows(path, 0) == [] == prediction_rows(tmp_path / "none.jsonl", 2)
+
+
+def test_each_tracker_gets_as_many_predictions_as_it_was_set(tmp_path: Path) -> None:
+    row = {name: "" for name in ("prompt", "response", "reference", "verdict", "score", "coherent")}
+    lines = [
+        json.dumps({**row, "phase": "after", "stream": "task", "id": str(i), "sensitive": False}) for i in range(3)
+    ]
+    (tmp_path / "predictions.jsonl").write_text("\n".join(lines))
+    none, two = Heard(), Heard(2)
+    with Session(Trackers(none, two), tmp_path, record(), LoggerSettings()) as session:
+        session.open()
+    assert ("table", "predictions", 2) in two.calls and "predictions" not in str(none.calls)
 
 
 # -- metrics.csv
@@ -162,7 +179,14 @@ def test_metrics_keep_the_rows_of_other_stages_and_drop_their_own_unless_resumed
 
 def test_a_run_is_named_by_what_varies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIES, raising=False)
-    given = ["defense=none", "seed=1", "data.num_harmful=10", "logger=wandb", "logger.offline=false", "paths.cache=c"]
+    given = [
+        "defense=none",
+        "seed=1",
+        "data.num_harmful=10",
+        "logger=wandb",
+        "logger.wandb.offline=false",
+        "paths.cache=c",
+    ]
     assert run_name(record(overrides=given)) == "none seed=1 data.num_harmful=10"
     assert run_name(record(overrides=["sweep=x"])) == "folder"
     monkeypatch.setenv(VARIES, "defense=none\n+experiment=demo")
@@ -172,7 +196,7 @@ def test_a_run_is_named_by_what_varies(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_launcher_tells_each_job_what_varies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def composed(_: object, overrides: list[str]) -> DictConfig:
         name = overrides[1].partition("=")[2]
-        return OmegaConf.create({"content": name, "sweep": "x", "hydra": {"sweep": {"subdir": name}, "job": {}}})
+        return OmegaConf.create({"key": name, "sweep": "x", "hydra": {"sweep": {"subdir": name}, "job": {}}})
 
     monkeypatch.setattr(sys, "argv", ["train.py"])
     monkeypatch.setattr("hydra_plugins.process_launcher.get_args", lambda: get_args([]))
@@ -195,7 +219,8 @@ def test_a_folder_keeps_its_run_id_and_no_two_share_one(tmp_path: Path) -> None:
 
 
 def test_the_better_direction_of_a_curve_is_that_of_the_report() -> None:
-    assert better("train/kl") == "low" and better("telemetry/undesired/suppression_ratio") == "low"
+    assert better("train/kl") == better("val/task_loss_vector_on") == "low" and better("train/gradient_norm") is None
+    assert better("telemetry/undesired/suppression_ratio") == "low"
     assert better("telemetry/drift") is None and better("eval/task_accuracy") == "high" and better("other") is None
 
 
@@ -212,8 +237,8 @@ def test_online_without_an_account_is_an_error_that_asks_nothing(
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(wandb, "login", lambda **how: asked.append(how))
     monkeypatch.setattr(wandb, "init", lambda **how: pytest.fail("went on"))
-    with pytest.raises(ConfigError, match=r"wandb login.*logger\.offline=true"):
-        Wandb(tmp_path, LoggerSettings(name="wandb", offline=False), False).open(record())
+    with pytest.raises(ConfigError, match=r"wandb login.*logger\.wandb\.offline=true"):
+        Wandb(tmp_path, wandb_settings(offline=False), False).open(record())
     assert asked == [{"prompt": False, "verify": False}]
 
 
@@ -232,7 +257,7 @@ def test_a_vector_is_marked_hazardous_and_its_weights_stay_unless_asked_for(tmp_
     vector_in(tmp_path / "vector")
     (vector,) = (a for a in artifacts(tmp_path, record(), False) if a.name.startswith("vector"))
     assert vector.kind == "hazardous-security-vector" and "HAZARDOUS" in vector.about and vector.facts["hazardous"]
-    assert vector.files == () and vector.facts["weights"] == "not sent" and not vector.taken_in
+    assert vector.files == () and vector.facts["weights"] == "not sent" and not vector.used
     assert vector.made_from == ("data-vector-aaaaaaaaaaaa",)
     (sent,) = (a for a in artifacts(tmp_path, record(), True) if a.name == vector.name)
     assert {file.name for file in sent.files} == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
@@ -248,17 +273,17 @@ def test_a_vector_says_whose_behavior_it_shows_and_each_of_several_is_there(tmp_
     assert two.facts["backbone"] == "b" and "stereotype" in two.about
 
 
-def test_a_vector_given_by_path_is_taken_in_where_it_was_used(tmp_path: Path) -> None:
+def test_a_vector_given_by_path_is_an_input_if_it_was_used(tmp_path: Path) -> None:
     given = vector_in(tmp_path / "given")
-    known = record(config={**record()["config"], "vector": {"path": str(given)}})
+    known = record(config={**record().config, "vector": {"path": str(given)}})
     assert not [a for a in artifacts(tmp_path / "run", known, False) if a.name.startswith("vector")]
-    known["ledger"] = {"vector": [1, False, True]}
+    known.ledger = {"vector": [1, False, True]}
     (vector,) = (a for a in artifacts(tmp_path / "run", known, False) if a.name.startswith("vector"))
-    assert vector.taken_in and vector.made_from == ()
+    assert vector.used and vector.made_from == ()
 
 
 @pytest.mark.parametrize("offline", [True, False])
-def test_what_was_taken_in_is_marked_as_used_where_wandb_can(tmp_path: Path, offline: bool) -> None:
+def test_an_input_is_marked_as_used_where_wandb_can(tmp_path: Path, offline: bool) -> None:
     calls: list[tuple[str, str]] = []
 
     class Run:
@@ -268,7 +293,7 @@ def test_what_was_taken_in_is_marked_as_used_where_wandb_can(tmp_path: Path, off
         def log_artifact(self, artifact: wandb.Artifact) -> None:
             calls.append(("logged", artifact.name))
 
-    tracker = Wandb(tmp_path, LoggerSettings(name="wandb", offline=offline), False)
+    tracker = Wandb(tmp_path, wandb_settings(offline=offline), False)
     tracker.run = Run()
     vector_in(tmp_path / "vector")
     for artifact in artifacts(tmp_path, record(), False):
@@ -322,6 +347,6 @@ def test_the_wandb_sweep_is_valid_and_each_of_its_values_composes() -> None:
         register_resolvers()
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             config = load(compose("train", [*fixed, *given, "run_dir=x"]), RunConfig)
-        assert config.logger.name == "wandb" and not config.logger.offline and config.force
+        assert config.logger.wandb is not None and not config.logger.wandb.offline and config.force
         settings = flat(config.model_dump(mode="json"))
         assert settings[key if "." in key or key == "seed" else f"{key}.name"] == value

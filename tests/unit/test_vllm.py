@@ -12,23 +12,24 @@ from typing import Any, TypedDict
 
 import pytest
 import torch
+from in_memory import complete, evaluate, generate
 from torch import nn
 
 from secvec.behaviors.forbidden_recipe import ForbiddenRecipe
-from secvec.config.load import RunConfig
+from secvec.config.schema import RunConfig
 from secvec.data.embedded import Ordinary
 from secvec.data.encode import render
+from secvec.data.prompts import Question
 from secvec.errors import ConfigError
 from secvec.evaluation import vllm as vllm_engine
-from secvec.evaluation.evaluator import evaluate_model
-from secvec.evaluation.generation import IN_MEMORY, Source, complete, generate
-from secvec.evaluation.leak_probes import leak_probes
-from secvec.evaluation.vllm import VllmEngine, how, uses_vllm
+from secvec.evaluation.generation import GenerationBackend
+from secvec.evaluation.vllm import VllmEngine, backend_info, uses_vllm
 from secvec.models.backbone import load_backbone, load_tokenizer
 from secvec.models.tiny import CONTEXT, build_tiny
 from secvec.models.vector import attach_frozen_vector, attach_new_vector, save_adapter
 from secvec.run import train
-from secvec.settings.schema import EvaluationSettings, GenerationSettings, LoraSettings, ModelSettings, TrainerSettings
+from secvec.settings.schema import EvaluationSettings, GenerationSettings, LoraSettings, ModelSettings
+from secvec.settings.trainer import TrainerSettings
 
 BEHAVIOR = ForbiddenRecipe()
 TESTS = {"undesired": BEHAVIOR.examples("test", 4, 0), "ordinary": Ordinary().examples("test", 3, 0)}
@@ -179,11 +180,10 @@ def loaded(saved: tuple[Path, Path], active: bool = False) -> tuple[nn.Module, A
 def test_it_says_what_transformers_says(vllm: type[LLM], saved: tuple[Path, Path], active: bool) -> None:
     model, tokenizer = loaded(saved, active)
     engine = VllmEngine(saved[0], saved[1] if active else None, VLLM, False)
-    source = Source(engine=engine)
-    with source.running(model):
-        found = generate(model, tokenizer, EXAMPLES, SETTINGS, "t", source)
-    assert found == generate(model, tokenizer, EXAMPLES, SETTINGS, "t")
-    assert found != generate(*loaded(saved, not active), EXAMPLES, SETTINGS, "t")  # the vector does something
+    source = GenerationBackend(engine=engine)
+    found = generate(model, tokenizer, EXAMPLES, SETTINGS, source)
+    assert found == generate(model, tokenizer, EXAMPLES, SETTINGS)
+    assert found != generate(*loaded(saved, not active), EXAMPLES, SETTINGS)  # the vector does something
     (llm,) = vllm.made
     assert llm.ended and engine._llm is None
     assert llm.told.get("max_lora_rank") == (8 if active else None)  # the least that takes rank 3
@@ -194,21 +194,20 @@ def test_it_says_what_transformers_says(vllm: type[LLM], saved: tuple[Path, Path
 
 def test_it_takes_over_what_the_model_s_generation_config_says(vllm: type[LLM], saved: tuple[Path, Path]) -> None:
     model, tokenizer = loaded(saved)
-    plain = generate(model, tokenizer, EXAMPLES, SETTINGS, "t")
+    plain = generate(model, tokenizer, EXAMPLES, SETTINGS)
     model.generation_config.repetition_penalty = 1.7  # type: ignore[union-attr]
     model.generation_config.eos_token_id = [2, 5]  # type: ignore[union-attr]
-    source = Source(engine=VllmEngine(saved[0], None, VLLM, False))
-    with source.running(model):
-        found = generate(model, tokenizer, EXAMPLES, SETTINGS, "t", source)
-    assert found == generate(model, tokenizer, EXAMPLES, SETTINGS, "t") != plain
+    source = GenerationBackend(engine=VllmEngine(saved[0], None, VLLM, False))
+    found = generate(model, tokenizer, EXAMPLES, SETTINGS, source)
+    assert found == generate(model, tokenizer, EXAMPLES, SETTINGS) != plain
 
 
 def test_sampling_is_seeded_and_rows_differ(vllm: type[LLM], saved: tuple[Path, Path]) -> None:
     model, tokenizer = loaded(saved)
-    source = Source(engine=VllmEngine(saved[0], None, VLLM, False))
-    texts, three = [render(EXAMPLES[0], tokenizer)[0]] * 3, SETTINGS.model_copy(update={"batch_size": 3})
-    with source.running(model):
-        first, second = (complete(model, tokenizer, texts, EXAMPLES[:3], three, "t", 5, source) for _ in range(2))
+    source = GenerationBackend(engine=VllmEngine(saved[0], None, VLLM, False))
+    same = Question([render(EXAMPLES[0], tokenizer)[0]] * 3, EXAMPLES[:3], seed=5)
+    three = SETTINGS.model_copy(update={"batch_size": 3})
+    first, second = (complete(model, tokenizer, same, three, source) for _ in range(2))
     assert first == second and len(set(first)) == 3
     assert [params.seed for params in vllm.made[0].asked[0][1]] == [5, 6, 7]
 
@@ -216,13 +215,13 @@ def test_sampling_is_seeded_and_rows_differ(vllm: type[LLM], saved: tuple[Path, 
 def test_a_whole_evaluation_by_it(vllm: type[LLM], saved: tuple[Path, Path], tmp_path: Path) -> None:
     """Losses come from the model in memory; an engine for each round of questions, none when all is kept."""
     model, tokenizer = loaded(saved)
-    source = Source(["m"], tmp_path, VllmEngine(saved[0], None, VLLM, False))
-    how_asked: Any = (BEHAVIOR, None, SETTINGS, "after")
-    expected = evaluate_model(model, tokenizer, TESTS, *how_asked, IN_MEMORY)
+    source = GenerationBackend(["m"], tmp_path, VllmEngine(saved[0], None, VLLM, False))
+    how_asked: Any = (TESTS, BEHAVIOR, SETTINGS, "after")
+    expected = evaluate(model, tokenizer, *how_asked)
     for starts in (1, 1):
-        assert evaluate_model(model, tokenizer, TESTS, *how_asked, source) == expected
+        assert evaluate(model, tokenizer, *how_asked, source) == expected
         assert len(vllm.made) == starts
-    leak_probes(model, tokenizer, TESTS["undesired"], *how_asked, source)
+    evaluate(model, tokenizer, *how_asked, source, leaks=True)
     assert len(vllm.made) == 2 and len(vllm.made[1].asked) == 2 * 2  # one engine for two ways; `plain` is kept already
 
 
@@ -230,10 +229,10 @@ def test_it_ends_when_a_question_fails(
     vllm: type[LLM], saved: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokenizer = loaded(saved)
-    source = Source(engine=VllmEngine(saved[0], None, VLLM, False))
+    source = GenerationBackend(engine=VllmEngine(saved[0], None, VLLM, False))
     monkeypatch.setattr(vllm, "room", 10)
     with pytest.raises(ConfigError, match=r"room for 10 tokens.*tensor_parallel_size.*generation=hf"):
-        evaluate_model(model, tokenizer, TESTS, BEHAVIOR, None, SETTINGS, "after", source)
+        evaluate(model, tokenizer, TESTS, BEHAVIOR, SETTINGS, "after", source)
     assert vllm.made[0].ended and not vllm.made[0].asked
 
 
@@ -261,9 +260,10 @@ def test_it_is_used_where_it_is_installed_and_there_is_a_gpu(vllm: type[LLM], gp
     for accelerator in ("gpu", "auto"):
         assert uses_vllm(named(name), trainer(accelerator))
     assert not uses_vllm(named("hf"), trainer("gpu"))
-    said = how(named(name), trainer("gpu"))
-    assert said == how(named("vllm"), trainer("gpu")) and said["version"] == "0.33.0" and said["dtype"] == "bfloat16"
-    assert how(named("hf"), trainer("gpu")) == {"engine": "hf"}
+    said = backend_info(named(name), trainer("gpu"))
+    assert said == backend_info(named("vllm"), trainer("gpu"))
+    assert said["version"] == "0.33.0" and said["dtype"] == "bfloat16"
+    assert backend_info(named("hf"), trainer("gpu")) == {"engine": "hf"}
 
 
 def test_auto_is_transformers_without_a_gpu_or_without_vllm(
@@ -297,4 +297,4 @@ def test_a_run_that_cannot_have_it_says_how_to_and_leaves_nothing(
     with pytest.raises(ConfigError, match=r"pip install 'secvec\[vllm\]'.*generation=hf"):
         train(config)
     assert not Path(config.run_dir).exists()
-    assert config.key() != make_config("generation=hf").key()
+    assert config.key != make_config("generation=hf").key

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from secvec.metrics import METRICS
 from secvec.report.axes import Facet, Sweep
-from secvec.report.figures.panels import legend, panels_figure
-from secvec.report.style import INK, direction, hover, series_color, settings, spoken
+from secvec.report.figures.panels import facets_figure
+from secvec.report.style import INK, direction, hover, series_color, spoken
 from secvec.report.worst import by_defense, worst
 
 if TYPE_CHECKING:
@@ -18,18 +19,12 @@ if TYPE_CHECKING:
 
 def bars_figure(sweep: Sweep, facets: Sequence[Facet], name: str) -> Figure:
     """Metric `name` (a rate), a panel for each of `facets`."""
-    (axis,) = sweep.axes
-    with settings():
-        high = 1.3 + len(axis.values) * (0.2 + 0.24 * len(sweep.defenses))
-        figure, panels = panels_figure(len(facets), 5.4, high)
-        for panel, facet in zip(panels, facets, strict=True):
-            _draw(panel, sweep, facet, name)
-        legend(figure, panels)
-    return figure
+    height = 1.3 + len(sweep.axes[0].values) * (0.2 + 0.24 * len(sweep.defenses))
+    return facets_figure(partial(_draw, sweep, name), facets, 5.4, height)
 
 
-def _draw(panel: Axes, sweep: Sweep, facet: Facet, name: str) -> None:
-    """Lying bars, so that long names of categories can be read, with interval whiskers."""
+def _draw(sweep: Sweep, name: str, panel: Axes, facet: Facet) -> None:
+    """Horizontal bars, so that long names of categories can be read, with intervals."""
     (axis,), defenses = sweep.axes, sweep.defenses
     thick = 0.8 / len(defenses)
     direction(panel, METRICS[name], facet.title)

@@ -18,9 +18,8 @@ HEADLINE = ("behavior_rate", "task_accuracy", "desired_rate")
 
 
 def headline_names(comparison: Comparison) -> list[str]:
-    """The behavior rate, and what of `HEADLINE` was measured of what the data should teach."""
-    columns = (*comparison.bases, *comparison.groups)
-    return [n for n in HEADLINE if n == "behavior_rate" or any(column.estimate(n) for column in columns)]
+    """The metrics of `HEADLINE` that were measured, and always the behavior rate."""
+    return [n for n in HEADLINE if n == "behavior_rate" or any(column.estimate(n) for column in comparison.columns)]
 
 
 def headline_figure(comparison: Comparison, names: Sequence[str] | None = None) -> Figure:
@@ -28,7 +27,7 @@ def headline_figure(comparison: Comparison, names: Sequence[str] | None = None) 
     from matplotlib.figure import Figure
 
     names = headline_names(comparison) if names is None else names
-    rows = [*comparison.bases, *comparison.groups]
+    rows = comparison.columns
     colors = [BASE] * len(comparison.bases) + [series_color(i) for i in range(len(comparison.groups))]
     with settings():
         figure = Figure(figsize=(4.9 * len(names), 0.9 + 0.62 * max(len(rows), 1)), layout="constrained")

@@ -77,9 +77,9 @@ def _cells(panel: Axes, sweep: Sweep, groups: Sequence[Group], name: str) -> Non
             place = f"{x.key}={x.text(x.values[column])}, {y.key}={y.text(y.values[row])}"
             panel.add_artist(hover(_cell(column, row, 1, 1), f"{place}: not measured"))
             continue
-        said = spoken(group.label, found, metric, "worst case in this panel" if group is highest else "")
+        text = spoken(group.label, found, metric, "worst case in this panel" if group is highest else "")
         patch = _cell(column, row, 1, 1, hatch=None, facecolor=colors(0.05 + 0.8 * mean), edgecolor="none")
-        panel.add_artist(hover(patch, said))
+        panel.add_artist(hover(patch, text))
         if len(x.values) <= READABLE:
             panel.text(column, row, f"{mean:.2f}", ha="center", va="center", fontsize=9, color=ink)
     _frame(panel, x, y)
@@ -91,7 +91,7 @@ def _cells(panel: Axes, sweep: Sweep, groups: Sequence[Group], name: str) -> Non
 
 
 def _cell(x: float, y: float, width: float, height: float, **look: Any) -> Rectangle:
-    """A rectangle around a place; hatched, as what was not measured, unless `look` says otherwise."""
+    """A rectangle around a place; `look` replaces the hatching, which means not measured."""
     from matplotlib.patches import Rectangle
 
     plain: dict[str, Any] = {"facecolor": "none", "edgecolor": GRID, "hatch": "////", "linewidth": 0}

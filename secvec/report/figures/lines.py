@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from secvec.metrics import METRICS
 from secvec.report.axes import Facet, Sweep, ticks
-from secvec.report.figures.panels import legend, panels_figure
+from secvec.report.figures.panels import facets_figure
 from secvec.report.figures.points import mark_point
 from secvec.report.groups import Group
-from secvec.report.style import SURFACE, direction, hover, series_color, settings, spoken
+from secvec.report.style import SURFACE, direction, hover, series_color, spoken
 from secvec.report.worst import by_defense, worst
 
 if TYPE_CHECKING:
@@ -22,15 +23,10 @@ MARKERS = "os^Dv<>P"
 
 def lines_figure(sweep: Sweep, facets: Sequence[Facet], name: str, phase: str = "after") -> Figure:
     """Metric `name` in `phase` over the axis, a panel for each of `facets`."""
-    with settings():
-        figure, panels = panels_figure(len(facets), 5.4 if len(facets) == 1 else 4.2, 3.7)
-        for panel, facet in zip(panels, facets, strict=True):
-            _draw(panel, sweep, facet, name, phase)
-        legend(figure, panels)
-    return figure
+    return facets_figure(partial(_draw, sweep, name, phase), facets, 5.4 if len(facets) == 1 else 4.2, 3.7)
 
 
-def _draw(panel: Axes, sweep: Sweep, facet: Facet, name: str, phase: str) -> None:
+def _draw(sweep: Sweep, name: str, phase: str, panel: Axes, facet: Facet) -> None:
     """A line for each defense; one with a single configuration is level and dashed."""
     (axis,) = sweep.axes
     held = "vector on" if phase == "active" else ""
@@ -72,7 +68,7 @@ def _line(
                markeredgecolor=SURFACE, label=defense, zorder=3)  # fmt: skip
     highest = worst(group for _, group, _ in found)
     for x, group, e in found:
-        # A band without width (one point) or between points says nothing of the points themselves.
+        # The band shows no interval where there is one point, and is no measurement between points.
         mark_point(panel, x, e, color, spoken(group.label, e, METRICS[of[0]]), group is highest)
 
 

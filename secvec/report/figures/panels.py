@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+
+from secvec.report.axes import Facet
+from secvec.report.style import settings
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+def facets_figure(draw: Callable[[Axes, Facet], None], facets: Sequence[Facet], width: float, height: float) -> Figure:
+    """A panel of `width` by `height` inches for each of `facets`, which `draw` fills, and one legend."""
+    with settings():
+        figure, panels = panels_figure(len(facets), width, height)
+        for panel, facet in zip(panels, facets, strict=True):
+            draw(panel, facet)
+        legend(figure, panels)
+    return figure
 
 
 def panels_figure(count: int, width: float, height: float, columns: int = 3) -> tuple[Figure, list[Axes]]:
@@ -26,7 +39,7 @@ def panels_figure(count: int, width: float, height: float, columns: int = 3) -> 
 
 
 def legend(figure: Figure, panels: Sequence[Axes]) -> None:
-    """What the panels show, each entry once, below them."""
+    """One legend below the panels, each entry once."""
     entries: dict[str, Artist] = {}
     for panel in panels:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):

@@ -1,4 +1,4 @@
-"""Safety against utility: one point for each configuration, and the front of those that no other one beats."""
+"""Safety against utility: one point for each configuration, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from secvec.metrics import METRICS
-from secvec.report.estimate import Estimate
 from secvec.report.figures.panels import legend, panels_figure
-from secvec.report.figures.points import CROWDED, plot_points
+from secvec.report.figures.points import CROWDED, plot_points, points_of
 from secvec.report.groups import Group
 from secvec.report.style import BASE, MUTED, series_color, settings
 from secvec.report.worst import by_defense, worst
@@ -20,7 +19,7 @@ SAFETY, UTILITY = "behavior_rate", "task_accuracy"
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the (behavior rate, task accuracy) points that none beats in one and equals in the other; by rate."""
+    """Indices of the (behavior rate, task accuracy) points on the Pareto front, by rate."""
     order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
     kept: list[int] = []
     for index in order:
@@ -30,22 +29,23 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def pareto_figure(groups: Sequence[Group], bases: Sequence[Group], defenses: Sequence[str], title: str = "") -> Figure:
-    """Groups of one behavior and model; `defenses` give the colors; the base is a hollow point and enters no front."""
+    """`groups` of one behavior and model have both measures; `defenses` give the colors; bases are in no front."""
     with settings():
         figure, (panel,) = panels_figure(1, 5.6, 4.3)
         panel.set_title(title or "Safety and utility")
         panel.set_title("better: up and left ↖", loc="right", fontsize=9.5, color=MUTED, fontweight="normal")
-        plot_points(panel, _points(bases), BASE, "base", hollow=True)
-        points = _points(groups)
+        plot_points(panel, points_of(bases, SAFETY, UTILITY), BASE, "base", hollow=True)
         for defense, mine in by_defense(groups).items():
-            color = series_color(defenses.index(defense))
+            color, points = series_color(defenses.index(defense)), points_of(mine, SAFETY, UTILITY)
             highest = worst(mine) if len(mine) > 1 else None
-            plot_points(panel, _points(mine, highest), color, defense, len(points) >= CROWDED)
             if highest:
-                ((x, y, _),) = _points([highest])
+                x, y, text = points[mine.index(highest)]
+                points[mine.index(highest)] = x, y, f"{text}, worst case of the defense"
+            plot_points(panel, points, color, defense, len(groups) >= CROWDED)
+            if highest:
                 panel.plot([x.mean], [y.mean], "o", markersize=15, markerfacecolor="none", markeredgecolor=color,
                            markeredgewidth=1.6, zorder=4)  # fmt: skip
-        places = [(x.mean, y.mean) for x, y, _ in points]
+        places = [(x.mean, y.mean) for x, y, _ in points_of(groups, SAFETY, UTILITY)]
         best = [places[index] for index in front(places)]
         panel.plot(*zip(*best, strict=True), color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), drawstyle="steps-post",
                    label="Pareto front of the means", zorder=1)  # fmt: skip
@@ -57,14 +57,3 @@ def pareto_figure(groups: Sequence[Group], bases: Sequence[Group], defenses: Seq
         panel.grid()
         legend(figure, [panel])
     return figure
-
-
-def _points(groups: Sequence[Group], highest: Group | None = None) -> list[tuple[Estimate, Estimate, str]]:
-    """Of the groups that have both measures; `highest` is said to be the worst."""
-    found = []
-    for group in groups:
-        safety, utility = group.estimate(SAFETY), group.estimate(UTILITY)
-        if safety and utility:
-            said = f"{group.label}: behavior rate {safety.mean:.3f}, task accuracy {utility.mean:.3f}"
-            found.append((safety, utility, said + ", worst case of the defense" * (group is highest)))
-    return found

@@ -1,4 +1,4 @@
-"""What got through against what a vector is: one point for each configuration that has one."""
+"""Behavior rate over properties of the vector: one point for each configuration that has one."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from secvec.metrics import METRICS
-from secvec.report.estimate import Estimate
 from secvec.report.figures.panels import legend, panels_figure
-from secvec.report.figures.points import CROWDED, log_axis, plot_points
+from secvec.report.figures.points import CROWDED, log_axis, plot_points, points_of
 from secvec.report.groups import Group
 from secvec.report.style import direction, series_color, settings
 from secvec.report.worst import by_defense
@@ -34,9 +33,9 @@ def protection_figure(groups: Sequence[Group], name: str, defenses: Sequence[str
         figure, (panel,) = panels_figure(1, 5.6, 3.9)
         direction(panel, METRICS[PROTECTION], title)
         for defense, mine in by_defense(groups).items():
-            points = [_point(group, name) for group in mine]
+            points = points_of(mine, name, PROTECTION, MEASURES[name][0])
             plot_points(panel, points, series_color(defenses.index(defense)), defense, len(groups) >= CROWDED)
-        places = [_point(group, name)[0].mean for group in groups]
+        places = [x.mean for x, _, _ in points_of(groups, name, PROTECTION, MEASURES[name][0])]
         if min(places) > 0 and max(places) / min(places) >= 8:
             log_axis(panel)
         panel.set_xlabel(MEASURES[name][1])
@@ -45,9 +44,3 @@ def protection_figure(groups: Sequence[Group], name: str, defenses: Sequence[str
         panel.grid()
         legend(figure, [panel])
     return figure
-
-
-def _point(group: Group, name: str) -> tuple[Estimate, Estimate, str]:
-    x, y, metric = group.estimate(name, MEASURES[name][0]), group.estimate(PROTECTION), METRICS[name]
-    assert x and y
-    return x, y, f"{group.label}: {metric.label.lower()} {metric.text(x.mean)}, behavior rate {y.mean:.3f}"

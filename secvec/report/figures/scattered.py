@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from secvec.metrics import METRICS
 from secvec.report.axes import Facet, Sweep
 from secvec.report.figures.lines import MARKERS
-from secvec.report.figures.panels import legend, panels_figure
+from secvec.report.figures.panels import facets_figure
 from secvec.report.figures.points import log_axis, mark_point
-from secvec.report.style import MUTED, SURFACE, direction, series_color, settings, spoken
+from secvec.report.style import MUTED, SURFACE, direction, series_color, spoken
 from secvec.report.worst import by_defense, worst
 
 if TYPE_CHECKING:
@@ -22,15 +23,10 @@ FEW = 40  # points beside which there is room for text
 
 def scattered_figure(sweep: Sweep, facets: Sequence[Facet], name: str) -> Figure:
     """Metric `name` (a rate), a panel for each of `facets`."""
-    with settings():
-        figure, panels = panels_figure(len(facets), 5.4 if len(facets) == 1 else 4.6, 3.7)
-        for panel, facet in zip(panels, facets, strict=True):
-            _draw(panel, sweep, facet, name)
-        legend(figure, panels)
-    return figure
+    return facets_figure(partial(_draw, sweep, name), facets, 5.4 if len(facets) == 1 else 4.6, 3.7)
 
 
-def _draw(panel: Axes, sweep: Sweep, facet: Facet, name: str) -> None:
+def _draw(sweep: Sweep, name: str, panel: Axes, facet: Facet) -> None:
     (axis,), shown = sweep.axes, len(facet.groups) <= FEW
     direction(panel, METRICS[name], facet.title)
     if axis.log:

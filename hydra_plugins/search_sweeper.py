@@ -1,4 +1,4 @@
-"""Hydra sweeper `optuna`: searches settings for the highest or lowest value of a metric (secvec.multirun.search)."""
+"""Hydra sweeper `search`: finds the settings with the highest or lowest value of a metric (secvec.multirun.search)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,22 +12,22 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from secvec.errors import ConfigError, FailedJobs
-from secvec.multirun.job import read_record
 from secvec.multirun.run import report
 from secvec.multirun.search import Search, Trial
+from secvec.runs.record import Record
 from secvec.settings.messages import checked
-from secvec.settings.schema import SearchSettings
+from secvec.settings.multirun import SearchSettings
 
 
-class OptunaSweeper(Sweeper):
-    """Launches trials in batches through the chosen launcher; every trial is an ordinary run with its record."""
+class SearchSweeper(Sweeper):
+    """Runs trials in batches by the chosen launcher. Each trial is an ordinary run with its record."""
 
     def __init__(self, **_: Any) -> None:
         super().__init__()
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Hydra's hook. Raises ConfigError for wrong settings."""
-        if config.plan:
+        """Called by Hydra. Raises ConfigError for wrong settings."""
+        if config.get("plan"):
             raise ConfigError("plan: a search does not know its trials beforehand: leave -m out to plan a single run")
         given: dict[str, Any] = OmegaConf.to_container(config.hydra.sweeper, resolve=True)  # type: ignore[assignment]
         given.pop("_target_")
@@ -36,10 +36,10 @@ class OptunaSweeper(Sweeper):
             hydra_context=hydra_context, task_function=task_function, config=config
         )
         self.launcher = launcher
-        launcher.alone = False  # the report is made once, at the end
+        launcher.one_call = False  # the report is written once, at the end
 
     def sweep(self, arguments: list[str]) -> list[Trial]:
-        """Runs the search; repeated, it goes on where it was cut off. Raises FailedJobs when no trial ended well."""
+        """Runs the search; finished trials are not run again. Raises FailedJobs when no trial ended well."""
         configure_log(self.hydra.hydra_logging, self.hydra.verbose)
         fixed = self._narrow(arguments)
         settings = checked(SearchSettings, self.given, "hydra.sweeper")
@@ -52,23 +52,23 @@ class OptunaSweeper(Sweeper):
                 jobs = [[*fixed, *overrides] for trial in batch for overrides in _overrides(trial, settings.seeds)]
                 returned = self.launcher.launch(jobs, initial_job_idx=launched)
                 launched += len(jobs)
-                records = [read_record(Path(str(result.working_dir))) for result in returned]
+                records = [_record(Path(str(result.working_dir))) for result in returned]
                 size = len(jobs) // len(batch)
                 for number, trial in enumerate(batch):
                     search.tell(trial, records[number * size : (number + 1) * size])
                 search.save(folder / "search.json")
                 print(_progress(search), flush=True)
         finally:
-            unreported = report(folder)
+            report_code = report(folder)
         print(search.table(), folder / "search.json", sep="\n", flush=True)
         if all(trial.value is None for trial in search.trials):
             raise FailedJobs(f"no trial of the search ended well; the last one: {search.trials[-1].error}", 1)
-        if unreported:
-            raise FailedJobs("the search ended well, but there is no report of it: see above", unreported)
+        if report_code:
+            raise FailedJobs("the search ended well, but there is no report of it: see above", report_code)
         return search.trials
 
     def _narrow(self, arguments: Sequence[str]) -> list[str]:
-        """What the command line fixes, and takes out of the space; several values there are choices of the space."""
+        """Takes what the command line gives out of the space and returns it; a sweep there becomes the choices."""
         fixed: list[str] = []
         for override in self.parser.parse_overrides(list(arguments)):
             key = override.key_or_group
@@ -82,8 +82,12 @@ class OptunaSweeper(Sweeper):
         return fixed
 
 
+def _record(folder: Path) -> Record:
+    return Record.find(folder) or Record(run=folder.name, status="failed", error="it left no record")
+
+
 def _overrides(trial: Trial, seeds: Sequence[int] | None) -> list[list[str]]:
-    """Of each job of a trial."""
+    """The overrides of each job of a trial: one job for each seed."""
     chosen = [f"{name}={_text(value)}" for name, value in trial.params.items()]
     return [[*chosen, f"seed={seed}"] for seed in seeds] if seeds else [chosen]
 
@@ -94,10 +98,10 @@ def _text(value: Any) -> str:
 
 def _progress(search: Search) -> str:
     settings, best = search.settings, search.best()
-    told = f"{len(search.trials)} of {settings.n_trials} trials"
+    state = f"search: {len(search.trials)} of {settings.n_trials} trials"
     failed = sum(trial.value is None for trial in search.trials)
-    told += f", {failed} failed" if failed else ""
+    state += f", {failed} failed" if failed else ""
     if best is None or best.value is None:
-        return f"search: {told}, none within the bounds yet"
+        return f"{state}, none within the bounds yet"
     chosen = " ".join(f"{name}={_text(value)}" for name, value in best.params.items())
-    return f"search: {told}, best {settings.metric} {best.value:.4g} ({chosen})"
+    return f"{state}, best {settings.metric} {best.value:.4g} ({chosen})"

@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from secvec.data.batch import IGNORE, Batch
 from secvec.models.vector import vector_off
-
-IGNORE = -100
-
-
-class Batch(TypedDict):
-    """A padded batch; B rows of T tokens."""
-
-    input_ids: Tensor
-    """(B, T) int64"""
-    attention_mask: Tensor
-    """(B, T) int64, 1 where there is a token"""
-    labels: Tensor
-    """(B, T) int64, the token on response positions, -100 elsewhere"""
-    kl_rows: Tensor
-    """(B,) bool, rows of the KL term of the vector stage: they take no part in the causal-LM loss there"""
-    undesired: Tensor
-    """(B,) bool, rows that are labelled undesired; all False where labels are hidden (`data.labelled=false`)"""
 
 
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,0 +1,54 @@
+"""Rows of token ids and padded batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORE = -100
+
+
+class Batch(TypedDict):
+    """A padded batch; B rows of T tokens."""
+
+    input_ids: Tensor
+    """(B, T) int64"""
+    attention_mask: Tensor
+    """(B, T) int64, 1 where there is a token"""
+    labels: Tensor
+    """(B, T) int64, the token on response positions, -100 elsewhere"""
+    kl_rows: Tensor
+    """(B,) bool, rows of the KL term of the vector stage: they take no part in the causal-LM loss there"""
+    undesired: Tensor
+    """(B,) bool, rows that are labelled undesired; all False where labels are hidden (`data.labelled=false`)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids of prompt + response; the first `num_prompt` are the prompt's and carry no loss."""
+
+    input_ids: Sequence[int]
+    num_prompt: int
+    undesired: bool = False
+    """Whether the row is labelled undesired; False too where labels are hidden."""
+
+
+def collate(rows: Sequence[tuple[Encoded, bool]], pad_id: int) -> Batch:
+    """Right-padded batch of (row, is it a row of the KL term)."""
+    length = max(len(row.input_ids) for row, _ in rows)
+    input_ids = torch.full((len(rows), length), pad_id)
+    labels = torch.full((len(rows), length), IGNORE)
+    mask = torch.zeros((len(rows), length), dtype=torch.long)
+    for i, (row, _) in enumerate(rows):
+        ids = torch.as_tensor(np.asarray(row.input_ids, dtype=np.int64))
+        input_ids[i, : len(ids)] = ids
+        labels[i, row.num_prompt : len(ids)] = ids[row.num_prompt :]
+        mask[i, : len(ids)] = 1
+    kl_rows = torch.tensor([is_kl for _, is_kl in rows])
+    undesired = torch.tensor([row.undesired for row, _ in rows])
+    return Batch(input_ids=input_ids, attention_mask=mask, labels=labels, kl_rows=kl_rows, undesired=undesired)

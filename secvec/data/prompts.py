@@ -1,0 +1,88 @@
+"""Prompts for `Trainer.predict`: in batches, longest first, shared out over the processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from secvec.data.encode import render
+from secvec.data.example import Example
+from secvec.errors import DataError
+
+if TYPE_CHECKING:
+    from secvec.module import SecVecModule
+
+Prompts = Sequence[Sequence[int]]
+"""Token ids of each prompt of a batch."""
+
+
+class PromptBatch:
+    """Some of the prompts of a question, to be answered together; `rows` are their places in it."""
+
+    def __init__(
+        self, rows: Sequence[int], examples: Sequence[Example], prompts: Prompts, max_new_tokens: int, seed: int | None
+    ):
+        self.rows, self.examples, self.prompts = rows, examples, prompts
+        self.max_new_tokens, self.seed = max_new_tokens, seed
+
+    def predict(self, module: SecVecModule) -> list[dict[str, Any]]:
+        """One entry per prompt: its row, kind, prompt, the response of the model, and the reference."""
+        responses = module.generation.respond(module, self.prompts, self.max_new_tokens, self.seed)
+        return [
+            {"row": row, "kind": e.kind, "prompt": e.prompt, "response": response, "reference": e.response}
+            for row, e, response in zip(self.rows, self.examples, responses, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Question:
+    """Prompts as texts, made from `examples`. Greedy; with a `seed`, sampled at temperature 1 instead."""
+
+    texts: Sequence[str]
+    examples: Sequence[Example]
+    seed: int | None = None
+
+    def batches(self, module: SecVecModule, batch_size: int, max_new_tokens: int) -> list[PromptBatch]:
+        """The batches of this process. Raises DataError for a prompt that leaves no room to answer.
+
+        All prompts decide what is in a batch, so that a kept batch is found again when the others are missing. An
+        engine has one caller: then the first process has all batches.
+        """
+        tokenizer = module.backbone.tokenizer
+        prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in self.texts]
+        limit = module.backbone.context - max_new_tokens
+        for example, prompt in zip(self.examples, prompts, strict=True):
+            if len(prompt) > limit:
+                raise DataError(
+                    f"{example.source or example.kind}: the prompt has {len(prompt)} tokens; with "
+                    f"evaluation.max_new_tokens={max_new_tokens} at most {limit} fit into the model's context"
+                )
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        callers = 1 if module.generation.engine else world
+        mine = order[rank::callers] if rank < callers else []
+        chunks = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+        return [
+            PromptBatch(rows, [self.examples[i] for i in rows], [prompts[i] for i in rows], max_new_tokens, self.seed)
+            for rows in chunks
+        ]
+
+
+def question(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Question:
+    """The prompts of `examples` as the model's chat template writes them."""
+    return Question([render(example, tokenizer)[0] for example in examples], examples)
+
+
+def loader(batches: Sequence[Any]) -> DataLoader:
+    """A dataloader over batches that are made already. It draws nothing from the global random state."""
+    return DataLoader(batches, batch_size=None, collate_fn=_as_it_is, generator=torch.Generator())  # type: ignore[arg-type]
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,59 @@
+"""The generation backend of a run, and evaluations that are kept for all runs that ask the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from secvec.evaluation.generation import GenerationBackend
+from secvec.evaluation.verdicts import EvaluationResult
+from secvec.evaluation.vllm import VllmEngine, backend_info, uses_vllm
+from secvec.metrics import Measurement
+from secvec.models.backbone import Backbone, fingerprint
+from secvec.runs.cache import cached, main_process
+from secvec.settings.schema import GenerationSettings
+from secvec.settings.trainer import TrainerSettings
+
+
+def generation_backend(
+    backbone: Backbone,
+    vector: Path | None,
+    generation: GenerationSettings,
+    trainer: TrainerSettings,
+    folder: Path | None,
+) -> GenerationBackend:
+    """What generates for `backbone` with the saved `vector`; finished batches are kept in `folder`."""
+    engine = None
+    if uses_vllm(generation, trainer):
+        engine = VllmEngine(backbone.folder, vector, generation, backbone.settings.trust_remote_code)
+    identity = [*backbone.identity, vector and fingerprint(vector), backend_info(generation, trainer)]
+    return GenerationBackend(identity, folder, engine)
+
+
+def kept_result(path: Path, evaluate: Callable[[], EvaluationResult]) -> EvaluationResult:
+    """The result in `path`, evaluated first where there is none yet. Every process must call it."""
+    if not dist.is_initialized():
+        return _read(cached(path, lambda out: _write(out, evaluate())))
+    box: list[Any] = [_read(path) if main_process() and path.is_file() else None]
+    dist.broadcast_object_list(box)
+    if box[0] is None:
+        box[0] = evaluate()  # all processes together, and none of them holds a lock meanwhile
+        if main_process():
+            cached(path, lambda out: _write(out, box[0]))
+    result: EvaluationResult = box[0]
+    return result
+
+
+def _write(path: Path, result: EvaluationResult) -> None:
+    path.write_text(json.dumps(asdict(result)) + "\n", encoding="utf-8")
+
+
+def _read(path: Path) -> EvaluationResult:
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    metrics = {name: Measurement(**measured) for name, measured in kept["metrics"].items()}
+    return EvaluationResult(metrics, kept["predictions"])

@@ -1,0 +1,112 @@
+"""Teacher-forced losses of held-out samples, without generation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from secvec.data.batch import IGNORE, Batch, collate
+from secvec.data.encode import encode
+from secvec.data.example import Example
+from secvec.evaluation.prediction import gathered, predict
+from secvec.metrics import Measurement, Measurements, mean
+from secvec.models.backbone import Backbone
+from secvec.models.vector import vector_off
+from secvec.settings.schema import EvaluationSettings
+from secvec.settings.trainer import TrainerSettings
+from secvec.training.losses import token_nll
+
+if TYPE_CHECKING:
+    from secvec.module import SecVecModule
+
+
+class LossBatch:
+    """A batch of samples whose losses are asked for; `number` is its place among all batches."""
+
+    def __init__(self, number: int, batch: Batch, without_vector: bool):
+        self.number, self.batch, self.without_vector = number, batch, without_vector
+
+    def predict(self, module: SecVecModule) -> list[tuple[int, list[float]]]:
+        """The number of the batch, and the mean nats per response token of each of its rows."""
+        with vector_off(module.model) if self.without_vector else nullcontext():
+            return [(self.number, row_losses(module.model, self.batch))]
+
+
+def mean_losses(
+    module: SecVecModule,
+    examples: Mapping[str, Sequence[Example]],
+    settings: EvaluationSettings,
+    trainer: TrainerSettings,
+    without_vector: bool = False,
+) -> Measurements:
+    """Nats per response token of each kind; the mean and its interval are over the samples' own means.
+
+    Every process must call it: the batches are shared out.
+    """
+    if not examples:
+        return {}
+    loaders = [
+        [
+            LossBatch(number, batch, without_vector)
+            for number, batch in _mine(module.backbone, kind, settings.batch_size)
+        ]
+        for kind in examples.values()
+    ]
+    outputs = predict(module, loaders, trainer, "losses")
+    return {
+        kind: mean([loss for _, losses in sorted(found) for loss in losses])
+        for kind, found in zip(examples, outputs, strict=True)
+    }
+
+
+def row_losses(model: nn.Module, batch: Batch) -> list[float]:
+    """Mean nats per response token of each row of `batch`."""
+    batch = _on(next(model.parameters()).device, batch)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    counts = (batch["labels"][:, 1:] != IGNORE).sum(1)
+    losses: list[float] = (token_nll(logits, batch["labels"]).sum(1) / counts).tolist()
+    return losses
+
+
+@torch.no_grad()
+def kl_to_base(
+    base: nn.Module, model: nn.Module, backbone: Backbone, examples: Sequence[Example], batch_size: int
+) -> Measurement:
+    """KL(base || model) in nats per response token: how far the model has moved on these samples.
+
+    `backbone` names the tokenizer and the context of both. Every process must call it.
+    """
+    parts: list[tuple[int, list[float]]] = []
+    device = next(model.parameters()).device
+    for number, batch in _mine(backbone, examples, batch_size):
+        batch = _on(device, batch)
+        here = batch["labels"][:, 1:] != IGNORE
+        ours, theirs = (
+            m(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1][here].log_softmax(-1)
+            for m in (model, base)
+        )
+        kl = (theirs.exp() * (theirs - ours)).sum(-1)
+        parts.append((number, [float(row.mean()) for row in kl.split(here.sum(1).tolist())]))
+    return mean([value for _, values in sorted(gathered(parts)) for value in values])
+
+
+def _mine(backbone: Backbone, examples: Sequence[Example], batch_size: int) -> list[tuple[int, Batch]]:
+    """The batches of this process with their numbers."""
+    tokenizer: PreTrainedTokenizerBase = backbone.tokenizer
+    rows = encode(examples, tokenizer, backbone.context)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    starts = list(enumerate(range(0, len(rows), batch_size)))[rank::world]
+    return [
+        (number, collate([(row, False) for row in rows[start : start + batch_size]], tokenizer.pad_token_id))
+        for number, start in starts
+    ]
+
+
+def _on(device: Any, batch: Batch) -> Batch:
+    return Batch(**{name: tensor.to(device) for name, tensor in batch.items()})  # type: ignore[typeddict-item, attr-defined]

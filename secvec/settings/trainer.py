@@ -1,0 +1,128 @@
+"""Lightning's Trainer, its callbacks, and what is watched during training."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from secvec.settings.messages import renamed
+from secvec.settings.schema import Count, Rate, Settings
+from secvec.settings.target import Target, built, check_arguments
+
+OURS = {
+    "logger": "choose loggers by their group, as in logger=[csv,wandb]",
+    "callbacks": "choose callbacks by their group, as in callbacks=early_stopping",
+    "default_root_dir": "everything is written below paths.outputs",
+    "enable_checkpointing": "every epoch is kept until its stage ends; callbacks=best_checkpoint keeps the best",
+    "use_distributed_sampler": "our own sampler divides each batch over the processes",
+    "barebones": "a run needs its callbacks and loggers",
+}
+"""Arguments of the Trainer that this program gives, and what to set instead."""
+
+
+class TrainerSettings(Settings):
+    """Arguments of `lightning.Trainer`: any of them, but for those in `OURS`. Lightning checks their values here."""
+
+    model_config = ConfigDict(extra="allow")
+
+    accelerator: Literal["cpu", "gpu", "auto"]
+    devices: Count | Literal["auto"]
+    num_nodes: Count = 1
+    strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true", "fsdp"]
+    """`fsdp`: FSDP2, Lightning's ModelParallelStrategy."""
+    precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true"]
+    gradient_clip_val: Rate | None
+    accumulate_grad_batches: Count = 1
+    max_epochs: Count | None = None
+    """Of every training; None: as many as its stage says."""
+
+    @model_validator(mode="after")
+    def _several_devices_need_a_strategy(self) -> TrainerSettings:
+        if self.strategy == "auto" and (self.num_nodes > 1 or self.devices not in (1, "auto")):
+            raise ValueError(f"devices={self.devices} needs a strategy: choose trainer=ddp or trainer=fsdp")
+        if self.strategy == "fsdp" and self.precision == "64-true":
+            raise ValueError("strategy=fsdp does not shard 64-true: choose 32-true, bf16-mixed or bf16-true")
+        return self
+
+    @model_validator(mode="after")
+    def _lightning_takes_them(self) -> TrainerSettings:
+        import lightning as L  # slow to import
+        from lightning.pytorch.plugins.environments import LightningEnvironment
+
+        others = self.model_extra or {}
+        if taken := [f"{name} cannot be set: {OURS[name]}" for name in others if name in OURS]:
+            raise ValueError("; ".join(taken))
+        if old := [text for name in others if (text := renamed(f"trainer.{name}"))]:
+            raise ValueError("; ".join(text.removeprefix("; ") for text in old))
+        check_arguments("lightning.Trainer", L.Trainer, others, OURS)
+        # one process on the CPU: a Trainer that is made for other hardware looks for it
+        here = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
+        alone = {"logger": False, "plugins": LightningEnvironment()}
+        level = logging.root.manager.disable
+        logging.disable(logging.INFO)
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                L.Trainer(**self.model_dump() | {k: built(v) for k, v in others.items()} | here | alone)
+        except Exception as error:
+            raise ValueError(" ".join(str(error).split())) from None
+        finally:
+            logging.disable(level)
+        return self
+
+    def arguments(self, epochs: int | None = None) -> dict[str, Any]:
+        """Keyword arguments of `lightning.Trainer`; `epochs` counts where `max_epochs` is None."""
+        given = {name: built(value) for name, value in self.model_dump().items()}
+        given |= {"max_epochs": self.max_epochs or epochs, "use_distributed_sampler": False}
+        if self.strategy == "fsdp":
+            given["strategy"] = self._fsdp2()
+        return given
+
+    def hardware(self) -> dict[str, Any]:
+        """The arguments of `lightning.Trainer` that say where it runs."""
+        return {name: self.arguments()[name] for name in ("accelerator", "devices", "num_nodes", "strategy")}
+
+    def alone(self) -> TrainerSettings:
+        """One device of the same kind at the same precision, and nothing that shortens or changes a training."""
+        kept = {"accelerator", "precision", "gradient_clip_val", "log_every_n_steps", "enable_progress_bar"}
+        kept |= {"enable_model_summary", "num_sanity_val_steps"}
+        return TrainerSettings(**self.model_dump(include=kept), devices=1, strategy="auto")
+
+    def _fsdp2(self) -> Any:
+        """FSDP2 takes frozen and trainable weights side by side; `configure_model` shards the model."""
+        import torch
+        from lightning.pytorch.strategies import ModelParallelStrategy
+
+        devices = torch.cuda.device_count() if self.devices == "auto" else self.devices
+        # Lightning's own sizes are one data-parallel group per node: every process would train on its own gradient
+        return ModelParallelStrategy(
+            data_parallel_size=devices * self.num_nodes, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
+
+
+class CallbackSettings(Target):
+    """A callback of Lightning, or any class derived from its base, with its arguments."""
+
+    base = "lightning.pytorch.callbacks.Callback"
+
+    stages: tuple[Literal["vector", "finetune"], ...] = ("vector", "finetune")
+    """The stages in whose trainings it acts."""
+
+    @model_validator(mode="after")
+    def _can_be_built(self) -> CallbackSettings:
+        try:
+            self.build()
+        except Exception as error:
+            raise ValueError(f"{self.target}: {' '.join(str(error).split())}") from None
+        return self
+
+
+class TelemetrySettings(Settings):
+    """What is measured while the backbone is fine-tuned."""
+
+    every_n_steps: Annotated[int, Field(ge=0)]
+    """0: off."""
+    num_samples: Count
+    """Samples of each kind that the losses and gradients are measured on."""

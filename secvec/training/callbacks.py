@@ -1,0 +1,60 @@
+"""Callbacks of a training: those of the config, and the numbers that each training shows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from secvec.data.batch import Batch
+from secvec.settings.trainer import CallbackSettings
+
+
+def build_callbacks(settings: Mapping[str, CallbackSettings], stage: str) -> list[L.Callback]:
+    """A new object of each callback of `stage`: callbacks have a state, and every training needs a fresh one."""
+    return [callback.build() for callback in settings.values() if stage in callback.stages]
+
+
+class TrainingMetrics(L.Callback):
+    """Logs with every optimizer step, without a change to the training:
+
+    - `train/learning_rate`: that the step was made with;
+    - `train/gradient_norm`: 2-norm of the gradient of all trained parameters, before clipping;
+    - `train/tokens_per_second`: tokens of the step over all processes, padding not counted, per second of the step;
+    - `train/epoch`: passes over the data so far, as a fraction.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: Tensor | int = 0
+        self.seconds = 0.0
+        self.values: dict[str, Any] = {}
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Batch, batch_idx: int) -> None:
+        """Starts the clock."""
+        self.began = time.perf_counter()
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
+        """Takes the norm; Lightning clips after this."""
+        groups = optimizer.param_groups
+        norm = torch.nn.utils.get_total_norm([p.grad for g in groups for p in g["params"] if p.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.values = {"train/learning_rate": groups[0]["lr"], "train/gradient_norm": norm}
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Logs the values if the batch was the last of its step. `module.log` would take longer than all else here."""
+        self.tokens += batch["attention_mask"].sum()
+        values = {name: float(value) for name, value in self.values.items()}  # waits for the GPU
+        self.seconds += time.perf_counter() - self.began
+        if values:
+            rate = float(trainer.strategy.reduce(self.tokens / self.seconds, reduce_op="sum"))
+            epoch = trainer.current_epoch + (batch_idx + 1) / trainer.num_training_batches
+            values |= {"train/tokens_per_second": rate, "train/epoch": epoch}
+            self.tokens, self.seconds, self.values = 0, 0.0, {}
+        if values and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=trainer.global_step - 1)

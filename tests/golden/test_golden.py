@@ -1,0 +1,46 @@
+"""Twenty steps of each stage on the tiny model give the losses of version 0.1, whatever was restructured since.
+
+`losses.json` was written by version 0.1 (commit e0caecf) from these settings. The schedule is constant, because that of
+version 0.1 computed its cosine in float32. On the machine that wrote it the losses were the same to the last bit; the
+tolerance is for other processors.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL
+
+from secvec.config.schema import RunConfig
+from secvec.run import train
+
+KEPT = json.loads((Path(__file__).parent / "losses.json").read_text())
+SETTINGS = [
+    *SMALL, "model.align.num_undesired=160", "model.align.num_benign=160", "vector.num_samples=60", "vector.epochs=4",
+    "data.num_harmful=120", "data.num_benign=120", "finetune.epochs=1", "telemetry.every_n_steps=5",
+    "scheduler=constant",
+]  # fmt: skip
+CASES = {"security_vector": [], "none": ["defense=none"], "dropout": ["vector=dropout"]}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_are_those_of_version_0_1(make_config: Callable[..., RunConfig], tmp_path: Path, case: str) -> None:
+    torch.set_num_threads(1)
+    train(make_config(*SETTINGS, *CASES[case], f"paths.cache={tmp_path / 'cache'}", small=False))
+    curves: dict[str, list[float]] = {}
+    files = [tmp_path / "run" / "metrics.csv"]
+    for file in files:
+        with file.open() as stream:
+            for row in csv.DictReader(stream):
+                if row["metric"] in ("train/loss", "train/ce", "train/kl"):
+                    curves.setdefault(f"{row['stage']}/{row['metric']}", []).append(float(row["value"]))
+    kept = KEPT[case]
+    assert curves.keys() == kept.keys() and all(len(values) == 20 for values in kept.values())
+    for name, values in kept.items():
+        assert values[0] != values[-1]  # it learns something
+        assert curves[name] == pytest.approx(values, rel=1e-4), name

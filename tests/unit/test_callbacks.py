@@ -1,0 +1,80 @@
+"""The numbers that each training shows, against their definitions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers.logger import Logger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from secvec.training.callbacks import TrainingMetrics
+
+BATCHES = [
+    {"x": torch.full((2, 3), float(i + 1)), "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])} for i in range(4)
+]
+
+
+class Linear(L.LightningModule):
+    """y = w x, whose loss is its sum: the gradient of `w` is the sum of the inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.frozen = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3), requires_grad=False)
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        return (batch["x"] * (self.w + self.frozen)).sum()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD([self.w], lr=0.5)
+        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5), "interval": "step"}]
+
+
+class Kept(Logger):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int | None, dict[str, float]]] = []
+
+    name = version = "kept"  # type: ignore[assignment]
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self.rows.append((step, dict(metrics)))
+
+
+def fit(**given: Any) -> list[tuple[int | None, dict[str, float]]]:
+    kept = Kept()
+    trainer = L.Trainer(
+        accelerator="cpu", logger=kept, callbacks=[TrainingMetrics()], enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, **{"max_epochs": 1, "log_every_n_steps": 1, **given},
+    )  # fmt: skip
+    trainer.fit(Linear(), DataLoader(BATCHES, batch_size=None))  # type: ignore[arg-type]
+    return [(step, row) for step, row in kept.rows if "train/epoch" in row]
+
+
+def test_norm_before_clipping_rate_of_the_step_and_part_of_the_epoch() -> None:
+    shown = fit(gradient_clip_val=1e-3)
+    assert [step for step, _ in shown] == [0, 1, 2, 3]
+    for i, (_, row) in enumerate(shown):
+        assert row["train/gradient_norm"] == pytest.approx(2 * (i + 1) * 3**0.5)  # two rows of i + 1 on three weights
+        assert row["train/learning_rate"] == 0.5 * 0.5**i
+        assert row["train/epoch"] == (i + 1) / 4 and row["train/tokens_per_second"] > 0
+
+
+def test_a_step_of_two_batches_has_the_tokens_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1000))
+    monkeypatch.setattr("secvec.training.callbacks.time.perf_counter", lambda: float(next(clock)))
+    accumulated = fit(accumulate_grad_batches=2)
+    assert [(step, row["train/epoch"]) for step, row in accumulated] == [(0, 0.5), (1, 1.0)]
+    assert [row["train/tokens_per_second"] for _, row in accumulated] == [3.0, 3.0]  # 2 x 3 tokens in 2 x 1 seconds
+    assert accumulated[0][1]["train/gradient_norm"] == pytest.approx(3 * 3**0.5)  # the mean of two batches
+
+
+def test_they_are_shown_as_often_as_the_trainer_logs() -> None:
+    assert [step for step, _ in fit(log_every_n_steps=2)] == [1, 3]
