@@ -39,10 +39,15 @@ def lm_eval_metrics(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.evaluation.batch_size)  # type: ignore[arg-type]
     try:
         found = simple_evaluate(
-            lm, tasks=list(config.tasks), task_manager=manager, num_fewshot=config.num_fewshot, limit=config.limit,
-            apply_chat_template=config.chat_template and tokenizer.chat_template is not None, log_samples=False,
+            lm,
+            tasks=list(config.tasks),
+            task_manager=manager,
+            num_fewshot=config.num_fewshot,
+            limit=config.limit,
+            apply_chat_template=config.chat_template and tokenizer.chat_template is not None,
+            log_samples=False,
             bootstrap_iters=1000,
-        )  # fmt: skip
+        )
     except (ConnectionError, FileNotFoundError, OSError) as error:
         raise ArtifactError(
             f"the data of {', '.join(config.tasks)} cannot be had ({type(error).__name__}: {str(error)[:200]}). "

@@ -93,11 +93,14 @@ class VllmEngine:
             )
         sampling = [
             SamplingParams(
-                temperature=0.0 if seed is None else 1.0, seed=None if seed is None else seed + row,
-                max_tokens=max_new_tokens, detokenize=False, **self._as_transformers(),
+                temperature=0.0 if seed is None else 1.0,
+                seed=None if seed is None else seed + row,
+                max_tokens=max_new_tokens,
+                detokenize=False,
+                **self._as_transformers(),
             )
             for row in range(len(prompts))
-        ]  # fmt: skip
+        ]
         asked = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
         lora = LoRARequest("vector", 1, str(self.vector)) if self.vector else None
         outputs = self._llm.generate(asked, sampling, use_tqdm=False, lora_request=lora)
@@ -110,12 +113,16 @@ class VllmEngine:
         free = min(left / whole for left, whole in map(torch.cuda.mem_get_info, range(some.tensor_parallel_size)))
         lora = {"enable_lora": True, "max_lora_rank": _lora_rank(self.vector)} if self.vector else {}
         return LLM(
-            model=str(self.backbone), dtype=some.dtype, trust_remote_code=self.trust_remote_code, seed=0,
-            tensor_parallel_size=some.tensor_parallel_size, gpu_memory_utilization=some.gpu_memory_utilization * free,
+            model=str(self.backbone),
+            dtype=some.dtype,
+            trust_remote_code=self.trust_remote_code,
+            seed=0,
+            tensor_parallel_size=some.tensor_parallel_size,
+            gpu_memory_utilization=some.gpu_memory_utilization * free,
             max_model_len=-1,  # what fits, up to the model's own
             enable_prefix_caching=False,  # what was asked before would change the rounding
             **lora,
-        )  # fmt: skip
+        )
 
     def _as_transformers(self) -> dict[str, Any]:
         """What transformers' greedy search takes from the model's own generation config."""

@@ -115,12 +115,20 @@ def parameters(settings: SlurmSettings, jobs: Sequence[Job]) -> dict[str, Any]:
     ):
         raise ConfigError("trainer.devices=auto needs hydra.launcher.gpus_per_node: how many GPUs a job is to get")
     return {
-        "name": "secvec", "nodes": 1, "tasks_per_node": 1, "timeout_min": settings.timeout_min,
-        "cpus_per_task": settings.cpus_per_task, "mem_gb": settings.mem_gb, "gpus_per_node": gpus or None,
-        "stderr_to_stdout": True, "local_setup": settings.setup, "slurm_setup": settings.setup,
-        "slurm_signal_delay_s": settings.signal_delay_s, "slurm_array_parallelism": settings.n_jobs or len(jobs),
+        "name": "secvec",
+        "nodes": 1,
+        "tasks_per_node": 1,
+        "timeout_min": settings.timeout_min,
+        "cpus_per_task": settings.cpus_per_task,
+        "mem_gb": settings.mem_gb,
+        "gpus_per_node": gpus or None,
+        "stderr_to_stdout": True,
+        "local_setup": settings.setup,
+        "slurm_setup": settings.setup,
+        "slurm_signal_delay_s": settings.signal_delay_s,
+        "slurm_array_parallelism": settings.n_jobs or len(jobs),
         "slurm_additional_parameters": {"requeue": True, **settings.options},
-    }  # fmt: skip
+    }
 
 
 def _devices(job: Job) -> int:

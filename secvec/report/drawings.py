@@ -63,11 +63,18 @@ def curves(groups: Sequence[Group], found: GroupCurves, whole: bool) -> tuple[li
         ("during", "during/", "Behavior and task over fine-tuning steps", rates_figure),
     ):
         measured = groups_with(found, prefix)
-        kinds.append([
-            Drawing(name if whole else f"{name}-{part[0]}", f"{about}, {groups[part[0]].label}",
-                    partial(figure, groups, found, part), groups[part[0]].label)
-            for part in ([measured] if whole else [[index] for index in measured]) if part
-        ])  # fmt: skip
+        kinds.append(
+            [
+                Drawing(
+                    name if whole else f"{name}-{part[0]}",
+                    f"{about}, {groups[part[0]].label}",
+                    partial(figure, groups, found, part),
+                    groups[part[0]].label,
+                )
+                for part in ([measured] if whole else [[index] for index in measured])
+                if part
+            ]
+        )
     return kinds[0], kinds[1]
 
 
@@ -122,20 +129,26 @@ def scatters(comparison: Comparison) -> list[Drawing]:
     """Task accuracy over behavior rate, with the Pareto front: one figure for each behavior and model."""
     found = _scopes(comparison, lambda group: bool(group.estimate(SAFETY) and group.estimate(UTILITY)))
     return [
-        Drawing(f"pareto{n}", f"Safety and utility{about}",
-                partial(pareto_figure, groups, [base], comparison.defenses, title))
+        Drawing(
+            f"pareto{n}",
+            f"Safety and utility{about}",
+            partial(pareto_figure, groups, [base], comparison.defenses, title),
+        )
         for n, about, groups, base, title in found
-    ]  # fmt: skip
+    ]
 
 
 def protection(comparison: Comparison) -> list[Drawing]:
     """Behavior rate over the vector's loss and over the deactivation gap, for each behavior and model."""
     return [
-        Drawing(f"protection-{name}{n}", f"Behavior rate over {METRICS[name].label.lower()} of the vector{about}",
-                partial(protection_figure, groups, name, comparison.defenses, title))
+        Drawing(
+            f"protection-{name}{n}",
+            f"Behavior rate over {METRICS[name].label.lower()} of the vector{about}",
+            partial(protection_figure, groups, name, comparison.defenses, title),
+        )
         for name in MEASURES
         for n, about, groups, _, title in _scopes(comparison, partial(measured, name=name))
-    ]  # fmt: skip
+    ]
 
 
 def _scopes(comparison: Comparison, has: Callable[[Group], bool]) -> list[tuple[str, str, list[Group], Group, str]]:

@@ -15,11 +15,29 @@ from secvec.report.tables import Cell, Section, Table, folder_of
 from secvec.runs.files import write_atomic
 
 _SPECIAL = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "↓": r"$\downarrow$", "↑": r"$\uparrow$",
-    "→": r"$\rightarrow$", "×": r"$\times$", "†": r"$^\dagger$", "·": r"$\cdot$", "÷": r"$\div$", "–": "--",
-    "…": r"\ldots{}", "<": r"$<$", ">": r"$>$", "|": r"$|$",
-}  # fmt: skip
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "↓": r"$\downarrow$",
+    "↑": r"$\uparrow$",
+    "→": r"$\rightarrow$",
+    "×": r"$\times$",
+    "†": r"$^\dagger$",
+    "·": r"$\cdot$",
+    "÷": r"$\div$",
+    "–": "--",
+    "…": r"\ldots{}",
+    "<": r"$<$",
+    ">": r"$>$",
+    "|": r"$|$",
+}
 
 
 def runs_csv(runs: Sequence[Run], comparison: Comparison, root: Path) -> str:
@@ -48,8 +66,11 @@ def save_tables(sections: Mapping[str, Section], folder: Path) -> list[Path]:
     written = []
     for name, section in sections.items():
         table = section.table
-        texts = {".csv": tidy(table), ".tex": latex(table, section.corner, section.caption or section.title),
-                 ".md": "\n".join(markdown.table(table, section.corner))}  # fmt: skip
+        texts = {
+            ".csv": tidy(table),
+            ".tex": latex(table, section.corner, section.caption or section.title),
+            ".md": "\n".join(markdown.table(table, section.corner)),
+        }
         for suffix, text in texts.items():
             path = folder / f"{name}{suffix}"
             path.unlink(missing_ok=True)

@@ -165,9 +165,14 @@ def _row(d: Difference, corrected: float) -> Row:
     interval = f"[{_signed(d.interval[0])}, {_signed(d.interval[1])}]" if d.interval else ""
     claim = d.claim(corrected)
     cells = [
-        Cell(_signed(d.mean), interval), Cell(claim, best=claim == "better"), Cell(_p(corrected)), Cell(_p(d.p)),
-        Cell(str(d.pairs), count=f"{d.seeds} seed{'s' * (d.seeds != 1)}"), Cell(str(d.higher)), Cell(str(d.lower)),
-    ]  # fmt: skip
+        Cell(_signed(d.mean), interval),
+        Cell(claim, best=claim == "better"),
+        Cell(_p(corrected)),
+        Cell(_p(d.p)),
+        Cell(str(d.pairs), count=f"{d.seeds} seed{'s' * (d.seeds != 1)}"),
+        Cell(str(d.higher)),
+        Cell(str(d.lower)),
+    ]
     return Row(METRICS[d.name].label, cells, METRICS[d.name].arrow)
 
 

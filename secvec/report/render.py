@@ -104,13 +104,15 @@ def save_tables(report: Report, folder: Path) -> list[Path]:
 def _sections(comparison: Comparison, shown: Comparison) -> dict[str, Section]:
     """The tables after that of the results; those with a column for each configuration hold only `shown`."""
     return {
-        "worst": Section("Worst case", worst.worst_table(comparison), "Defense", "Worst case of each defense",
-                         worst.READING),
-        "paired": Section("Paired differences", paired.paired_table(comparison), "Metric",
-                          reading=paired.reading(comparison)),
+        "worst": Section(
+            "Worst case", worst.worst_table(comparison), "Defense", "Worst case of each defense", worst.READING
+        ),
+        "paired": Section(
+            "Paired differences", paired.paired_table(comparison), "Metric", reading=paired.reading(comparison)
+        ),
         "leaks": Section("Leak probes", leaks.leak_table(shown), "Probe", reading=leaks.READING),
         "mechanism": Section("Mechanism", tables.mechanism_table(shown), "Measurement"),
-    }  # fmt: skip
+    }
 
 
 def _records(runs: Sequence[Run]) -> str:
@@ -142,7 +144,9 @@ def _page(report: Report) -> dict[str, Any]:
             f"There are {len(comparison.groups):,} configurations. What stands side by side (Figure 1, leak probes, "
             "mechanism, loss, answers) is the worst case of each defense; the tables of results and runs may be cut. "
             "report.csv holds every run; --tables and --figures write all tables and figures whole."
-        ) if report.many else "",
+        )
+        if report.many
+        else "",
         "corner": "Configuration" if report.many else "Metric",
         "main": main.turned().capped(MOST_ROWS) if report.many else main,
         "sections": {name: section for name, section in sections.items() if section.table.sections},
@@ -151,7 +155,7 @@ def _page(report: Report) -> dict[str, Any]:
         f"seed {seeds}. The same prompt goes to every column.",
         "samples": samples,
         "notes": several(report.notes, MOST_NOTES),
-    }  # fmt: skip
+    }
 
 
 def _html(page: dict[str, Any], report: Report) -> str:
@@ -175,8 +179,13 @@ def _html(page: dict[str, Any], report: Report) -> str:
         "scatters": [svg(drawing) for drawing in drawings.scatters(comparison)[:MOST_PANELS]],
         "protections": [svg(drawing) for drawing in drawings.protection(comparison)],
     }
-    env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-                      trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+    env = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     script = Markup((Path(__file__).parent / "page.js").read_text(encoding="utf-8"))
     template = env.get_template("template.html.j2")
     script_hash = base64.b64encode(sha256(script.encode()).digest()).decode()

@@ -112,5 +112,6 @@ def _sample(stream: str, name: str, columns: Sequence[tuple[str, str, Index]]) -
         verdict, incoherent = str(row.get("verdict") or ""), row.get("coherent") is False
         answers.append(Answer(label, phase == "active", text, verdict, incoherent))
     first = present[0]
-    return Sample(name, stream, shorten(first.get("prompt"), sensitive), shorten(first.get("reference"), sensitive),
-                  answers)  # fmt: skip
+    return Sample(
+        name, stream, shorten(first.get("prompt"), sensitive), shorten(first.get("reference"), sensitive), answers
+    )

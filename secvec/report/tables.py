@@ -15,15 +15,28 @@ from secvec.report.records import Run
 ABSENT = "–"
 MAIN_ROWS = [name for name in METRICS if name not in OF_RUN or name == "deactivation_gap"]
 RUN_ROWS = (
-    "behavior_rate", "refusal_rate", "desired_rate", "task_accuracy", "retained_accuracy", "suppression_ratio", "drift",
-)  # fmt: skip
+    "behavior_rate",
+    "refusal_rate",
+    "desired_rate",
+    "task_accuracy",
+    "retained_accuracy",
+    "suppression_ratio",
+    "drift",
+)
 ALWAYS = frozenset({"behavior_rate", "refusal_rate", "coherence_rate", "behavior_loss", "suppression_ratio", "drift"})
 """They have a row even where no record has them."""
 TWINS = {"behavior_rate_plus": "behavior_rate", "wanted_rate": "refusal_rate"}
 """The first has no row where it equals the second."""
-SHOWN_BEHAVIOR = frozenset({
-    "behavior_rate", "behavior_rate_plus", "behavior_score", "harmfulness_score", "refusal_rate", "wanted_rate",
-})  # fmt: skip
+SHOWN_BEHAVIOR = frozenset(
+    {
+        "behavior_rate",
+        "behavior_rate_plus",
+        "behavior_score",
+        "harmfulness_score",
+        "refusal_rate",
+        "wanted_rate",
+    }
+)
 """With the vector on the behavior is what the vector is for: no direction is better."""
 
 

@@ -37,10 +37,16 @@ def panels() -> dict[str, list[Any]]:
 
     by = wr.Config("defense.name")
     bars = [
-        wr.BarPlot(title=f"{_label(name)} by defense", metrics=[name], groupby=by, groupby_aggfunc="mean",
-                   groupby_rangefunc="stddev", range_x=(0, 1))
+        wr.BarPlot(
+            title=f"{_label(name)} by defense",
+            metrics=[name],
+            groupby=by,
+            groupby_aggfunc="mean",
+            groupby_rangefunc="stddev",
+            range_x=(0, 1),
+        )
         for name in BARS
-    ]  # fmt: skip
+    ]
     scatter = wr.ScatterPlot(title="Behavior against new skill", x=summary(SKILL), y=summary(HARM))
     lines = [
         wr.LinePlot(title=title, x="finetune/step", y=[f"finetune/telemetry/{name}" for name in names])
@@ -69,9 +75,7 @@ def workspace(entity: str, project: str) -> Workspace:
 
     sections = [ws.Section(name=name, panels=found, is_open=True) for name, found in panels().items()]
     columns = ["run:displayName", "run:state", "config:defense.value.name", f"summary:{HARM}", f"summary:{SKILL}"]
-    grouped = ws.RunsetSettings(
-        groupby=[expr.Metric("Group"), expr.Config("defense.name")], pinned_columns=columns
-    )  # fmt: skip
+    grouped = ws.RunsetSettings(groupby=[expr.Metric("Group"), expr.Config("defense.name")], pinned_columns=columns)
     return ws.Workspace(entity=entity, project=project, name=NAME, sections=sections, runset_settings=grouped)
 
 

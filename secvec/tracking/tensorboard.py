@@ -62,8 +62,9 @@ class TensorBoard(Tracker):
         """Writes status and error under TEXT, settings and outcomes under HPARAMS."""
         writer = self._writer(OUTCOMES)
         writer.add_text("status", ": ".join(filter(None, (record.status, record.error))))
-        settings = {key: value if isinstance(value, int | float) else str(value) for key, value in
-                    flat(record.config).items()}  # fmt: skip
+        settings = {
+            key: value if isinstance(value, int | float) else str(value) for key, value in flat(record.config).items()
+        }
         writer.add_hparams(settings, self.measured, run_name=".")
         for each in self.writers.values():
             each.close()

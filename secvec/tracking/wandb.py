@@ -47,13 +47,18 @@ class Wandb(Tracker):
                 "`wandb login` or set WANDB_API_KEY, or leave logger.wandb.offline=true (`wandb sync` sends it later)"
             )
         self.run = wandb.init(
-            project=settings.project, entity=settings.entity, mode="offline" if settings.offline else "online",
+            project=settings.project,
+            entity=settings.entity,
+            mode="offline" if settings.offline else "online",
             dir=self.folder.resolve(),  # W&B may find the service of an outer process, in another working folder
-            id=run_id(self.folder, record.key, self.fresh), resume="allow",
-            name=run_name(record), group=record.config.get("sweep"), job_type=record.stage,
+            id=run_id(self.folder, record.key, self.fresh),
+            resume="allow",
+            name=run_name(record),
+            group=record.config.get("sweep"),
+            job_type=record.stage,
             config=searchable(record.config) | {"run": {"key": record.key, "commit": record.commit}},
             tags=[record.behavior, record.defense, record.model],
-        )  # fmt: skip
+        )
 
     def curves(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Logs `STAGE/NAME` over `STAGE/step`."""

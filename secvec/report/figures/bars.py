@@ -41,8 +41,14 @@ def _draw(sweep: Sweep, name: str, panel: Axes, facet: Facet) -> None:
             hover(bar, spoken(group.label, found, METRICS[name], "worst case in this panel" * (group is highest)))
             panel.plot([found.low, found.high], [y, y], color=INK, linewidth=1.1)
             end = max(found.high, found.mean) + 0.015
-            panel.text(end, y, f"{found.mean:.2f}" + " worst" * (group is highest and len(groups) > 1), va="center",
-                       fontsize=8.5, color=INK)  # fmt: skip
+            panel.text(
+                end,
+                y,
+                f"{found.mean:.2f}" + " worst" * (group is highest and len(groups) > 1),
+                va="center",
+                fontsize=8.5,
+                color=INK,
+            )
     panel.set_ylim(len(axis.values) - 0.45, -0.55)
     panel.set_yticks(range(len(axis.values)), [axis.text(value) for value in axis.values])
     panel.set_ylabel(axis.key)

@@ -94,8 +94,9 @@ def _curve(axis: Axes, lines: Sequence[Mapping[int, float]], color: str, style: 
             axis.plot(sorted(line), [line[s] for s in sorted(line)], color=color, linewidth=0.8, alpha=0.4)
     shared = sorted(set.intersection(*(set(line) for line in lines)))
     mean = [sum(line[step] for line in lines) / len(lines) for step in shared]
-    axis.plot(shared, mean, color=color, linewidth=2.1, linestyle=style, label=name,
-              marker="o" if len(shared) == 1 else None)  # fmt: skip
+    axis.plot(
+        shared, mean, color=color, linewidth=2.1, linestyle=style, label=name, marker="o" if len(shared) == 1 else None
+    )
 
 
 def _legend(axis: Axes) -> None:

@@ -66,5 +66,4 @@ def _rates(axis: Axes, rows: Sequence[Group], colors: Sequence[str], name: str) 
         # Kept inside the panel at both ends of the scale.
         side = "left" if found.mean < 0.1 else "right" if found.mean > 0.94 else "center"
         shift = {"left": 0.012, "right": -0.012}.get(side, 0.0)
-        axis.text(found.mean + shift, y - 0.2, metric.text(found.mean), color=INK, ha=side,
-                  va="bottom", fontsize=9.5)  # fmt: skip
+        axis.text(found.mean + shift, y - 0.2, metric.text(found.mean), color=INK, ha=side, va="bottom", fontsize=9.5)

@@ -86,8 +86,16 @@ def _cells(panel: Axes, sweep: Sweep, groups: Sequence[Group], name: str) -> Non
     elsewhere = [g for g in groups if not (sweep.value(g, x) and sweep.value(g, y))]
     for group in elsewhere[:1]:  # the defense has no such setting: one value for the whole panel
         if e := group.estimate(name):
-            panel.text(0.5, 0.5, f"{e.mean:.2f}\n(no such setting)", transform=panel.transAxes, ha="center",
-                       va="center", color=DARK, backgroundcolor=LIGHT)  # fmt: skip
+            panel.text(
+                0.5,
+                0.5,
+                f"{e.mean:.2f}\n(no such setting)",
+                transform=panel.transAxes,
+                ha="center",
+                va="center",
+                color=DARK,
+                backgroundcolor=LIGHT,
+            )
 
 
 def _cell(x: float, y: float, width: float, height: float, **look: Any) -> Rectangle:

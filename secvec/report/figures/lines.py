@@ -64,8 +64,17 @@ def _line(
     places = [x for x, _, _ in found]
     low, high = [e.low for _, _, e in found], [e.high for _, _, e in found]
     panel.fill_between(places, low, high, color=color, alpha=0.16, linewidth=0, zorder=1)
-    panel.plot(places, [e.mean for _, _, e in found], color=color, linewidth=2, marker=marker, markersize=6.5,
-               markeredgecolor=SURFACE, label=defense, zorder=3)  # fmt: skip
+    panel.plot(
+        places,
+        [e.mean for _, _, e in found],
+        color=color,
+        linewidth=2,
+        marker=marker,
+        markersize=6.5,
+        markeredgecolor=SURFACE,
+        label=defense,
+        zorder=3,
+    )
     highest = worst(group for _, group, _ in found)
     for x, group, e in found:
         # The band shows no interval where there is one point, and is no measurement between points.
@@ -77,5 +86,7 @@ def _level(panel: Axes, group: Group, of: tuple[str, str], color: str, label: st
     if e is None:
         return
     panel.axhspan(e.low, e.high, color=color, alpha=0.1, linewidth=0, zorder=1)
-    hover(panel.axhline(e.mean, color=color, linewidth=1.6, linestyle=(0, (4, 3)), label=label, zorder=2),
-          spoken(group.label, e, METRICS[of[0]]))  # fmt: skip
+    hover(
+        panel.axhline(e.mean, color=color, linewidth=1.6, linestyle=(0, (4, 3)), label=label, zorder=2),
+        spoken(group.label, e, METRICS[of[0]]),
+    )

@@ -43,12 +43,27 @@ def pareto_figure(groups: Sequence[Group], bases: Sequence[Group], defenses: Seq
                 points[mine.index(highest)] = x, y, f"{text}, worst case of the defense"
             plot_points(panel, points, color, defense, len(groups) >= CROWDED)
             if highest:
-                panel.plot([x.mean], [y.mean], "o", markersize=15, markerfacecolor="none", markeredgecolor=color,
-                           markeredgewidth=1.6, zorder=4)  # fmt: skip
+                panel.plot(
+                    [x.mean],
+                    [y.mean],
+                    "o",
+                    markersize=15,
+                    markerfacecolor="none",
+                    markeredgecolor=color,
+                    markeredgewidth=1.6,
+                    zorder=4,
+                )
         places = [(x.mean, y.mean) for x, y, _ in points_of(groups, SAFETY, UTILITY)]
         best = [places[index] for index in front(places)]
-        panel.plot(*zip(*best, strict=True), color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), drawstyle="steps-post",
-                   label="Pareto front of the means", zorder=1)  # fmt: skip
+        panel.plot(
+            *zip(*best, strict=True),
+            color=MUTED,
+            linewidth=1.2,
+            linestyle=(0, (4, 3)),
+            drawstyle="steps-post",
+            label="Pareto front of the means",
+            zorder=1,
+        )
         panel.set_xlabel(f"{METRICS[SAFETY].label} ↓")
         panel.set_ylabel(f"{METRICS[UTILITY].label} ↑")
         panel.set_xlim(-0.06, 1.06)

@@ -39,21 +39,35 @@ def log_axis(panel: Axes) -> None:
 def mark_point(panel: Axes, x: float, y: Estimate, color: str, text: str, worst: bool) -> None:
     """The interval of an estimate at `x`, a ring where it is the worst, and a text on hover."""
     panel.plot([x, x], [y.low, y.high], color=color, linewidth=1.2, alpha=0.7, zorder=2)
-    (ring,) = panel.plot([x], [y.mean], "o", color="none", markersize=13, zorder=4,
-                         markeredgecolor=color if worst else "none")  # fmt: skip
+    (ring,) = panel.plot(
+        [x], [y.mean], "o", color="none", markersize=13, zorder=4, markeredgecolor=color if worst else "none"
+    )
     hover(ring, f"{text}, worst case in this panel" if worst else text)
 
 
 def plot_points(
-    panel: Axes, points: Sequence[Point], color: str, label: str, crowded: bool = False,
+    panel: Axes,
+    points: Sequence[Point],
+    color: str,
+    label: str,
+    crowded: bool = False,
     hollow: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """Draws `points`; `label` is their one entry in the legend."""
     if not points:
         return
     fill, edge = ("none", color) if hollow else (color, SURFACE)
-    panel.plot([x.mean for x, _, _ in points], [y.mean for _, y, _ in points], "o", markersize=4 if crowded else 8,
-               markerfacecolor=fill, markeredgecolor=edge, linestyle="none", label=label, zorder=3)  # fmt: skip
+    panel.plot(
+        [x.mean for x, _, _ in points],
+        [y.mean for _, y, _ in points],
+        "o",
+        markersize=4 if crowded else 8,
+        markerfacecolor=fill,
+        markeredgecolor=edge,
+        linestyle="none",
+        label=label,
+        zorder=3,
+    )
     for x, y, text in () if crowded else points:
         panel.plot([x.low, x.high], [y.mean, y.mean], color=color, linewidth=1, alpha=0.45, zorder=2)
         panel.plot([x.mean, x.mean], [y.low, y.high], color=color, linewidth=1, alpha=0.45, zorder=2)

@@ -39,14 +39,23 @@ def _draw(sweep: Sweep, name: str, panel: Axes, facet: Facet) -> None:
             if found is None or not value:
                 continue
             x = axis.place(value)
-            panel.plot([x], [found.mean], MARKERS[index % len(MARKERS)], color=color, markersize=7,
-                       markeredgecolor=SURFACE, label=label, zorder=3)  # fmt: skip
+            panel.plot(
+                [x],
+                [found.mean],
+                MARKERS[index % len(MARKERS)],
+                color=color,
+                markersize=7,
+                markeredgecolor=SURFACE,
+                label=label,
+                zorder=3,
+            )
             label = "_"  # one entry in the legend
             mark_point(panel, x, found, color, spoken(group.label, found, METRICS[name]), group is highest)
             if shown:
                 text = ", ".join(other.text(sweep.value(group, other)) for other in sweep.beside)
-                panel.annotate(text, (x, found.mean), (0, 8), textcoords="offset points", fontsize=8, color=MUTED,
-                               ha="center")  # fmt: skip
+                panel.annotate(
+                    text, (x, found.mean), (0, 8), textcoords="offset points", fontsize=8, color=MUTED, ha="center"
+                )
     low, high = axis.place(axis.values[0]), axis.place(axis.values[-1])
     edge = (high / low) ** 0.05 if axis.log else (high - low) * 0.05
     panel.set_xlim((low / edge, high * edge) if axis.log else (low - edge, high + edge))
