@@ -99,6 +99,7 @@ class Telemetry(L.Callback):
             loss = response_loss(module.model, batch)
         if not gradient:
             return float("nan"), float(loss.detach())
+        module.zero_grad(set_to_none=True)  # the gradient of the last training step has been used, but is still there
         loss.backward()
         # every process has the same probe rows, so its gradient already is the average over processes
         squares = [_square(local_shard(p.grad)) for _, p in module.trained() if p.grad is not None]
