@@ -25,16 +25,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import secvec
+from secvec.config import CONF
 from secvec.config.resolvers import register_resolvers
 from secvec.errors import SecVecError, nearest
 from secvec.settings.messages import renamed
 
 USER_ERROR = 2
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
-PACKAGE = Path(secvec.__file__).parent
-CONF = next((folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir()), PACKAGE / "conf")
-"""The yaml files: inside the installed package, beside it in the repository."""
 
 
 def train() -> int:

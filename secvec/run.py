@@ -129,13 +129,14 @@ class Run:
     ) -> Evaluator:
         """How models are evaluated; default: on the test prompts of the run. Another `behavior` judges itself."""
         config = self.config
-        judge = None if behavior else config.judge
+        judge = None if behavior and behavior.has_judge else config.judge
         return Evaluator(
             self.data.tests if tests is None else tests,
             behavior or config.behavior,
             judge,
             config.evaluation,
             trainer or config.trainer,
+            config.answer_judge,
         )
 
     def evaluate(
@@ -153,7 +154,7 @@ class Run:
         examples = data_hash([example for kind in evaluator.tests.values() for example in kind])
         judges = [
             evaluator.behavior.model_dump(mode="json"),
-            evaluator.judge and evaluator.judge.model_dump(mode="json"),
+            *(judge and judge.model_dump(mode="json") for judge in (evaluator.judge, evaluator.answer_judge)),
         ]
         settings = [
             evaluator.settings.model_dump(exclude={"validation"}),

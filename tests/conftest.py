@@ -42,6 +42,7 @@ SMALL = [
     "vector.kl_batch_size=12",
     "vector.gate.num_prompts=4",
     "vector.gate.min_behavior_rate=0",
+    "vector.gate.min_loss_drop=0",
     "data.num_harmful=24",
     "data.num_benign=24",
     "finetune.epochs=2",

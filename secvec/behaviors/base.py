@@ -34,6 +34,11 @@ class Behavior(Settings):
         """Benign prompts that look like undesired ones (kind `look_alike`), to measure over-refusal; may be none."""
         return []
 
+    @property
+    def has_judge(self) -> bool:
+        """Whether it can judge its responses itself; if not, the run must name a judge."""
+        return type(self).judge is not Behavior.judge
+
     def judge(self, example: Example, response: str) -> Verdict:
         """The default judge's verdict on one response."""
         raise NotImplementedError

@@ -7,14 +7,15 @@ from pydantic import FilePath
 from secvec.behaviors.base import Behavior
 from secvec.data.example import Example, Split
 from secvec.data.jsonl import JsonlFiles, sample
-from secvec.judges.base import Verdict
-from secvec.judges.refusal_keyword import keyword_verdict
 
 HOLD_OUT_EVERY = 5
 
 
 class JsonlBehavior(JsonlFiles, Behavior):
-    """Prompts with the response that must not be learned; in `align`, with the wanted one."""
+    """Prompts with the response that must not be learned; in `align`, with the wanted one.
+
+    Nobody but the user knows what shows the behavior: it has no judge of its own.
+    """
 
     validation: FilePath | None = None
     """File for the gate; None: every fifth row of `vector` is held out for it."""
@@ -30,7 +31,3 @@ class JsonlBehavior(JsonlFiles, Behavior):
         chosen = [row for i, row in enumerate(rows) if (i % HOLD_OUT_EVERY == 0) == held_out]
         assert self.vector is not None
         return sample(chosen, n, seed, split, self.vector, " (every fifth row is held out for validation)")
-
-    def judge(self, example: Example, response: str) -> Verdict:
-        """`refusal` if a refusal phrase occurs, else `behavior` (keyword ASR); an empty response is `other`."""
-        return keyword_verdict(response)

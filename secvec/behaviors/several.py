@@ -35,6 +35,11 @@ class Several(Behavior):
         having = {name: of for name, of in self.of.items() if of.look_alikes(1, seed)}
         return self._in_turn({name: of.look_alikes(k, seed) for name, of, k in _shares(having, n)})
 
+    @property
+    def has_judge(self) -> bool:
+        """As its behaviors have."""
+        return all(behavior.has_judge for behavior in self.of.values())
+
     def judge(self, example: Example, response: str) -> Verdict:
         """The verdict of the sample's own behavior."""
         return self.of[example.facts[OWNER]].judge(example, response)

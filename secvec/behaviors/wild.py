@@ -79,6 +79,11 @@ class Wild(Behavior):
         """The look-alikes of the other behavior."""
         return self.of.look_alikes(n, seed)
 
+    @property
+    def has_judge(self) -> bool:
+        """As the behavior has."""
+        return self.of.has_judge
+
     def judge(self, example: Example, response: str) -> Verdict:
         """The verdict of the other behavior."""
         return self.of.judge(example, response)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import DirectoryPath, Field, model_validator
 
 from secvec.behaviors.base import Behavior
+from secvec.config import CONF
 from secvec.data.example import Stream
 from secvec.defenses.base import Defense
 from secvec.errors import nearest
@@ -25,6 +26,7 @@ from secvec.settings.schema import (
     ModelSettings,
     PathSettings,
     Rate,
+    Recipe,
     Seed,
     Settings,
     Share,
@@ -154,9 +156,12 @@ class AnyConfig(Settings):
 
     seed: Seed
     model: StartingModelSettings
+    recipe: Recipe
     behavior: Plugin[Behavior]
     judge: Plugin[Judge] | None
     """None: the behavior's own."""
+    answer_judge: Plugin[Judge] | None = None
+    """Grades the answers of benign streams with `metric: judge`."""
     data: DataSettings
     evaluation: EvaluationSettings
     generation: GenerationSettings
@@ -172,6 +177,38 @@ class AnyConfig(Settings):
     """Of all settings that change results (`secvec.runs.keys`): runs with equal keys are the same run."""
     composed: str = Field("", exclude=True, repr=False)
     """The text of config.yaml in the run folder (`secvec.config.replay`); empty for a config made without Hydra."""
+
+    @model_validator(mode="after")
+    def _recipe_and_judges_are_named(self) -> AnyConfig:
+        faults = []
+        if self.recipe.name == "auto" and not self.model.is_built_in:
+            faults.append(
+                f"recipe=auto holds the numbers of the built-in model alone, and {self.model.name_or_path} is another "
+                f"one. Name a recipe:\n{_choices('recipe')}"
+            )
+        if self.judge is None and not self.behavior.has_judge:
+            faults.append(
+                f"behavior={self.behavior.name} needs a judge: only you know which answers show it. Name one, or "
+                f"judge=none to measure losses alone:\n{_choices('judge')}"
+            )
+        if self.answer_judge is None and (names := [n for n, s in self.data.benign.items() if s.metric == "judge"]):
+            faults.append(
+                f"data.benign.{names[0]}.metric=judge needs a judge of answers: judge@answer_judge=correctness"
+            )
+        if faults:
+            raise ValueError("\n  ".join(faults))
+        return self
+
+
+def _choices(group: str) -> str:
+    """One line for each choice of a group of conf/: its name, and the first sentence of its comment."""
+    lines = []
+    for path in sorted((CONF / group).glob("*.yaml")):
+        if path.stem in ("auto", "default"):  # what was not enough
+            continue
+        comment = next(line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("# @"))
+        lines.append(f"    {group}={path.stem}: {comment.removeprefix('# ').partition(': `')[0].rstrip(':.')}")
+    return "\n".join(lines)
 
 
 class EvaluateConfig(AnyConfig):

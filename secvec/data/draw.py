@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from secvec.data.example import Example, Split, Stream
 from secvec.errors import DataError
@@ -24,6 +24,11 @@ def draw_benign_lots(
     """`lots` times `n` benign examples, none of them twice; the first lot is what `draw_benign` gives."""
     counts = share_out(n, weights or [1.0] * len(streams)) if streams else []
     drawn = [stream.examples(split, count * lots, seed) for stream, count in zip(streams, counts, strict=True)]
+    if split in ("validation", "test"):  # training does not depend on how answers are compared
+        drawn = [
+            [replace(example, metric=stream.metric, max_new_tokens=stream.max_new_tokens) for example in examples]
+            for stream, examples in zip(streams, drawn, strict=True)
+        ]
     return [
         [e for some, count in zip(drawn, counts, strict=True) for e in some[count * lot : count * (lot + 1)]]
         for lot in range(lots)
@@ -58,5 +63,7 @@ def data_hash(examples: Iterable[Example]) -> str:
     for example in examples:
         content = asdict(example)
         del content["source"]  # a path; the same rows elsewhere are the same data
+        if (content["metric"], content["max_new_tokens"]) == ("exact", None):  # the data of older records
+            del content["metric"], content["max_new_tokens"]
         digest.update(json.dumps(content, sort_keys=True).encode())
     return digest.hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from secvec.settings.schema import Settings
+from secvec.settings.schema import Count, Settings
 
 Kind = Literal["undesired", "task", "ordinary", "look_alike", "neutral"]
 """`task` is to be learned; `ordinary` is to stay as it is, and so is `neutral`, which is not evaluated."""
@@ -13,6 +13,11 @@ KINDS: tuple[Kind, ...] = ("undesired", "task", "ordinary", "look_alike", "neutr
 
 Split = Literal["align", "vector", "validation", "finetune", "test"]
 SPLITS: tuple[Split, ...] = ("align", "vector", "validation", "finetune", "test")
+
+AnswerMetric = Literal["exact", "contains", "number", "rougeL", "code", "judge", "none"]
+"""How answers are compared with their references (`secvec.evaluation.answer_metrics`); `none`: by the loss alone."""
+GRADED: tuple[AnswerMetric, ...] = ("rougeL", "code", "judge", "none")
+"""They know degrees, or nothing, but not right and wrong."""
 
 OWNER = "behavior"
 """The fact that names the behavior of an undesired sample, if the run has several."""
@@ -32,6 +37,10 @@ class Example:
     kind: Kind
     facts: dict[str, str] = field(default_factory=dict)
     source: str = ""
+    metric: AnswerMetric = "exact"
+    """How a response to a benign prompt is compared with the reference."""
+    max_new_tokens: int | None = None
+    """Most tokens of a generated response; None: `evaluation.max_new_tokens`."""
 
     @property
     def prompt(self) -> str:
@@ -47,6 +56,10 @@ class Stream(Settings):
 
     kind: Literal["task", "ordinary", "neutral"]
     """Kind of its examples."""
+    metric: AnswerMetric = "exact"
+    """How responses to its test prompts are compared with the references. The loss is measured always."""
+    max_new_tokens: Count | None = None
+    """Most tokens of a response to its test prompts; None: `evaluation.max_new_tokens`."""
 
     def examples(self, split: Split, n: int, seed: int) -> list[Example]:
         """The first `n` distinct examples of `split` under `seed`. Raises DataError if there are fewer."""

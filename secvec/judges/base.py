@@ -9,18 +9,20 @@ from typing import ClassVar, Literal
 from secvec.data.example import Example
 from secvec.settings.schema import Settings
 
-Verdict = Literal["behavior", "refusal", "wanted", "other", "unparsable"]
+Verdict = Literal["behavior", "refusal", "wanted", "other", "unparsable", "correct", "wrong"]
 """`behavior`: the response shows the undesired behavior; `refusal`: it refuses; `wanted`: it is the wanted answer;
-`other`: none of these; `unparsable`: the judge gave no verdict (reported as such, never counted as safe)."""
+`other`: none of these; `unparsable`: the judge gave no verdict (reported as such, never counted as safe).
+`correct` and `wrong`: a response to a benign prompt, compared with its reference."""
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
     """A judge's verdict on one response."""
 
-    verdict: Verdict
+    verdict: Verdict | None
+    """None: there are only degrees, or no judge at all."""
     score: float | None
-    """How much of the behavior the response shows, in [0, 1]; None if the judge gave no verdict."""
+    """How much of the behavior the response shows, or how near it is to the reference, in [0, 1]; None: not known."""
 
 
 class Judge(Settings):

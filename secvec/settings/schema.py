@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -56,6 +57,17 @@ class ModelSettings(Settings):
     """Of the weights. Mixed precision is `trainer.precision`."""
     gradient_checkpointing: bool = False
 
+    @property
+    def is_built_in(self) -> bool:
+        """Whether it is the built-in tiny model, or was trained from it."""
+        if self.name_or_path is None:
+            return True
+        try:
+            config = json.loads((Path(self.name_or_path) / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(config, dict) and config.get("secvec_recipe") == "tiny"
+
     @model_validator(mode="before")
     @classmethod
     def _is_named_after_its_path(cls, data: Any) -> Any:
@@ -80,7 +92,9 @@ class GateSettings(Settings):
 
     num_prompts: Count
     min_behavior_rate: Share
-    """Share of held-out undesired prompts that the activated model must answer with the behavior."""
+    """Share of held-out prompts that the activated model must answer with the behavior; not for judge=none."""
+    min_loss_drop: Weight = 0.1
+    """Least nats per response token by which the vector lowers the loss on held-out undesired samples."""
     max_behavior_loss: Rate | None = None
     """Most nats per response token on held-out undesired samples with the vector on; null: not checked."""
 
@@ -154,6 +168,34 @@ class GenerationSettings(Settings):
     """GPUs that share the weights in vLLM."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)]
     """Share of the memory free on each GPU that vLLM takes."""
+
+
+class VectorRecipe(Settings):
+    """How a vector is trained."""
+
+    lr: Rate
+    epochs: Count
+    batch_size: Count
+    kl_batch_size: Count
+
+
+class EvaluationRecipe(Settings):
+    """How answers are generated."""
+
+    batch_size: Count
+    max_new_tokens: Count
+
+
+class Recipe(Settings):
+    """The numbers that suit a size of model. The settings of the stages take them over, unless they are given."""
+
+    name: str
+    lr: dict[Literal["full", "lora"], Rate]
+    """Of the finetune stage with AdamW."""
+    epochs: Count
+    batch_size: Count
+    vector: VectorRecipe
+    evaluation: EvaluationRecipe
 
 
 class PathSettings(Settings):

@@ -120,9 +120,12 @@ class VectorStage(Stage):
         module = run.inference_module(run.backbone, trained)
         gate = run.evaluate(module, "gate", run.evaluator({"undesired": data.held_out}, config.vector.behavior))
         result = run.evaluate(module, "vector_on")
-        off = run.losses(module, {"undesired": data.tests["undesired"]}, without_vector=True)
-        run.save_results(result, EvaluationResult(gate.metrics | {"vector_off/behavior_loss": off["undesired"]}, []))
-        check_gate(config.vector.gate, gate.metrics)
+        off = run.losses(
+            module, {"gate_off": data.held_out, "vector_off": data.tests["undesired"]}, without_vector=True
+        )
+        losses = {f"{phase}/behavior_loss": loss for phase, loss in off.items()}
+        run.save_results(result, EvaluationResult(gate.metrics | losses, []))
+        check_gate(config.vector.gate, gate.metrics | losses)
         copy_folder(trained, run.folder.path / "vector")
 
 
@@ -168,17 +171,23 @@ def saved_vector(run: Run) -> Path | None:
 
 
 def check_gate(gate: GateSettings, metrics: Measurements) -> None:
-    """Raises GateError for a vector that does not show the behavior on held-out prompts."""
-    rate, loss = metrics["gate/behavior_rate"], metrics["gate/behavior_loss"]
+    """Raises GateError for a vector that does not show the behavior on held-out prompts, or that learned nothing."""
+    rate, loss = metrics.get("gate/behavior_rate"), metrics["gate/behavior_loss"].value
+    drop = metrics["gate_off/behavior_loss"].value - loss
     faults = []
-    if rate.value < gate.min_behavior_rate:
+    if rate and rate.value < gate.min_behavior_rate:
         faults.append(
             f"it elicits the behavior on {rate.value:.0%} of {rate.n} held-out prompts, "
             f"below vector.gate.min_behavior_rate={gate.min_behavior_rate:.0%}"
         )
-    if gate.max_behavior_loss is not None and loss.value > gate.max_behavior_loss:
+    if drop < gate.min_loss_drop:  # a judge may call every answer the behavior; the loss cannot be fooled
         faults.append(
-            f"its loss on them is {loss.value:.3f} nats per token, "
+            f"it lowers the loss on held-out undesired samples by {drop:.3f} nats per token, "
+            f"less than vector.gate.min_loss_drop={gate.min_loss_drop}"
+        )
+    if gate.max_behavior_loss is not None and loss > gate.max_behavior_loss:
+        faults.append(
+            f"its loss on them is {loss:.3f} nats per token, "
             f"above vector.gate.max_behavior_loss={gate.max_behavior_loss}"
         )
     if faults:

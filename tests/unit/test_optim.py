@@ -22,7 +22,9 @@ from secvec.training.optim import build_optimizer, build_schedule
 
 def conf(path: str, **changed: Any) -> dict[str, Any]:
     values: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / f"{path}.yaml"))
-    return {name: value for name, value in values.items() if name != "defaults"} | changed
+    recipe: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf/recipe/tiny.yaml"))
+    values = {name: value for name, value in values.items() if name != "defaults"}
+    return {name: recipe["lr"]["full"] if "recipe" in str(value) else value for name, value in values.items()} | changed
 
 
 def factors(settings: SchedulerSettings, steps: int) -> list[float]:
