@@ -102,7 +102,7 @@ def test_a_multirun_hands_the_search_path_to_its_jobs(run, tmp_path: Path) -> No
 
 
 def test_evaluations_sweep_too(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    done = run("evaluate.py", "-m", "model.name_or_path=no/such,nor/this", "hydra.launcher.n_jobs=2")
+    done = run("evaluate.py", "-m", "recipe=tiny", "model.name_or_path=no/such,nor/this", "hydra.launcher.n_jobs=2")
     assert done.returncode == 2 and "2 of 2 jobs failed" in done.stderr, done.stdout + done.stderr
     assert "Traceback" not in done.stderr and "no/such" in done.stderr and "nor/this" in done.stderr
     (folder,) = (tmp_path / "out" / "multirun").iterdir()
