@@ -1,34 +1,27 @@
 """The figures of a report: in the page one SVG for each panel, so that a phone can stack them; in files whole."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure
 
 from secvec.metrics import METRICS
 from secvec.report.axes import MOST_PANELS, Facet, Sweep
-from secvec.report.figures.bars import bars_figure
 from secvec.report.figures.curves import GroupCurves, groups_with, loss_figure, rates_figure
 from secvec.report.figures.headline import headline_figure, headline_names
 from secvec.report.figures.heatmap import heatmap_figure
-from secvec.report.figures.lines import lines_figure
-from secvec.report.figures.pareto import SAFETY, UTILITY, pareto_figure
-from secvec.report.figures.protection import MEASURES, measured, protection_figure
-from secvec.report.figures.scattered import scattered_figure
+from secvec.report.figures.one_setting import bars_figure, lines_figure, points_figure
+from secvec.report.figures.scatter import MEASURES, SAFETY, UTILITY, measured, pareto_figure, protection_figure
 from secvec.report.groups import Comparison, Group
 from secvec.report.style import save
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SWEPT = ("behavior_rate", "task_accuracy", "refusal_rate")
 STALENESS = "behavior_loss"  # with the vector on, on the backbone as it is after fine-tuning
 FEWEST_POINTS = 3  # fewer make no front
-ONE_PLOT = {"lines": lines_figure, "points": scattered_figure, "bars": bars_figure}
+ONE_PLOT = {"lines": lines_figure, "points": points_figure, "bars": bars_figure}
 """Kinds of sweep with all defenses in one plot."""
 
 
