@@ -158,7 +158,8 @@ def paired_table(comparison: Comparison) -> Table:
         found.append((f"{group.label} minus {reference.label}", [d for d in each if d]))
     corrected = iter(holm([d.p for _, differences in found for d in differences]))
     sections = [(title, [_row(d, next(corrected)) for d in differences]) for title, differences in found if differences]
-    return Table(("Difference", "Claim", "p (Holm)", "p", "Pairs", "Higher", "Lower"), sections)
+    columns = ("Difference", "Claim", "p (Holm)", "p", "Pairs", "Higher", "Lower")
+    return Table(columns, sections, "Paired differences", "Metric", reading=reading(comparison))
 
 
 def _row(d: Difference, corrected: float) -> Row:

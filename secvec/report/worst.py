@@ -57,7 +57,8 @@ def worst_table(comparison: Comparison) -> Table:
     heads = [METRICS[name].title for name in names]
     several = len(comparison.groups) > len(rows)
     columns = ["Worst configuration", *heads, "Behavior rate, all configurations"]
-    return Table(columns, [("", rows)] if rows and several else [])
+    sections = [("", rows)] if rows and several else []
+    return Table(columns, sections, "Worst case", "Defense", "Worst case of each defense", READING)
 
 
 def focus(comparison: Comparison) -> Comparison:

@@ -383,7 +383,8 @@ def test_latex_is_escaped_and_has_one_ampersand_less_than_columns() -> None:
     from secvec.report.exports import latex
 
     cells = [Cell("0.5", "[0.4, 0.6]", "3 × 100", own=True, best=True), Cell("–")]
-    text = latex(Table(["a_b", "50 %"], [("A & B", [Row("x^2", cells, "↓")])]), "Metric", "50 % of #1")
+    table = Table(["a_b", "50 %"], [("A & B", [Row("x^2", cells, "↓")])], "50 % of #1", "Metric")
+    text = latex(table)
     assert r"\caption{50 \% of \#1}" in text and r"a\_b & 50 \% \\" in text
     assert r"x\textasciicircum{}2 $\downarrow$ & \textbf{0.5 [0.4, 0.6]$^\dagger$ (3 $\times$ 100)} & -- \\" in text
     assert r"\textit{A \& B}" in text and "interval over prompts" in text
