@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from secvec.errors import ConfigError, nearest
-from secvec.settings.plugin import target_class
+from secvec.settings.target import target_class
 
 Schema = TypeVar("Schema", bound=BaseModel)
 

@@ -14,7 +14,7 @@ from secvec.metrics import Better, metric_of
 from secvec.runs.files import write_atomic
 from secvec.runs.keys import NOT_IN_KEY, VARIES
 from secvec.runs.record import Record
-from secvec.settings.logger import WandbSettings
+from secvec.settings.trainer import WandbSettings
 from secvec.tracking.base import Artifact, Cell, Tracker, searchable
 
 SUMMARY: dict[Better | None, str] = {"low": "min,last", "high": "max,last", "zero": "last", None: "last"}
