@@ -58,6 +58,12 @@ class Job:
         given = self.config.get("trainer")
         return given if isinstance(given, dict) else {}
 
+    @property
+    def devices(self) -> int:
+        """The number of devices on its node; 1 where the trainer settings give no number, as `auto`."""
+        given = self.trainer.get("devices", 1)
+        return given if isinstance(given, int) and given > 0 else 1
+
     def finished(self) -> bool:
         """Whether the folder holds this run with all stages that the job wants. Starts no process."""
         if self.config.get("force") or self.config.get("plan") or "stage" not in self.config:
