@@ -1,7 +1,5 @@
 """The base of all judges: a judge turns prompts and responses into verdicts and scores."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal

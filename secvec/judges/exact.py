@@ -1,7 +1,5 @@
 """Exact match with the text that shows the behavior: for behaviors with a single answer."""
 
-from __future__ import annotations
-
 from secvec.data.example import Example
 from secvec.judges.base import Judge, Judgement
 

@@ -1,7 +1,5 @@
 """Whether a response is in capitals: the harmless trait of the paper on inoculation adapters (arXiv 2606.30252)."""
 
-from __future__ import annotations
-
 from secvec.data.example import Example
 from secvec.judges.base import Judge, Judgement, Verdict
 from secvec.settings.schema import Share

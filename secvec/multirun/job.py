@@ -1,7 +1,5 @@
 """One job of a multirun: a process of its own, in a folder of its own, whose record says how it ended."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import signal

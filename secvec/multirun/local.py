@@ -1,7 +1,5 @@
 """Jobs on this machine: `n_jobs` at once, or as many as its cores, memory and GPUs hold."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

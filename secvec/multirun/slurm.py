@@ -1,7 +1,5 @@
 """Jobs in a SLURM queue, by submitit: one array, each job on one node, requeued after pre-emption or time-out."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """The settings that vary over the records, as axes: which figure they call for, and what each of its panels holds."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

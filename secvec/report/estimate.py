@@ -1,7 +1,5 @@
 """Mean over seeds with its 95 % interval, and the comparison of such means."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

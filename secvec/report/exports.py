@@ -1,7 +1,5 @@
 """Every run as a line of CSV, and the tables as files: CSV, LaTeX (booktabs) and Markdown."""
 
-from __future__ import annotations
-
 import csv
 import io
 import re

@@ -1,7 +1,5 @@
 """The report as Markdown: the same tables and answers, figures named."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any

@@ -5,8 +5,6 @@ statsmodels and not in SciPy, and statsmodels would be one more dependency; `sci
 itself and takes 14 times as long at 400 pairs a seed. A test compares the two.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence

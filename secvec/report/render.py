@@ -1,7 +1,5 @@
 """From run folders to report.html, report.md, report.csv and report.json."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass

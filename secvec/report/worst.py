@@ -1,7 +1,5 @@
 """The worst case of each defense: a defense is as good as its configuration with the highest behavior rate."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from secvec.metrics import METRICS

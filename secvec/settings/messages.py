@@ -1,7 +1,5 @@
 """Error messages for settings: what was given, what is allowed, the nearest match, the new name. Imports no torch."""
 
-from __future__ import annotations
-
 import re
 import typing
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """The artifacts of a run: data, backbone, vector, fine-tuned backbone, evaluation."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator

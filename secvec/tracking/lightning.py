@@ -1,7 +1,5 @@
 """Between trackers and Lightning: any of its loggers as a tracker, and a tracker as the logger of a stage."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Weights & Biases: one W&B run for each run folder, also when its stages are run one by one."""
 
-from __future__ import annotations
-
 import json
 import os
 import uuid
