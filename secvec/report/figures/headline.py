@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from secvec.metrics import METRICS
 from secvec.report.groups import Comparison, Group
@@ -24,10 +25,8 @@ def headline_figure(comparison: Comparison, names: Sequence[str] | None = None) 
     rows = comparison.columns
     colors = [BASE] * len(comparison.bases) + [series_color(i) for i in range(len(comparison.groups))]
     with settings():
-        figure = Figure(figsize=(4.9 * len(names), 0.9 + 0.62 * max(len(rows), 1)), layout="constrained")
-        engine = figure.get_layout_engine()
-        assert engine is not None
-        engine.set(wspace=0.08)  # type: ignore[call-arg]
+        size = 4.9 * len(names), 0.9 + 0.62 * max(len(rows), 1)  # inches
+        figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(wspace=0.08))
         axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
         for axis, name in zip(axes, names, strict=True):
             _rates(axis, rows, colors, name)
