@@ -1,7 +1,5 @@
 """Metrics: what each one means, which way is better, what it counts, and its 95 % interval. Needs no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, inf, sqrt

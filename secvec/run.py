@@ -41,8 +41,8 @@ from secvec.stages import STAGES
 from secvec.stages.align import starting_model
 from secvec.tracking.base import Tracker, Trackers
 from secvec.tracking.csv_file import CsvFile
+from secvec.tracking.lightning import StageCurves
 from secvec.tracking.session import Session, tracker_for
-from secvec.tracking.stage_curves import StageCurves
 from secvec.training.callbacks import build_callbacks
 from secvec.training.trainer import Training, check_trainer, device_of, fit, launch
 

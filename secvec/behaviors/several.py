@@ -10,7 +10,7 @@ from secvec.behaviors.base import Behavior
 from secvec.data.draw import share_out
 from secvec.data.example import OWNER, Example, Split
 from secvec.judges.base import Verdict
-from secvec.settings.plugin import Plugin
+from secvec.settings.target import Plugin
 
 
 class Several(Behavior):

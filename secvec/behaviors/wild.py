@@ -13,8 +13,8 @@ from secvec.data.embedded import Ordinary
 from secvec.data.example import Example, Split
 from secvec.errors import DataError
 from secvec.judges.base import Verdict
-from secvec.settings.plugin import Plugin
 from secvec.settings.schema import Weight
+from secvec.settings.target import Plugin
 
 
 class Wild(Behavior):

@@ -12,9 +12,6 @@ from secvec.data.example import Stream
 from secvec.defenses.base import Defense
 from secvec.errors import nearest
 from secvec.judges.base import Judge
-from secvec.settings.logger import LoggerSettings
-from secvec.settings.optimizer import OptimizerSettings, SchedulerSettings
-from secvec.settings.plugin import Plugin
 from secvec.settings.schema import (
     BUILT_IN,
     BaseGateSettings,
@@ -35,7 +32,15 @@ from secvec.settings.schema import (
     VectorLora,
     Weight,
 )
-from secvec.settings.trainer import CallbackSettings, TelemetrySettings, TrainerSettings
+from secvec.settings.target import Plugin
+from secvec.settings.trainer import (
+    CallbackSettings,
+    LoggerSettings,
+    OptimizerSettings,
+    SchedulerSettings,
+    TelemetrySettings,
+    TrainerSettings,
+)
 from secvec.training.optim import check_optimization
 
 

@@ -1,7 +1,5 @@
 """The base of all judges: a judge turns prompts and responses into verdicts and scores."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -34,4 +32,8 @@ class Judge(Settings):
 
     def judge(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Judgement]:
         """One judgement per response, in order."""
+        return [self.judge_one(example, response) for example, response in zip(examples, responses, strict=True)]
+
+    def judge_one(self, example: Example, response: str) -> Judgement:
+        """The judgement of one response, for judges that take each by itself."""
         raise NotImplementedError

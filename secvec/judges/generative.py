@@ -3,8 +3,6 @@
 Presets: the classifier of HarmBench (arXiv 2402.04249) and Llama Guard (arXiv 2312.06674).
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from functools import cached_property

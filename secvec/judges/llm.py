@@ -235,10 +235,7 @@ class LlmJudge(CachedJudge):
                 model=self.model, messages=[{"role": "user", "content": text}], **options
             )
         except openai.BadRequestError as error:
-            if error.code in (
-                "content_filter",
-                "context_length_exceeded",
-            ):  # of this request alone
+            if error.code in ("content_filter", "context_length_exceeded"):  # of this request alone
                 return UNPARSABLE, 0, 0
             raise
         choices = getattr(reply, "choices", None)

@@ -1,7 +1,5 @@
 """The architecture of a model without its weights."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

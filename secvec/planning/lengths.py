@@ -1,7 +1,5 @@
 """Token counts of a run's samples: counted where the data are on this machine, else assumed."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil

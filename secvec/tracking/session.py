@@ -13,7 +13,7 @@ from secvec.errors import ConfigError
 from secvec.metrics import Measurements, metric_of
 from secvec.runs.excerpt import shorten
 from secvec.runs.record import Record
-from secvec.settings.logger import LoggerSettings
+from secvec.settings.trainer import LoggerSettings
 from secvec.tracking.artifacts import artifacts
 from secvec.tracking.base import Cell, Tracker, Trackers
 from secvec.tracking.csv_file import CsvFile

@@ -42,7 +42,7 @@ DOORS = {
         "secvec.module", "secvec.evaluation.generation", "secvec.evaluation.prediction",
         "secvec.training.callbacks", "secvec.settings.trainer", "secvec.evaluation.during_training",
         "secvec.training.telemetry", "secvec.training.trainer", "secvec.runs.folder", "secvec.run",
-        "secvec.runs.cache", "secvec.data.datamodule", "secvec.tracking.stage_curves",
+        "secvec.runs.cache", "secvec.data.datamodule", "secvec.tracking.lightning",
     },
     ("wandb", "wandb_workspaces"): {"secvec.tracking.wandb", "secvec.tracking.dashboard"},
 }  # fmt: skip

@@ -14,8 +14,14 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import OmegaConf
 from torch import nn
 
-from secvec.settings.optimizer import OptimizerSettings, SchedulerSettings, schedules
-from secvec.settings.trainer import OURS, CallbackSettings, TrainerSettings
+from secvec.settings.trainer import (
+    OURS,
+    CallbackSettings,
+    OptimizerSettings,
+    SchedulerSettings,
+    TrainerSettings,
+    schedules,
+)
 from secvec.training.callbacks import build_callbacks
 from secvec.training.optim import build_optimizer, build_schedule
 
