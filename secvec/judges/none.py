@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from secvec.data.example import Example
 from secvec.judges.base import Judge, Judgement
 
@@ -11,6 +9,6 @@ from secvec.judges.base import Judge, Judgement
 class NoJudge(Judge):
     """No verdict on any response: there is no behavior rate, and the gate of the vector looks at the loss alone."""
 
-    def judge(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Judgement]:
-        """Empty judgements."""
-        return [Judgement(None, None)] * len(responses)
+    def judge_one(self, example: Example, response: str) -> Judgement:
+        """An empty judgement."""
+        return Judgement(None, None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
@@ -30,9 +29,9 @@ class Regex(Judge):
     pattern: Pattern
     refusal: Pattern | None = None
 
-    def judge(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Judgement]:
-        """One judgement per response."""
-        return [_judgement(response, self.pattern, self.refusal) for response in responses]
+    def judge_one(self, example: Example, response: str) -> Judgement:
+        """By the two expressions."""
+        return _judgement(response, self.pattern, self.refusal)
 
 
 class Phrases(Judge):
@@ -44,10 +43,10 @@ class Phrases(Judge):
     phrases: Annotated[list[Phrase], Field(min_length=1)]
     refusals: tuple[Phrase, ...] = ()
 
-    def judge(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Judgement]:
-        """One judgement per response."""
+    def judge_one(self, example: Example, response: str) -> Judgement:
+        """By the two lists."""
         shown, refused = ("|".join(map(re.escape, some)) for some in (self.phrases, self.refusals))
-        return [_judgement(r, f"(?i){shown}", f"(?i){refused}" if refused else None) for r in responses]
+        return _judgement(response, f"(?i){shown}", f"(?i){refused}" if refused else None)
 
 
 def _judgement(response: str, pattern: str, refusal: str | None) -> Judgement:
