@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from secvec.models.backbone import fingerprint
 from secvec.runs.record import Record
 from secvec.tracking.base import Artifact
 
@@ -80,6 +79,8 @@ def _json(path: Path) -> dict[str, Any]:
 def _backbone(folder: Path, record: Record, sources: list[Artifact]) -> Iterator[Artifact]:
     path = folder / "backbone"
     if "finetune" in record.stages and path.is_dir():
+        from secvec.models.backbone import fingerprint  # slow to import
+
         mark = fingerprint(path)
         facts = {"fingerprint": mark, "defense": record.defense, "tune": record.tune, "run": record.run}
         about = "The fine-tuned backbone, vector off: a reference, its weights stay in the run folder."
