@@ -41,7 +41,6 @@ from secvec.settings.trainer import (
     TelemetrySettings,
     TrainerSettings,
 )
-from secvec.training.optim import check_optimization
 
 
 class AlignSettings(Settings):
@@ -305,5 +304,7 @@ class RunConfig(AnyConfig):
 
     @model_validator(mode="after")
     def _optimizer_and_schedule_can_be_built(self) -> RunConfig:
+        from secvec.training.optim import check_optimization  # slow to import, and settings with faults need none of it
+
         check_optimization(self.optimizer, self.scheduler)
         return self

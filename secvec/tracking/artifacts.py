@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from secvec.models.backbone import fingerprint
 from secvec.runs.record import Record
 from secvec.tracking.base import Artifact
 
@@ -75,6 +74,8 @@ def _backbone(folder: Path, record: Record, made_from: tuple[str, ...]) -> list[
     path = folder / "backbone"
     if "finetune" not in record.stages or not path.is_dir():
         return []
+    from secvec.models.backbone import fingerprint  # slow to import
+
     mark = fingerprint(path)
     facts = {"fingerprint": mark, "defense": record.defense, "tune": record.tune, "run": record.run}
     about = "The fine-tuned backbone, vector off: a reference, its weights stay in the run folder."
