@@ -25,9 +25,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from secvec.config import CONF
 from secvec.config.resolvers import register_resolvers
 from secvec.errors import SecVecError, nearest
+from secvec.settings.conf import CONF
 from secvec.settings.messages import renamed
 
 USER_ERROR = 2

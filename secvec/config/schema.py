@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 from pydantic import DirectoryPath, Field, model_validator
 
 from secvec.behaviors.base import Behavior
-from secvec.config import CONF
 from secvec.data.example import Stream
 from secvec.defenses.base import Defense
 from secvec.errors import nearest
 from secvec.judges.base import Judge
+from secvec.settings.conf import CONF
 from secvec.settings.schema import (
     BUILT_IN,
     BaseGateSettings,

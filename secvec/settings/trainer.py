@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from secvec.errors import nearest
+from secvec.settings.conf import shipped
 from secvec.settings.messages import renamed
 from secvec.settings.schema import Count, Rate, Settings, Share
 from secvec.settings.target import Target, built, check_arguments
@@ -50,10 +51,13 @@ class TrainerSettings(Settings, extra="allow"):
 
     @model_validator(mode="after")
     def _lightning_takes_them(self) -> TrainerSettings:
+        usual = dict(value for file in shipped("trainer") for value in file.items())
+        others = {k: v for k, v in (self.model_extra or {}).items() if k not in usual or usual[k] != v}
+        if not others:
+            return self
         import lightning as L  # slow to import
         from lightning.pytorch.plugins.environments import LightningEnvironment
 
-        others = self.model_extra or {}
         if taken := [f"{name} cannot be set: {OURS[name]}" for name in others if name in OURS]:
             raise ValueError("; ".join(taken))
         if old := [text for name in others if (text := renamed(f"trainer.{name}"))]:
@@ -134,6 +138,7 @@ class OptimizerSettings(Target):
 
     base = "torch.optim.Optimizer"
     ours = ("params", "lr")
+    group = "optimizer"
 
     lr: Rate
     """Of the finetune stage; those of the others are `vector.lr` and `model.align.lr`."""
@@ -150,6 +155,10 @@ class SchedulerSettings(Settings):
 
     @model_validator(mode="after")
     def _is_a_schedule(self) -> SchedulerSettings:
+        if self.model_dump(include={"name", "options"}) in [
+            {name: known.get(name) for name in ("name", "options")} for known in shipped("scheduler")
+        ]:
+            return self
         known = schedules()
         if self.name not in known:
             names = ", ".join(known)
