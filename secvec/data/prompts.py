@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from secvec.data.encode import render
+from secvec.data.encode import render, tokens
 from secvec.data.example import Example
 from secvec.errors import DataError
 
@@ -26,7 +26,12 @@ class PromptBatch:
     """Some of the prompts of a question, to be answered together; `rows` are their places in it."""
 
     def __init__(
-        self, rows: Sequence[int], examples: Sequence[Example], prompts: Prompts, max_new_tokens: int, seed: int | None
+        self,
+        rows: Sequence[int],
+        examples: Sequence[Example],
+        prompts: Sequence[tuple[list[int], list[int]]],
+        max_new_tokens: int,
+        seed: int | None,
     ):
         self.rows, self.examples, self.prompts = rows, examples, prompts
         self.max_new_tokens, self.seed = max_new_tokens, seed
@@ -47,6 +52,12 @@ class Question:
     texts: Sequence[str]
     examples: Sequence[Example]
     seed: int | None = None
+    begun: str = ""
+    """The beginning of every answer, which the model goes on from."""
+
+    def ids(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[int]]]:
+        """Token ids of each prompt, and of the beginning of its answer: those of a training row."""
+        return tokens([(text, self.begun) for text in self.texts], tokenizer)
 
     def batches(self, module: SecVecModule, batch_size: int, max_new_tokens: int) -> list[PromptBatch]:
         """The batches of this process. Raises DataError for a prompt that leaves no room to answer.
@@ -54,16 +65,16 @@ class Question:
         All prompts decide what is in a batch, so that a kept batch is found again when the others are missing. An
         engine has one caller: then the first process has all batches.
         """
-        tokenizer = module.backbone.tokenizer
-        prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in self.texts]
+        prompts = self.ids(module.backbone.tokenizer)
+        lengths = [len(prompt) + len(begun) for prompt, begun in prompts]
         limit = module.backbone.context - max_new_tokens
-        for example, prompt in zip(self.examples, prompts, strict=True):
-            if len(prompt) > limit:
+        for example, length in zip(self.examples, lengths, strict=True):
+            if length > limit:
                 raise DataError(
-                    f"{example.source or example.kind}: the prompt has {len(prompt)} tokens; with "
+                    f"{example.source or example.kind}: the prompt has {length} tokens; with "
                     f"evaluation.max_new_tokens={max_new_tokens} at most {limit} fit into the model's context"
                 )
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         callers = 1 if module.generation.engine else world
         mine = order[rank::callers] if rank < callers else []

@@ -54,7 +54,7 @@ def prediction_rows(
     rows: list[dict[str, Any]] = []
     given = iter(judgements)
     for number, (example, response) in enumerate(zip(examples, responses, strict=True)):
-        exact = "correct" if response.strip() == example.response.strip() else "wrong"
+        right = "correct" if exact(response, example.response) else "wrong"
         judgement = next(given) if example.kind in JUDGED else None
         rows.append(
             {
@@ -64,7 +64,7 @@ def prediction_rows(
                 "prompt": example.prompt,
                 "response": response,
                 "reference": example.response,
-                "verdict": judgement.verdict if judgement else exact,
+                "verdict": judgement.verdict if judgement else right,
                 "score": judgement.score if judgement else None,
                 "coherent": coherent(response),
                 "desired": behavior.desired(example, response) if example.kind == "undesired" else None,
@@ -72,6 +72,11 @@ def prediction_rows(
             }
         )
     return rows
+
+
+def exact(response: str, reference: str) -> bool:
+    """Whether a response is the right one, white space around it apart."""
+    return response.strip() == reference.strip()
 
 
 def judged(
