@@ -85,6 +85,8 @@ def test_a_row_ends_with_the_end_whatever_its_answer_is(name: str) -> None:
         assert [i in stop for i in answer] == [False] * (len(answer) - 1) + [True]
         assert tokenizer.decode(answer[-1]) == ZOO[name].end
         assert decode([[*answer, 5, 6]], tokenizer) == [given.response.strip()]
+    plain, *spaced = encode([ROWS[0], *ODD[:2]], tokenizer, CONTEXT)
+    assert spaced == [plain, plain]  # white space around an answer is not trained
 
 
 def test_an_answer_is_tokenised_as_behind_its_prompt(name: str) -> None:
