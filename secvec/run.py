@@ -19,12 +19,13 @@ from secvec.behaviors.base import Behavior
 from secvec.config.schema import AnyConfig, EvaluateConfig, RunConfig
 from secvec.data.datamodule import SecVecDataModule
 from secvec.data.draw import data_hash
-from secvec.data.example import Example
+from secvec.data.encode import check_answers
+from secvec.data.example import GRADED, Example
 from secvec.defenses.base import Defense
 from secvec.evaluation.backends import generation_backend, kept_result
 from secvec.evaluation.evaluator import Evaluator
 from secvec.evaluation.losses import mean_losses
-from secvec.evaluation.verdicts import EvaluationResult
+from secvec.evaluation.verdicts import JUDGED, EvaluationResult, is_right
 from secvec.evaluation.vllm import backend_info
 from secvec.metrics import Measurements
 from secvec.models.backbone import Backbone
@@ -183,6 +184,12 @@ class Run:
         yield
         seconds["evaluation"] = round(seconds.get("evaluation", 0.0) + time.monotonic() - began, 3)
 
+    def check(self) -> None:
+        """Raises DataError for right answers that would not count as right: before anything is trained or asked."""
+        tests = [example for kind, some in self.data.tests.items() if kind not in JUDGED for example in some]
+        right = [example for example in tests if example.metric not in GRADED]
+        check_answers(right, self.backbone.tokenizer, self.config.evaluation.max_new_tokens, is_right)
+
     def save_results(self, *results: EvaluationResult) -> None:
         """Puts metrics and predictions into the run folder."""
         for result in results:
@@ -215,6 +222,7 @@ def train(config: RunConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
         if config.force and main_process():  # other ranks start after this and read the record that it leaves
             folder.forget(config.stages, [name for stage in config.stages for name in STAGES[stage].artifacts])
         run = Run(config, folder, tracker)
+        run.check()
         folder.record.base = _weights(run.backbone)
         launch(config.trainer)
         for name in config.stages:
@@ -251,6 +259,7 @@ def evaluate(config: EvaluateConfig, overrides: Sequence[str] = ()) -> dict[str,
 
             result = EvaluationResult(lm_eval_metrics(run.to_device(module), backbone.tokenizer, config), [])
         else:
+            run.check()
             launch(config.trainer)
             result = run.evaluate(module, "after", leaks=True)
         run.save_results(result)

@@ -53,7 +53,7 @@ SMALL = [
     "telemetry.every_n_steps=2",
     "telemetry.num_samples=4",
     "evaluation.num_prompts=6",
-    "evaluation.max_new_tokens=8",
+    "evaluation.max_new_tokens=24",
     "evaluation.num_leak_prompts=2",
     "num_threads=1",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,12 +83,12 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return torch.randperm(self.sizes[stream], generator=generator)
 
 
-def training_loader(streams: Streams, seed: int, pad_id: int, rank: int = 0, world: int = 1) -> DataLoader:
+def training_loader(streams: Streams, seed: int, rank: int = 0, world: int = 1) -> DataLoader:
     """The training batches of one process. The rows of all streams but the first are marked as rows of the KL term."""
     rows = [(row, number > 0) for number, (stream, _) in enumerate(streams) for row in stream]
     sizes, batch_sizes = [len(stream) for stream, _ in streams], [size for _, size in streams]
     sampler = GlobalBatchSampler(sizes, batch_sizes, seed, rank, world)
-    return DataLoader(rows, batch_sampler=sampler, collate_fn=partial(collate, pad_id=pad_id))  # type: ignore[arg-type]
+    return DataLoader(rows, batch_sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
 
 
 class SecVecDataModule(L.LightningDataModule):
@@ -199,9 +199,9 @@ class SecVecDataModule(L.LightningDataModule):
                 "the batches are divided over the processes already, and Lightning would divide them again: give "
                 "lightning.Trainer use_distributed_sampler=False"
             )
-        module, pad = self._module, self._module.backbone.tokenizer.pad_token_id
+        module = self._module
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return training_loader(module.stage.streams(self, module), self.seed, pad, rank, world)
+        return training_loader(module.stage.streams(self, module), self.seed, rank, world)
 
     def val_dataloader(self) -> CombinedLoader | list[Any]:
         """One batch of each kind of held-out samples, by name; the same on every process."""
@@ -211,7 +211,7 @@ class SecVecDataModule(L.LightningDataModule):
             kind: DataLoader(
                 [(row, False) for row in self.rows(examples, backbone)],  # type: ignore[arg-type]
                 batch_size=n,
-                collate_fn=partial(collate, pad_id=backbone.tokenizer.pad_token_id),
+                collate_fn=collate,
                 generator=torch.Generator(),
             )
             for kind, examples in kinds.items()

@@ -45,14 +45,10 @@ class Evaluator:
         examples = [example for kind in self.tests.values() for example in kind]
         probed = list(undesired)[: self.settings.num_leak_prompts] if leaks else []
         probes = leak_questions(tokenizer, probed, self.behavior)
-        questions = [question(examples, tokenizer), *(probe for probe, _ in probes.values())]
+        questions = [question(examples, tokenizer), *probes.values()]
         responses, *to_probes = self._responses(module, questions, phase)
         result = self._result(module, phase, examples, responses)
-        with_prefix = {
-            name: [prefix + response for response in given]
-            for (name, (_, prefix)), given in zip(probes.items(), to_probes, strict=True)
-        }
-        return result + leak_result(with_prefix, probed, self.behavior, self.judge, phase)
+        return result + leak_result(dict(zip(probes, to_probes, strict=True)), probed, self.behavior, self.judge, phase)
 
     def _responses(self, module: SecVecModule, questions: Sequence[Question], phase: str) -> list[list[str]]:
         """The responses to each question, in the order of its prompts."""

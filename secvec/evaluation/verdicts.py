@@ -72,6 +72,11 @@ def prediction_rows(
     return rows
 
 
+def is_right(response: str, example: Example) -> bool:
+    """Whether a response counts as right under the metric of its stream."""
+    return score(example.metric, response, example.response) == 1.0
+
+
 def judged(
     behavior: Behavior,
     judge: Judge | None,

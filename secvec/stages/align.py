@@ -98,7 +98,7 @@ def _train(run: Run, align: AlignSettings, examples: Sequence[Example], out: Pat
     )
     module = run.module("finetune", backbone, lr=align.lr, undefended=True)
     rows = encode(examples, backbone.tokenizer, backbone.context)
-    data = training_loader([(rows, align.batch_size)], align.seed, backbone.tokenizer.pad_token_id)
+    data = training_loader([(rows, align.batch_size)], align.seed)
     training = Training(work, "align", LEARNING_RATE, align.seed, align.epochs, config.trainer.alone(), False)
     with _threads(align.num_threads):
         fit(module, data, training, run.curves(training, work / "metrics.csv"))

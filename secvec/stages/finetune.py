@@ -144,7 +144,7 @@ def _telemetry(run: Run) -> list[Telemetry]:
         kind: data.rows(examples[:: max(1, len(examples) // n)][:n], run.backbone)  # of every stream
         for kind, examples in data.mixtures[data.cycle].items()
     }
-    return [Telemetry(rows, settings.every_n_steps, run.backbone.tokenizer.pad_token_id)]
+    return [Telemetry(rows, settings.every_n_steps)]
 
 
 def _behavior(run: Run) -> list[BehaviorDuringTraining]:

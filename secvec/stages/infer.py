@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from secvec.data.encode import trouble
 from secvec.errors import ArtifactError
 from secvec.evaluation.losses import kl_to_base
 from secvec.evaluation.verdicts import EvaluationResult, deactivation_gap
@@ -76,9 +77,9 @@ def _distance(run: Run, base: SecVecModule, module: SecVecModule, after: Evaluat
         found["after/kl_to_base"] = kl_to_base(before, now, run.backbone, ordinary, size)
     rows = [row for row in after.predictions if (row["phase"], row["stream"]) == ("after", "undesired")]
     answered = [
-        replace(example, response=row["response"])
+        given
         for example, row in zip(run.data.tests["undesired"], rows, strict=True)
-        if row["response"].strip()
+        if not trouble(given := replace(example, response=row["response"]), run.backbone.tokenizer)
     ]
     if answered:
         found["after/answer_perplexity"] = perplexity(run.losses(base, {"answers": answered})["answers"])

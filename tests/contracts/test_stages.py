@@ -128,7 +128,7 @@ def test_no_defense_is_bitwise_the_training_of_the_bare_model(make_config: Make)
     for epoch in range(config.finetune.epochs):
         sampler.set_epoch(epoch)
         for indices in sampler:
-            batch = collate([(rows[i], False) for i in indices], base.tokenizer.pad_token_id)
+            batch = collate([(rows[i], False) for i in indices])
             optimizer.zero_grad()
             response_loss(model, batch).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.trainer.gradient_clip_val)
