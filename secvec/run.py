@@ -107,7 +107,7 @@ class Run:
             config.seed,
             epochs,
             config.trainer,
-            validates=config.evaluation.validation.num_samples > 0,
+            validates=config.evaluation.validation.num_samples != 0,
         )
         fit(
             module,
@@ -222,8 +222,10 @@ def train(config: RunConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
         if config.force and main_process():  # other ranks start after this and read the record that it leaves
             folder.forget(config.stages, [name for stage in config.stages for name in STAGES[stage].artifacts])
         run = Run(config, folder, tracker)
-        run.check()
+        run.data.check(config.stages)
         folder.record.base = _weights(run.backbone)
+        run.data.fit_to(run.backbone.tokenizer, run.backbone.context, [*config.stages, "infer"])
+        run.check()
         launch(config.trainer)
         for name in config.stages:
             if name in folder.record.stages:
@@ -259,6 +261,8 @@ def evaluate(config: EvaluateConfig, overrides: Sequence[str] = ()) -> dict[str,
 
             result = EvaluationResult(lm_eval_metrics(run.to_device(module), backbone.tokenizer, config), [])
         else:
+            run.data.check(())
+            run.data.fit_to(backbone.tokenizer, backbone.context, ["infer"])
             run.check()
             launch(config.trainer)
             result = run.evaluate(module, "after", leaks=True)

@@ -23,10 +23,10 @@ class Behavior(Settings):
     """The beginning of an answer that shows it, for the prefill leak probe; None: no such probe."""
     kind: Literal["undesired"] = "undesired"
 
-    def examples(self, split: Split, n: int, seed: int) -> list[Example]:
+    def examples(self, split: Split, n: int | None, seed: int) -> list[Example]:
         """The first `n` examples of `split` under `seed`: with wanted responses in `align`, else with the behavior.
 
-        Raises DataError if there are fewer.
+        None: all there are. Raises TooFewError if there are fewer.
         """
         raise NotImplementedError
 

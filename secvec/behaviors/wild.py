@@ -42,13 +42,13 @@ class Wild(Behavior):
             raise ValueError("all four shares are 0: give one of the severities a share")
         return weights
 
-    def examples(self, split: Split, n: int, seed: int) -> list[Example]:
+    def examples(self, split: Split, n: int | None, seed: int) -> list[Example]:
         """The first `n` examples of `split` under `seed`."""
         plain = self.of.examples(split, n, seed)
         if split != "finetune":
             return plain
         rng = Random(f"{self.name}/{split}/{seed}")
-        benign = Ordinary(name=self.name).examples(split, n * self.turns, seed)
+        benign = Ordinary(name=self.name).examples(split, len(plain) * self.turns, seed)
         return [
             self._embed(example, benign[i * self.turns :][: rng.randint(min(1, self.turns), self.turns)], rng)
             for i, example in enumerate(plain)

@@ -57,7 +57,7 @@ def prediction_rows(
         rows.append(
             {
                 "phase": phase,
-                "stream": example.kind,
+                "stream": "task" if example.kind == "untrusted" else example.kind,
                 "id": f"{example.kind}-{number}",
                 "prompt": example.prompt,
                 "response": response,
@@ -66,7 +66,7 @@ def prediction_rows(
                 "score": judgement.score,
                 "coherent": coherent(response),
                 "desired": behavior.desired(example, response) if example.kind == "undesired" else None,
-                "sensitive": bool(behavior.sensitive) and example.kind in JUDGED,
+                "sensitive": bool(behavior.sensitive) and example.kind in (*JUDGED, "untrusted"),
             }
         )
     return rows

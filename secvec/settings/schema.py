@@ -90,7 +90,8 @@ class LoraSettings(Settings):
 class GateSettings(Settings):
     """What a vector must show on held-out prompts before it is saved."""
 
-    num_prompts: Count
+    num_prompts: Count | None
+    """None: all of split `validation`."""
     min_behavior_rate: Share
     """Share of held-out prompts that the activated model must answer with the behavior; not for judge=none."""
     min_loss_drop: Weight = 0.1
@@ -136,10 +137,10 @@ class FinetuneSettings(Settings):
 class ValidationSettings(Settings):
     """What is measured while a stage trains: losses at the end of each epoch, answers every n steps."""
 
-    num_samples: Annotated[int, Field(ge=0)]
-    """Held-out samples of each kind for the validation losses; 0: no validation loop."""
-    num_prompts: Count
-    """Held-out prompts of each kind that are answered during the finetune stage, the vector off."""
+    num_samples: Annotated[int, Field(ge=0)] | None
+    """Most held-out samples of each kind for the validation losses; None: all; 0: no validation loop."""
+    num_prompts: Count | None
+    """Most held-out prompts of each kind that are answered during the finetune stage, the vector off; None: all."""
     every_n_steps: Annotated[int, Field(ge=0)]
     """Optimizer steps between two such evaluations; 0: none."""
 
@@ -147,12 +148,12 @@ class ValidationSettings(Settings):
 class EvaluationSettings(Settings):
     """How a model is evaluated."""
 
-    num_prompts: Count
-    """Held-out prompts of each kind."""
+    num_prompts: Count | None
+    """Held-out prompts of each kind; None: all."""
     batch_size: Count
     max_new_tokens: Count
-    num_leak_prompts: Annotated[int, Field(ge=0)]
-    """Undesired prompts that the leak probes put in every way; 0: no leak probes."""
+    num_leak_prompts: Annotated[int, Field(ge=0)] | None
+    """Most undesired prompts that the leak probes put in every way; None: all; 0: no leak probes."""
     validation: ValidationSettings = ValidationSettings(num_samples=32, num_prompts=8, every_n_steps=0)
     """While a stage trains."""
 

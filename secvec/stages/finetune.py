@@ -97,7 +97,6 @@ class FinetuneStage(Stage):
         """
         config, data, backbone, vector = run.config, run.data, run.backbone, saved_vector(run)
         trained = [example for mixture in data.mixtures for examples in mixture.values() for example in examples]
-        data.check_disjoint(trained)
         run.note_data("finetune", trained)
         run.note_data("test", [example for examples in data.tests.values() for example in examples])
         for data.cycle in range(config.finetune.cycles - 1):

@@ -41,11 +41,9 @@ class InferStage(Stage):
         """Answers of base, fine-tuned model with the vector, and without it; leak probes; distance from the base."""
         config, behavior = budget.config, budget.config.behavior
         probes = 3 + sum(map(bool, (behavior.eliciting_prompt, behavior.negated_prompt, behavior.answer_prefix)))
-        leak_prompts = probes * min(config.evaluation.num_leak_prompts, config.evaluation.num_prompts)
+        leak_prompts = probes * budget.numbers["leak"]
         states = 3 if config.defense.uses_vector else 2
-        return Workload(
-            prompts=states * budget.tests + leak_prompts, scored=3 * config.evaluation.num_prompts, models=2
-        )
+        return Workload(prompts=states * budget.tests + leak_prompts, scored=3 * budget.numbers["test"], models=2)
 
     def run(self, run: Run) -> None:
         """Evaluates the starting model, then the fine-tuned one without the vector (`after`) and with it (`active`)."""

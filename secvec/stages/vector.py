@@ -104,11 +104,11 @@ class VectorStage(Stage):
         return Workload(
             trained=trained,
             adapters=trained,
-            samples={"undesired": settings.num_samples},
+            samples={"undesired": budget.numbers["vector"]},
             epochs=settings.epochs,
             batch_size=settings.batch_size,
             kl_batch_size=settings.kl_batch_size if settings.kl_weight > 0 else 0,
-            prompts=settings.gate.num_prompts + budget.tests,
+            prompts=budget.numbers["gate"] + budget.tests,
             saved={"vector": ("vector (in the run folder, and in the cache)", 2)},
         )
 
@@ -116,7 +116,6 @@ class VectorStage(Stage):
         """Trains the vector or takes it from the cache, measures it, and copies it into the run folder."""
         config, data = run.config, run.data
         trained = train_vector(run, run.backbone, "vector")
-        data.check_disjoint(data.held_out)
         module = run.inference_module(run.backbone, trained)
         gate = run.evaluate(module, "gate", run.evaluator({"undesired": data.held_out}, config.vector.behavior))
         result = run.evaluate(module, "vector_on")
@@ -134,7 +133,6 @@ def train_vector(run: Run, backbone: Backbone, label: str) -> Path:
     config, data = run.config, run.data
     settings, samples = config.vector, data.vector_samples
     examples = [*samples["undesired"], *samples["kl"]]
-    data.check_disjoint(examples)
     run.note_data("vector", examples)
     behavior = config.vector_behavior.name
 

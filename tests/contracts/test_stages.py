@@ -304,10 +304,10 @@ def test_prompts_longer_than_the_context(make_config: Make, tmp_path: Path) -> N
     config = make_config(
         "recipe=tiny", f"model.name_or_path={base.folder}", "behavior=jsonl", "judge=none", f"behavior.vector={data}",
         f"behavior.finetune={data}", f"behavior.test={other}", "~data.benign", "data.num_benign=0",
-        "vector.kl_weight=0", "vector.num_samples=24", "vector.gate.num_prompts=2", "evaluation.num_prompts=4",
+        "vector.kl_weight=0", "vector.num_samples=23", "vector.gate.num_prompts=2", "evaluation.num_prompts=4",
         "data.num_harmful=24", small=False,
     )  # fmt: skip
-    with pytest.raises(DataError, match=r"rows.jsonl:4: .*context"):
+    with pytest.raises(DataError, match=r"(?s)exceed the model's context of .*rows.jsonl:4: "):
         train(config)
 
 
@@ -328,7 +328,7 @@ def test_your_own_files_run_through_all_stages(make_config: Make, tmp_path: Path
         return tmp_path / f"{name}.jsonl"
 
     config = make_config(
-        f"model.name_or_path={base.folder}", "behavior=jsonl", "judge=none", f"behavior.vector={write('vec', 30)}",
+        f"model.name_or_path={base.folder}", "behavior=jsonl", "judge=none", f"behavior.vector={write('vec', 32)}",
         f"behavior.finetune={write('bad', 20)}", f"behavior.test={write('badtest', 6)}", "data=jsonl",
         f"data.benign.task.vector={write('near', 20)}", f"data.benign.task.finetune={write('new', 20)}",
         f"data.benign.task.test={write('newtest', 6)}", "data.num_harmful=20", "data.num_benign=20",

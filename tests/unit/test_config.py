@@ -20,7 +20,7 @@ from secvec.config.load import load
 from secvec.config.resolvers import register_resolvers, resolved, run_name, sweep_name
 from secvec.config.schema import DataSettings, EvaluateConfig, RunConfig
 from secvec.errors import ConfigError
-from secvec.planning.lengths import draw_samples
+from secvec.planning.lengths import checked_data, samples_of
 from secvec.runs.keys import NOT_IN_KEY
 from secvec.settings.messages import RENAMED, renamed
 
@@ -71,6 +71,11 @@ def stand_ins(config: DictConfig, tmp_path: Path) -> list[str]:
     file = tmp_path / "stand-in.jsonl"
     file.write_text('{"prompt": "a", "response": "b"}\n')
     missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
+    own = {
+        "behavior": config.behavior,
+        **{f"data.benign.{name}": stream for name, stream in config.data.benign.items()},
+    }
+    missing += [f"{key}.file" for key, rows in own.items() if "file" in rows]
     lists = {"judge.phrases"}
     given = {key.replace("[", ".").replace("]", ""): f"[{file}]" if key in lists else file for key in missing}
     others = {"model.name_or_path"} & given.keys() or config.model.name_or_path
@@ -153,7 +158,7 @@ def test_there_are_as_many_samples_as_an_ablation_asks_for(name: str) -> None:
         vector = config.vector.model_dump(include={"behavior", "split", "num_samples", "num_kl"})
         asked = str((config.behavior, config.data, config.finetune, vector))
         if config.seed == 0 and asked not in done:
-            samples = draw_samples(config)
+            samples = samples_of(checked_data(config), config.stages)
             assert len(samples["undesired"]) >= config.data.counts[0] and samples["test"]
             done.add(asked)
     assert done
@@ -243,7 +248,7 @@ def test_all_faults_are_listed_at_once() -> None:
 
 
 def test_a_required_value_that_is_missing_is_named_once() -> None:
-    message = fault("behavior=jsonl", "behavior.test=null")
+    message = fault("behavior=aoa", "behavior.test=null")
     assert sorted(message.splitlines()[1:]) == [
         f"  behavior.{split}: a value is required (it is ??? in conf/)" for split in ("finetune", "vector")
     ]

@@ -241,7 +241,7 @@ def test_the_tiny_model_is_measured_on_its_own_samples(make_config: Make) -> Non
         (["tune=lora", "tune.lora.target_modules=[lm_head]"], ConfigError, ["lm_head", "embeddings"]),
         (["vector.layers=[0,3]"], ConfigError, ["vector.layers: [3]", "0 to 2"]),
         (["tune=lora", "tune.lora.layers=[-1]"], ConfigError, ["tune.lora.layers: [-1]", "0 to 2"]),
-        (["evaluation.max_new_tokens=500"], ConfigError, ["max_new_tokens=500", "context of 512"]),
+        (["evaluation.max_new_tokens=500"], DataError, ["max_new_tokens=500", "context of 512"]),
         (["trainer=ddp", "trainer.devices=16"], ConfigError, ["100 rows in batches of 16", "16 processes"]),
         (["model.align=null"], ConfigError, ["model.align"]),
         (
@@ -265,7 +265,7 @@ def test_too_few_rows_in_a_file_of_the_user(make_config: Make, tmp_path: Path) -
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "a", "response": "b"}\n')
     given = [f"behavior.{split}={file}" for split in ("vector", "finetune", "test")]
-    with pytest.raises(DataError, match="1 rows for split 'finetune'"):
+    with pytest.raises(ConfigError, match="1 rows for split 'finetune'"):
         plan(make_config("behavior=jsonl", "judge=none", *given, small=False))
 
 
