@@ -69,12 +69,12 @@ LINES = "\n".join(map(json.dumps, ROWS)).encode()
         ("rows.txt", LINES),
         ("rows.json", json.dumps(ROWS).encode()),
         ("rows.json", b"\xef\xbb\xbf\n" + json.dumps(ROWS, indent=2).encode()),
-        ("rows.jsonl.gz", gzip.compress(LINES)),
+        ("rows.jsonl.gz", gzip.compress(LINES, mtime=0)),
         ("rows.json.xz", lzma.compress(json.dumps(ROWS).encode())),
         ("rows.jsonl.bz2", bz2.compress(LINES)),
         ("rows.csv", b'prompt,response\r\n"a",b\r\nc,d\r\n'),
         ("rows.tsv", b"prompt\tresponse\na\tb\nc\td\n"),
-        ("rows.csv.gz", gzip.compress(b"\xef\xbb\xbfprompt,response\na,b\nc,d\n")),
+        ("rows.csv.gz", gzip.compress(b"\xef\xbb\xbfprompt,response\na,b\nc,d\n", mtime=0)),
     ],
 )
 def test_files_that_people_have(name: str, content: bytes, write: Callable[..., Path]) -> None:
@@ -255,7 +255,7 @@ def test_a_bad_row_is_named_with_file_and_line(
         ("rows.csv", b'prompt,response\n"a,b\n', "rows.csv: broken table"),
         ("rows.csv", b"prompt,response\n", "the file is empty"),
         ("rows.jsonl.gz", b"no gzip", "rows.jsonl.gz: cannot be read"),
-        ("rows.jsonl.gz", gzip.compress(LINES)[:20], "rows.jsonl.gz: cannot be read"),
+        ("rows.jsonl.gz", gzip.compress(LINES, mtime=0)[:20], "rows.jsonl.gz: cannot be read"),
         ("rows.jsonl.xz", b"no xz", "rows.jsonl.xz: cannot be read"),
         ("rows.jsonl.zst", b"", "unpack it, or pack it as .gz"),
         ("rows.parquet", b"no parquet", "rows.parquet: cannot be read"),
