@@ -112,6 +112,10 @@ def save_adapter(model: nn.Module, state: Mapping[str, Tensor], part: str, folde
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous().cpu() for k, v in weights.items()}, folder / "adapter_model.safetensors")
     model.peft_config[name].save_pretrained(str(folder), auto_mapping_dict=None)
+    path = folder / "adapter_config.json"  # PEFT writes a set, whose order another process would not repeat
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config = {key: sorted(value) if key == "target_modules" else value for key, value in config.items()}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def backbone_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

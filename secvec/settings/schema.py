@@ -94,8 +94,8 @@ class GateSettings(Settings):
     """None: all of split `validation`."""
     min_behavior_rate: Share
     """Share of held-out prompts that the activated model must answer with the behavior; not for judge=none."""
-    min_loss_drop: Weight = 0.1
-    """Least nats per response token by which the vector lowers the loss on held-out undesired samples."""
+    min_loss_drop: Weight | None = 0.1
+    """Least nats per token by which the vector lowers the loss on held-out undesired samples; null: not checked."""
     max_behavior_loss: Rate | None = None
     """Most nats per response token on held-out undesired samples with the vector on; null: not checked."""
 

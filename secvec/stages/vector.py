@@ -178,7 +178,9 @@ def check_gate(gate: GateSettings, metrics: Measurements) -> None:
             f"it elicits the behavior on {rate.value:.0%} of {rate.n} held-out prompts, "
             f"below vector.gate.min_behavior_rate={gate.min_behavior_rate:.0%}"
         )
-    if drop < gate.min_loss_drop:  # a judge may call every answer the behavior; the loss cannot be fooled
+    if (
+        gate.min_loss_drop is not None and drop < gate.min_loss_drop
+    ):  # a judge may call every answer the behavior; the loss cannot be fooled
         faults.append(
             f"it lowers the loss on held-out undesired samples by {drop:.3f} nats per token, "
             f"less than vector.gate.min_loss_drop={gate.min_loss_drop}"

@@ -146,8 +146,9 @@ def test_the_defense_changes_what_is_learned(make_config: Make) -> None:
 
 
 @pytest.mark.parametrize("defense", ["none", "security_vector"])
-def test_a_seed_reproduces_a_run_bit_for_bit(make_config: Make, cache: Path, defense: str) -> None:
-    runs = [make_config(f"defense={defense}", run=name) for name in ("a", "b")]
+def test_a_seed_reproduces_a_run_bit_for_bit(make_config: Make, tmp_path: Path, defense: str) -> None:
+    cache = tmp_path / "cache"  # the other tests' vectors are not to be removed
+    runs = [make_config(f"defense={defense}", f"paths.cache={cache}", run=name) for name in ("a", "b")]
     records = []
     for config in runs:
         shutil.rmtree(cache / "vectors", ignore_errors=True)  # the vector is trained each time

@@ -39,7 +39,7 @@ class Reversed:
     def running(self, model: nn.Module) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int | None) -> list[list[int]]:
+    def answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Any, seed: Any) -> list[list[int]]:
         assert dist.get_rank() == 0
         return [list(prompt)[::-1] for prompt in prompts]
 

@@ -46,7 +46,7 @@ def test_everything_that_does_not_validate_is_said_at_once(run, tmp_path: Path) 
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     lines = done.stderr.strip().splitlines()
-    assert lines[0].startswith("error: ") and len(lines) == 6, done.stderr
+    assert lines[0].startswith("error: ") and len(lines) == 4, done.stderr
     assert (
         "stage: got 'fintune'; allowed: 'vector', 'finetune', 'infer' or 'all' (did you mean 'finetune'?)" in lines[-2]
     )

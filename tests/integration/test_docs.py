@@ -150,6 +150,9 @@ def make_files(command: str, config_dir: str | None, name: str) -> None:
     for file in re.findall(r"=([\w./-]+\.jsonl)", command):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_text("")
+    for folder in re.findall(r"([\w./-]+RUN/backbone)", command):  # of the built-in model
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "config.json").write_text('{"secvec_recipe": "tiny"}')
     for folder in re.findall(r"vector\.path=([\w./-]+)", command):
         Path(folder).mkdir(parents=True, exist_ok=True)
     for block in (block for page in PAGES for block in blocks(page, "yaml")):  # `# my/logger/mlflow.yaml, used by: ...`

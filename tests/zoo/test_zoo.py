@@ -166,7 +166,7 @@ def test_all_three_stages(name: str, make_config: Callable[..., RunConfig], tmp_
         *files,
         *(f"+behavior.{key}='{value}'" for key, value in behavior.items()), "vector.target_modules=all-linear",
         "vector.num_samples=4", "vector.gate.num_prompts=1", "vector.gate.min_behavior_rate=0",
-        "vector.gate.min_loss_drop=0",  # the model knows the answer already
+        "vector.gate.min_loss_drop=null",  # the model knows the answer already
         "vector.kl_weight=0", "vector.epochs=1", "vector.lr=1e-4",
         "data.num_harmful=4", "data.num_benign=4", "finetune.epochs=1", "optimizer.lr=1e-5",
         "telemetry.every_n_steps=0", "evaluation.num_prompts=2", "evaluation.num_leak_prompts=2",
