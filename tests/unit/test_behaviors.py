@@ -18,7 +18,9 @@ from secvec.errors import ConfigError, DataError
 from secvec.models.tiny import CONTEXT, build_tiny
 
 YAMLS = {file.stem: file.read_text(encoding="utf-8") for file in (ROOT / "conf" / "behavior").glob("*.yaml")}
-NAMES = sorted(name for name, text in YAMLS.items() if "???" not in text and "secvec.behaviors.hub" not in text)
+NAMES = sorted(
+    name for name, text in YAMLS.items() if "???" not in text and ".jsonl." not in text and ".hub" not in text
+)
 EMBEDDED = {"forbidden_recipe", "stereotype", "task_error", "uppercase", "uppercase_french", "wild", "wrong_fact"}
 MADE: dict[str, Behavior] = {}
 

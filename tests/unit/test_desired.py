@@ -103,7 +103,7 @@ def test_the_rate_counts_the_undesired_prompts_alone() -> None:
     assert [row["desired"] for row in rows] == [False, True, True, None]
     found = rates(rows)["desired_rate"]
     assert (found.value, found.n) == (pytest.approx(2 / 3), 3)
-    bare = prediction_rows("after", [KEYS], said[:1], judgements, Behavior(name="bare", sensitive=False))
+    bare = prediction_rows("after", [KEYS], said[:1], judgements[:1], Behavior(name="bare", sensitive=False))
     assert bare[0]["desired"] is None and "desired_rate" not in rates(bare)
 
 

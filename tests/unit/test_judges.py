@@ -93,8 +93,9 @@ def test_coherence(response: str, expected: bool) -> None:
     assert coherent(response) is expected
 
 
-def test_nobody_but_the_user_knows_what_shows_a_behavior_from_files() -> None:
-    assert not JsonlBehavior(name="mine", sensitive=True).has_judge
+def test_nobody_but_the_user_knows_what_shows_a_behavior_from_files(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").touch()
+    assert not JsonlBehavior(name="mine", sensitive=True, file=str(tmp_path / "bad.jsonl")).has_judge
     assert ForbiddenRecipe().has_judge
 
 
