@@ -129,7 +129,8 @@ class VectorStage(Stage):
         check_gate(config.vector.gate, gate.metrics)
         copy_folder(trained, run.folder.path / "vector")
         own = {kind: run.scan(module, rows) for kind, rows in (("undesired", data.held_out), ("benign", samples["kl"]))}
-        about = {"model": run.backbone.hyperparameters(), "sensitive": bool(config.vector_behavior.sensitive)}
+        model = run.backbone.hyperparameters() | {"name_or_path": str(run.backbone.folder.resolve())}
+        about = {"model": model, "sensitive": bool(config.vector_behavior.sensitive)}
         keep_scores(run.folder.path / "vector", own, about)
 
 
