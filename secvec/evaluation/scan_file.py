@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +119,7 @@ class ScanResult:
         tables = self.file.kept.get(kind)
         return list(tables[self.settings.window - 1]) if tables else []
 
-    @property
+    @cached_property
     def threshold(self) -> float:
         """A row above it is flagged."""
         if self.settings.threshold is not None:

@@ -82,7 +82,7 @@ def origin(scan: Mapping[str, Any]) -> str:
 
 
 def _groups(scan: Mapping[str, Any], rows: Sequence[tuple[float, bool | None]]) -> list[tuple[str, list[float]]]:
-    own = {"the vector's own undesired samples, held out": scan["own"]["undesired"]}
+    own = {"undesired samples of the vector, held out": scan["own"]["undesired"]}
     benign = {"rows known to be benign": scan["known_benign"]} if scan["known_benign"] else {}
     own |= benign or {"benign rows of the vector's KL term": scan["own"]["benign"]}
     labelled = {True: "the file: undesired by its label", False: "the file: benign by its label", None: "the file"}
@@ -95,15 +95,18 @@ def scores_figure(groups: Sequence[tuple[str, Sequence[float]]], threshold: floa
     from matplotlib.figure import Figure
 
     with settings():
-        figure = Figure(figsize=(5.6, 0.6 + 1.15 * len(groups)), layout="constrained")
+        figure = Figure(figsize=(6.4, 0.6 + 1.15 * len(groups)), layout="constrained")
         panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False).flatten()
         every = [score for _, scores in groups for score in scores] + [threshold]
         for number, (panel, (name, scores)) in enumerate(zip(panels, groups, strict=True)):
             panel.hist(scores, bins=60, range=(min(every), max(every)), log=True, color=SERIES[number % len(SERIES)])
             panel.axvline(threshold, color=INK, linewidth=1.1, linestyle="--")
-            panel.set_title(name, fontsize=9.5)
+            panel.set_title(name, fontsize=9)
             panel.set_ylabel("rows", fontsize=9)
-        panels[-1].set_xlabel("Score: nats per token, vector off minus on; dashed: the threshold")
+            panel.set_ylim(bottom=0.5)
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.minorticks_off()
+        panels[-1].set_xlabel("Score in nats per token; dashed: threshold")
     return figure
 
 

@@ -61,6 +61,11 @@ def test_the_words_are_marked_within_what_may_be_shown(tmp_path: Path, sensitive
 
 def test_scores_have_a_panel_for_each_group(tmp_path: Path) -> None:
     made = page(tmp_path, made_up(300))
-    for name in ("own undesired samples, held out (2)", "KL term (2)", "undesired by its label (10)", "the file (10)"):
+    for name in (
+        "undesired samples of the vector, held out (2)",
+        "KL term (2)",
+        "undesired by its label (10)",
+        "the file (10)",
+    ):
         assert name in made
     assert "rows known to be benign (3)" in page(tmp_path, made_up(300, known_benign=[1, 2, 3], benign_file="b.jsonl"))
