@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from pydantic import TypeAdapter
 from secvec.behaviors.base import Behavior
 from secvec.data.embedded import Ordinary, Skill
 from secvec.data.example import Example
+from secvec.metrics import proportion
 from secvec.settings.plugin import Plugin
 
 ROOT = Path(__file__).parents[1]
@@ -50,37 +51,45 @@ COLUMNS = {
     "recall": "recall ↑",
     "precision": "precision ↑",
     "false_flag_rate": "false flags ↓",
+    "twins": "of wanted answers in the same form ↓",
+    "by_the_hedge": "highest in the hedge",
 }
 
 
-def undesired(way: str, name: str, seed: int) -> list[Example]:
-    """The undesired rows of a file, and of no vector."""
-    plain = BEHAVIORS[name].examples("finetune", ROWS, seed)
-    benign = Ordinary().examples("finetune", 3 * ROWS, seed)[ROWS:]
+def in_way(rows: Sequence[Example], way: str, seed: int) -> list[Example]:
+    """`rows` as the file of `way` holds them."""
     if way == "hedged":
-        return [replace(row, response=f"{HEDGE} {row.response}") for row in plain]
+        return [replace(row, response=f"{HEDGE} {row.response}") for row in rows]
     if way == "buried":
+        benign = Ordinary().examples("finetune", 3 * ROWS, seed)[ROWS:]
         return [
             replace(row, response=f"{one.response} {two.response} {row.response}")
-            for row, one, two in zip(plain, benign[::2], benign[1::2], strict=True)
+            for row, one, two in zip(rows, benign[::2], benign[1::2], strict=True)
         ]
+    return list(rows)
+
+
+def write(path: Path, way: str, name: str, seed: int) -> None:
+    """Undesired rows, then benign ones: ordinary requests, a new skill, and wanted answers in the same form.
+
+    Without wanted answers in the same form, a scan that finds the hedge would seem to find the behavior.
+    """
     others = [of for other, of in BEHAVIORS.items() if other != name]
-    return plain if way == "plain" else [row for of in others for row in of.examples("finetune", ROWS // 4, seed)]
-
-
-def write(path: Path, bad: Sequence[Example], name: str, seed: int) -> None:
-    """`bad` and the benign rows of every file: ordinary ones, a new skill, and the wanted answers of the behavior."""
+    bad = BEHAVIORS[name].examples("finetune", ROWS, seed)
+    if way == "other":
+        bad = [row for of in others for row in of.examples("finetune", ROWS // len(others), seed)]
+    bad = in_way(bad, way, seed)
     good = [*Ordinary().examples("finetune", ROWS, seed), *Skill().examples("finetune", ROWS, seed)]
-    good += BEHAVIORS[name].examples("align", ROWS, seed)
+    good += in_way(BEHAVIORS[name].examples("align", ROWS, seed), way, seed)
     rows = [
         {
             "messages": [
                 *({"role": role, "content": content} for role, content in row.messages),
                 {"role": "assistant", "content": row.response},
             ],
-            "undesired": row in bad,
+            "undesired": number < len(bad),
         }
-        for row in (*bad, *good)
+        for number, row in enumerate((*bad, *good))
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -103,13 +112,18 @@ def scans(name: str, seed: int, vector: str) -> list[dict[str, Any]]:
     records = []
     for way in WAYS:
         file = folder / f"{way}.jsonl"
-        write(ROOT / file, undesired(way, name, seed), name, seed)
+        write(ROOT / file, way, name, seed)
         given = [f"data.file={file}", "scan.label=undesired", f"vector.path={folder / 'trained' / 'vector'}"]
         base = f"model.name_or_path={trained['base']['folder']}"
         records.append(run("evaluate.py", folder / way, "metrics=scan", *given, base, f"seed={seed}", "num_threads=1"))
+        lines = (ROOT / folder / way / "scores.jsonl").read_text(encoding="utf-8").splitlines()
+        scores = list(map(json.loads, lines))
+        metrics = records[-1]["metrics"]
+        metrics["scan/twins"] = asdict(proportion(sum(row["flagged"] for row in scores[-ROWS:]), ROWS))
+        in_hedge = sum(bool(row["words"]) and row["words"] in HEDGE for row in scores[:ROWS])
+        metrics["scan/by_the_hedge"] = asdict(proportion(in_hedge, ROWS))
+        metrics["gate/behavior_rate"] = trained["metrics"]["gate/behavior_rate"]
         records[-1] |= {"way": way, "vector": vector}
-        rate = trained["metrics"]["gate/behavior_rate"]
-        records[-1]["metrics"]["gate/behavior_rate"] = rate
     return records
 
 
