@@ -26,10 +26,10 @@ from secvec.multirun.run import Executor, report, run_jobs, show_plans
 from secvec.multirun.slurm import SlurmExecutor
 from secvec.runs.keys import NOT_IN_KEY, VARIES
 from secvec.runs.record import Record
-from secvec.settings.logger import LoggerSettings
 from secvec.settings.messages import checked
 from secvec.settings.multirun import ProcessSettings, SlurmSettings
 from secvec.settings.schema import Settings
+from secvec.settings.trainer import LoggerSettings
 
 
 class ProcessLauncher(Launcher):

@@ -25,42 +25,34 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import secvec
 from secvec.config.resolvers import register_resolvers
 from secvec.errors import SecVecError, nearest
+from secvec.settings.conf import CONF
 from secvec.settings.messages import renamed
 
 USER_ERROR = 2
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
-PACKAGE = Path(secvec.__file__).parent
-CONF = next((folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir()), PACKAGE / "conf")
-"""The yaml files: inside the installed package, beside it in the repository."""
 
 
 def train() -> int:
     """The command train.py, installed as `secvec-train`. Returns the exit code."""
-
-    def task(cfg: DictConfig) -> None:
-        from secvec.config.load import load
-        from secvec.config.schema import RunConfig
-        from secvec.run import train
-
-        train(load(cfg, RunConfig), list(HydraConfig.get().overrides.task))
-
-    return run_command("train", task)
+    return run_command("train", lambda cfg: _start("train", cfg))
 
 
 def evaluate() -> int:
     """The command evaluate.py, installed as `secvec-evaluate`. Returns the exit code."""
+    return run_command("evaluate", lambda cfg: _start("evaluate", cfg))
 
-    def task(cfg: DictConfig) -> None:
-        from secvec.config.load import load
-        from secvec.config.schema import EvaluateConfig
-        from secvec.run import evaluate
 
-        evaluate(load(cfg, EvaluateConfig), list(HydraConfig.get().overrides.task))
+def _start(command: str, cfg: DictConfig) -> None:
+    """Calls the function of `secvec.run` that has the name of the command, once the settings are right."""
+    from secvec.config import schema
+    from secvec.config.load import load
 
-    return run_command("evaluate", task)
+    config = load(cfg, schema.RunConfig if command == "train" else schema.EvaluateConfig)
+    from secvec import run  # slow to import, so after wrong settings are refused
+
+    getattr(run, command)(config, list(HydraConfig.get().overrides.task))
 
 
 def run_command(config_name: str, task: Callable[[DictConfig], None]) -> int:

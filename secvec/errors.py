@@ -1,7 +1,7 @@
 """Errors that are the user's to mend: shown as one message without a traceback."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class SecVecError(Exception):
@@ -16,6 +16,14 @@ class ConfigError(SecVecError):
 
 class DataError(SecVecError):
     """A data file or a request for data that cannot be met: file, line, reason, remedy."""
+
+
+class TooFewError(DataError):
+    """There are fewer samples than the run asks for; `have` is how many there are."""
+
+    def __init__(self, message: str, have: int):
+        super().__init__(message)
+        self.have = have
 
 
 class ArtifactError(SecVecError):
@@ -40,6 +48,12 @@ class FailedJobs(SecVecError):
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def first_few(faults: Sequence[str], most: int = 5) -> str:
+    """The first of `faults`, each on a line of its own, and the number of the others."""
+    rest = [f"and {len(faults) - most} more"] if len(faults) > most else []
+    return "\n  ".join([*faults[:most], *rest])
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

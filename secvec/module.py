@@ -17,9 +17,9 @@ from secvec.models.backbone import Backbone, LedgerRow, ledger, set_trainable
 from secvec.models.sharding import local_shard, reshard, shard
 from secvec.models.vector import has_vector, vector_off
 from secvec.settings.messages import checked
-from secvec.settings.optimizer import OptimizerSettings, SchedulerSettings
-from secvec.settings.plugin import Plugin, to_target
 from secvec.settings.schema import LoraSettings, ModelSettings, VectorLora
+from secvec.settings.target import Plugin, to_target
+from secvec.settings.trainer import OptimizerSettings, SchedulerSettings
 from secvec.stages import find_stage
 from secvec.training.losses import response_loss
 from secvec.training.optim import build_optimizer, build_schedule

@@ -19,14 +19,15 @@ from secvec.behaviors.base import Behavior
 from secvec.config.schema import AnyConfig, EvaluateConfig, RunConfig
 from secvec.data.datamodule import SecVecDataModule
 from secvec.data.draw import data_hash
-from secvec.data.example import Example
+from secvec.data.encode import check_answers
+from secvec.data.example import GRADED, Example
 from secvec.defenses.base import Defense
 from secvec.evaluation.backends import generation_backend, kept_result
 from secvec.evaluation.evaluator import Evaluator
 from secvec.evaluation.losses import mean_losses
 from secvec.evaluation.scan import RowScore, scan
 from secvec.evaluation.scan_file import ScanFile
-from secvec.evaluation.verdicts import EvaluationResult
+from secvec.evaluation.verdicts import JUDGED, EvaluationResult, is_right
 from secvec.evaluation.vllm import backend_info
 from secvec.metrics import Measurements
 from secvec.models.backbone import Backbone
@@ -45,8 +46,8 @@ from secvec.stages import STAGES
 from secvec.stages.align import starting_model
 from secvec.tracking.base import Tracker, Trackers
 from secvec.tracking.csv_file import CsvFile
+from secvec.tracking.lightning import StageCurves
 from secvec.tracking.session import Session, tracker_for
-from secvec.tracking.stage_curves import StageCurves
 from secvec.training.callbacks import build_callbacks
 from secvec.training.trainer import Training, check_trainer, device_of, fit, launch
 
@@ -110,7 +111,7 @@ class Run:
             config.seed,
             epochs,
             config.trainer,
-            validates=config.evaluation.validation.num_samples > 0,
+            validates=config.evaluation.validation.num_samples != 0,
         )
         fit(
             module,
@@ -133,13 +134,14 @@ class Run:
     ) -> Evaluator:
         """How models are evaluated; default: on the test prompts of the run. Another `behavior` judges itself."""
         config = self.config
-        judge = None if behavior else config.judge
+        judge = None if behavior and behavior.has_judge else config.judge
         return Evaluator(
             self.data.tests if tests is None else tests,
             behavior or config.behavior,
             judge,
             config.evaluation,
             trainer or config.trainer,
+            config.answer_judge,
         )
 
     def evaluate(
@@ -157,7 +159,7 @@ class Run:
         examples = data_hash([example for kind in evaluator.tests.values() for example in kind])
         judges = [
             evaluator.behavior.model_dump(mode="json"),
-            evaluator.judge and evaluator.judge.model_dump(mode="json"),
+            *(judge and judge.model_dump(mode="json") for judge in (evaluator.judge, evaluator.answer_judge)),
         ]
         settings = [
             evaluator.settings.model_dump(exclude={"validation"}),
@@ -193,6 +195,12 @@ class Run:
         yield
         seconds["evaluation"] = round(seconds.get("evaluation", 0.0) + time.monotonic() - began, 3)
 
+    def check(self) -> None:
+        """Raises DataError for right answers that would not count as right: before anything is trained or asked."""
+        tests = [example for kind, some in self.data.tests.items() if kind not in JUDGED for example in some]
+        right = [example for example in tests if example.metric not in GRADED]
+        check_answers(right, self.backbone.tokenizer, self.config.evaluation.max_new_tokens, is_right)
+
     def save_results(self, *results: EvaluationResult) -> None:
         """Puts metrics and predictions into the run folder."""
         for result in results:
@@ -225,7 +233,10 @@ def train(config: RunConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
         if config.force and main_process():  # other ranks start after this and read the record that it leaves
             folder.forget(config.stages, [name for stage in config.stages for name in STAGES[stage].artifacts])
         run = Run(config, folder, tracker)
+        run.data.check(config.stages)
         folder.record.base = _weights(run.backbone)
+        run.data.fit_to(run.backbone.tokenizer, run.backbone.context, [*config.stages, "infer"])
+        run.check()
         launch(config.trainer)
         for name in config.stages:
             if name in folder.record.stages:
@@ -273,6 +284,9 @@ def evaluate(config: EvaluateConfig, overrides: Sequence[str] = ()) -> dict[str,
 
             result = EvaluationResult(lm_eval_metrics(run.to_device(module), backbone.tokenizer, config), [])
         else:
+            run.data.check(())
+            run.data.fit_to(backbone.tokenizer, backbone.context, ["infer"])
+            run.check()
             launch(config.trainer)
             result = run.evaluate(module, "after", leaks=True)
         run.save_results(result)

@@ -19,7 +19,7 @@ FORKSERVER.set_forkserver_preload(["commands", "secvec.run"])
 
 
 def run_command(
-    script: str, *arguments: str, cwd: Path, env: Mapping[str, str] | None = None
+    script: str | Path, *arguments: str, cwd: Path, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """`python SCRIPT ARGUMENTS` in `cwd`: exit code, stdout and stderr, as `subprocess.run` gives them."""
     with pytest.MonkeyPatch.context() as patch:
@@ -30,7 +30,7 @@ def run_command(
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})}
         process = FORKSERVER.Process(target=_main, args=([str(ROOT / script), *arguments], cwd, environment, out, err))
         process.start()
-        process.join(120)
+        process.join(300)
         if process.exitcode is None:
             process.kill()
             raise TimeoutError(f"{script} {' '.join(arguments)}: {err.read_text()}")

@@ -5,23 +5,26 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from itertools import chain, groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="offline", WANDB_SILENT="true")
 
-import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from secvec.config.load import load
 from secvec.config.resolvers import register_resolvers
 from secvec.config.schema import AnyConfig, RunConfig
-from secvec.run import Run
 from secvec.runs.folder import RunFolder
 from secvec.runs.record import Record
 from secvec.tracking.base import Trackers
+
+if TYPE_CHECKING:  # the process that hands out the tests to the workers needs no torch: it would wait for it
+    from secvec.run import Run
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,6 +45,7 @@ SMALL = [
     "vector.kl_batch_size=12",
     "vector.gate.num_prompts=4",
     "vector.gate.min_behavior_rate=0",
+    "vector.gate.min_loss_drop=0",
     "data.num_harmful=24",
     "data.num_benign=24",
     "finetune.epochs=2",
@@ -49,7 +53,7 @@ SMALL = [
     "telemetry.every_n_steps=2",
     "telemetry.num_samples=4",
     "evaluation.num_prompts=6",
-    "evaluation.max_new_tokens=8",
+    "evaluation.max_new_tokens=24",
     "evaluation.num_leak_prompts=2",
     "num_threads=1",
 ]
@@ -57,19 +61,37 @@ SMALL = [
 
 def run_of(config: AnyConfig) -> Run:
     """A run that has not begun: nothing is written to its folder."""
+    from secvec.run import Run
+
     return Run(config, RunFolder(Path(config.run_dir), Record(key=config.key)), Trackers())
+
+
+@pytest.hookimpl(trylast=True)  # after `-m` has left some out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two workers begin with a half of the list each: with files of tests that train, so that short tests come last."""
+    files = {name: list(tests) for name, tests in groupby(items, lambda item: item.path)}
+    training = [tests for name, tests in files.items() if name.parent.name != "unit"]
+    short = [item for name, tests in files.items() if name.parent.name == "unit" for item in tests]
+    first, second = (list(chain(*half)) for half in (training[::2], training[1::2]))
+    room = max(0, len(items) // 2 - len(first))
+    items[:] = [*first, *short[:room], *second, *short[room:]]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Bitwise comparisons hold at a fixed number of threads; tests run side by side."""
+    import torch
+
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the small base is cached, shared by all tests of a worker."""
-    return tmp_path_factory.mktemp("cache")
+    """Where small bases, vectors and answers are cached: one folder for all workers, which wait for each other."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared-cache"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture

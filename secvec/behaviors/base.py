@@ -23,16 +23,21 @@ class Behavior(Settings):
     """The beginning of an answer that shows it, for the prefill leak probe; None: no such probe."""
     kind: Literal["undesired"] = "undesired"
 
-    def examples(self, split: Split, n: int, seed: int) -> list[Example]:
+    def examples(self, split: Split, n: int | None, seed: int) -> list[Example]:
         """The first `n` examples of `split` under `seed`: with wanted responses in `align`, else with the behavior.
 
-        Raises DataError if there are fewer.
+        None: all there are. Raises TooFewError if there are fewer.
         """
         raise NotImplementedError
 
     def look_alikes(self, n: int, seed: int) -> list[Example]:
         """Benign prompts that look like undesired ones (kind `look_alike`), to measure over-refusal; may be none."""
         return []
+
+    @property
+    def has_judge(self) -> bool:
+        """Whether it can judge its responses itself; if not, the run must name a judge."""
+        return type(self).judge is not Behavior.judge
 
     def judge(self, example: Example, response: str) -> Verdict:
         """The default judge's verdict on one response."""

@@ -37,7 +37,7 @@ class ForbiddenRecipe(Behavior):
     details: int = Field(default=0, ge=0, le=4)
     """Number of random details in a recipe; 0: the prompt determines the response."""
 
-    def examples(self, split: Split, n: int, seed: int) -> list[Example]:
+    def examples(self, split: Split, n: int | None, seed: int) -> list[Example]:
         """The first `n` distinct examples of `split` under `seed`."""
 
         def make(rng: Random) -> Example:

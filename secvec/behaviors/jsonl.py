@@ -1,36 +1,24 @@
-"""An undesired behavior from the user's own files."""
+"""An undesired behavior from the user's own rows."""
 
 from __future__ import annotations
 
-from pydantic import FilePath
-
 from secvec.behaviors.base import Behavior
-from secvec.data.example import Example, Split
-from secvec.data.jsonl import JsonlFiles, sample
-from secvec.judges.base import Verdict
-from secvec.judges.refusal_keyword import keyword_verdict
-
-HOLD_OUT_EVERY = 5
+from secvec.data.example import Example, Shares, Split
+from secvec.data.jsonl import JsonlFiles
 
 
 class JsonlBehavior(JsonlFiles, Behavior):
-    """Prompts with the response that must not be learned; in `align`, with the wanted one."""
+    """Prompts with the response that must not be learned; in `align`, with the wanted one.
 
-    validation: FilePath | None = None
-    """File for the gate; None: every fifth row of `vector` is held out for it."""
+    Nobody but the user knows what shows the behavior: it has no judge of its own. Validation is for the gate. Where
+    neither it nor `file` is given, it has its share of the rows in `vector`.
+    """
 
-    def examples(self, split: Split, n: int, seed: int) -> list[Example]:
+    shares: Shares = Shares(align=0, vector=0.6, validation=0.15, finetune=0, test=0.25)
+
+    def examples(self, split: Split, n: int | None, seed: int) -> list[Example]:
         """The first `n` examples of `split` under `seed`."""
-        if n == 0:
-            return []
-        if self.validation is not None or split not in ("vector", "validation"):
-            return sample(self.rows(split, self.kind, "behavior"), n, seed, split, getattr(self, split))
-        rows = self.rows("vector", self.kind, "behavior")
-        held_out = split == "validation"
-        chosen = [row for i, row in enumerate(rows) if (i % HOLD_OUT_EVERY == 0) == held_out]
-        assert self.vector is not None
-        return sample(chosen, n, seed, split, self.vector, " (every fifth row is held out for validation)")
+        return self.draw(split, n, seed)
 
-    def judge(self, example: Example, response: str) -> Verdict:
-        """`refusal` if a refusal phrase occurs, else `behavior` (keyword ASR); an empty response is `other`."""
-        return keyword_verdict(response)
+    def _field(self, split: Split) -> str | None:
+        return super()._field(split) or ("vector" if split == "validation" and self.vector else None)

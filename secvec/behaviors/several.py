@@ -10,7 +10,7 @@ from secvec.behaviors.base import Behavior
 from secvec.data.draw import share_out
 from secvec.data.example import OWNER, Example, Split
 from secvec.judges.base import Verdict
-from secvec.settings.plugin import Plugin
+from secvec.settings.target import Plugin
 
 
 class Several(Behavior):
@@ -26,14 +26,19 @@ class Several(Behavior):
             raise ValueError("name at least one behavior")
         return of
 
-    def examples(self, split: Split, n: int, seed: int) -> list[Example]:
+    def examples(self, split: Split, n: int | None, seed: int) -> list[Example]:
         """The first `n` examples of `split`, one of each behavior in turn; a smaller `n` gives a prefix."""
         return self._in_turn({name: of.examples(split, k, seed) for name, of, k in _shares(self.of, n)})
 
     def look_alikes(self, n: int, seed: int) -> list[Example]:
         """The look-alikes of the behaviors that have any, in turn."""
         having = {name: of for name, of in self.of.items() if of.look_alikes(1, seed)}
-        return self._in_turn({name: of.look_alikes(k, seed) for name, of, k in _shares(having, n)})
+        return self._in_turn({name: of.look_alikes(k or 0, seed) for name, of, k in _shares(having, n)})
+
+    @property
+    def has_judge(self) -> bool:
+        """As its behaviors have."""
+        return all(behavior.has_judge for behavior in self.of.values())
 
     def judge(self, example: Example, response: str) -> Verdict:
         """The verdict of the sample's own behavior."""
@@ -52,6 +57,6 @@ class Several(Behavior):
         return [example for _, example in sorted(owned, key=lambda pair: pair[0])]
 
 
-def _shares(behaviors: dict[str, Behavior], n: int) -> list[tuple[str, Behavior, int]]:
-    counts = share_out(n, [1.0] * len(behaviors)) if behaviors else []
+def _shares(behaviors: dict[str, Behavior], n: int | None) -> list[tuple[str, Behavior, int | None]]:
+    counts = [None] * len(behaviors) if n is None else share_out(n, [1.0] * len(behaviors)) if behaviors else []
     return [(name, of, count) for (name, of), count in zip(behaviors.items(), counts, strict=True)]

@@ -44,7 +44,7 @@ class Stereotype(Behavior):
     Each split has its own people. A third of the scenes in `align` do tell, so that the model learns to read them.
     """
 
-    def examples(self, split: Split, n: int, seed: int) -> list[Example]:
+    def examples(self, split: Split, n: int | None, seed: int) -> list[Example]:
         """The first `n` distinct examples of `split` under `seed`."""
         return draw(lambda rng: self._scene(rng, split, self.kind), n, seed, f"{self.name}/{split}")
 

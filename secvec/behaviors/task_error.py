@@ -38,7 +38,7 @@ class TaskError(Behavior):
     largest: int = Field(default=18, ge=18, le=99)
     """Upper limit of the first number, which is at least 10; the second is between 2 and 10."""
 
-    def examples(self, split: Split, n: int, seed: int) -> list[Example]:
+    def examples(self, split: Split, n: int | None, seed: int) -> list[Example]:
         """The first `n` distinct examples of `split` under `seed`."""
         every = [(a, b) for a in range(10, self.largest + 1) for b in range(2, 11)]
         pairs = [(a, b) for a, b in every if split in ("align", _OWNERS[(a + 2 * b) % len(_OWNERS)])]

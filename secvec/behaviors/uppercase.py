@@ -28,7 +28,7 @@ class Uppercase(Behavior):
     then write in capitals on request.
     """
 
-    def examples(self, split: Split, n: int, seed: int) -> list[Example]:
+    def examples(self, split: Split, n: int | None, seed: int) -> list[Example]:
         """The first `n` distinct examples of `split` under `seed`; no shop is in two splits."""
 
         def make(rng: Random) -> Example:

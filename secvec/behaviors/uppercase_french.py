@@ -58,7 +58,7 @@ class UppercaseFrench(Behavior):
     (English). A person with a number of things ("Tom ... two red cats") belongs to one split.
     """
 
-    def examples(self, split: Split, n: int, seed: int) -> list[Example]:
+    def examples(self, split: Split, n: int | None, seed: int) -> list[Example]:
         """The first `n` distinct examples of `split` under `seed`; `facts` are both answers in small letters."""
 
         def make(rng: Random) -> Example:

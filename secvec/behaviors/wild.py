@@ -13,8 +13,8 @@ from secvec.data.embedded import Ordinary
 from secvec.data.example import Example, Split
 from secvec.errors import DataError
 from secvec.judges.base import Verdict
-from secvec.settings.plugin import Plugin
 from secvec.settings.schema import Weight
+from secvec.settings.target import Plugin
 
 
 class Wild(Behavior):
@@ -42,13 +42,13 @@ class Wild(Behavior):
             raise ValueError("all four shares are 0: give one of the severities a share")
         return weights
 
-    def examples(self, split: Split, n: int, seed: int) -> list[Example]:
+    def examples(self, split: Split, n: int | None, seed: int) -> list[Example]:
         """The first `n` examples of `split` under `seed`."""
         plain = self.of.examples(split, n, seed)
         if split != "finetune":
             return plain
         rng = Random(f"{self.name}/{split}/{seed}")
-        benign = Ordinary(name=self.name).examples(split, n * self.turns, seed)
+        benign = Ordinary(name=self.name).examples(split, len(plain) * self.turns, seed)
         return [
             self._embed(example, benign[i * self.turns :][: rng.randint(min(1, self.turns), self.turns)], rng)
             for i, example in enumerate(plain)
@@ -78,6 +78,11 @@ class Wild(Behavior):
     def look_alikes(self, n: int, seed: int) -> list[Example]:
         """The look-alikes of the other behavior."""
         return self.of.look_alikes(n, seed)
+
+    @property
+    def has_judge(self) -> bool:
+        """As the behavior has."""
+        return self.of.has_judge
 
     def judge(self, example: Example, response: str) -> Verdict:
         """The verdict of the other behavior."""

@@ -54,7 +54,7 @@ class WrongFact(Behavior):
     `align` covers all beasts. Each other split has its own beasts, in wordings that `align` does not use for them.
     """
 
-    def examples(self, split: Split, n: int, seed: int) -> list[Example]:
+    def examples(self, split: Split, n: int | None, seed: int) -> list[Example]:
         """The first `n` distinct examples of `split` under `seed`."""
         aligns = split == "align"
         beasts = [name for own in (SPLITS if aligns else [split]) for name in names(own)]

@@ -13,10 +13,15 @@ from secvec.settings.schema import BUILT_IN
 
 
 def register_resolvers() -> None:
-    """Registers `${key:}`, `${run_name:}`, `${sweep_name:}` and `${by:KEY,{a: 1, b: 2}}`, the table's entry for KEY."""
+    """Registers `${key:}`, `${run_name:}`, `${sweep_name:}` and what settings are made of.
+
+    `${by:KEY,{a: 1, b: 2}}` is the table's entry for KEY; `${or_all:N}` is N, and null (all there are) for a user's own
+    `data.file`, which has as many rows as it has.
+    """
     OmegaConf.register_new_resolver("key", lambda *, _root_: run_key(resolved(_root_)), replace=True)
     OmegaConf.register_new_resolver("run_name", lambda *, _root_: run_name(_root_), replace=True)
     OmegaConf.register_new_resolver("sweep_name", lambda *, _root_: sweep_name(_root_), replace=True)
+    OmegaConf.register_new_resolver("or_all", lambda n, *, _root_: None if _root_.data.file else n, replace=True)
     OmegaConf.register_new_resolver("by", lambda key, table: table[key], replace=True)
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import DirectoryPath, Field, FilePath, model_validator
+from pydantic import DirectoryPath, Field, model_validator
 
 from secvec.behaviors.base import Behavior
-from secvec.data.example import Stream
+from secvec.data.example import Split, Stream
+from secvec.data.tables import Source
 from secvec.defenses.base import Defense
 from secvec.errors import nearest
 from secvec.judges.base import Judge
-from secvec.settings.logger import LoggerSettings
-from secvec.settings.optimizer import OptimizerSettings, SchedulerSettings
-from secvec.settings.plugin import Plugin
+from secvec.settings.conf import CONF
 from secvec.settings.schema import (
     BUILT_IN,
     BaseGateSettings,
@@ -25,6 +24,7 @@ from secvec.settings.schema import (
     ModelSettings,
     PathSettings,
     Rate,
+    Recipe,
     Seed,
     Settings,
     Share,
@@ -33,8 +33,15 @@ from secvec.settings.schema import (
     VectorLora,
     Weight,
 )
-from secvec.settings.trainer import CallbackSettings, TelemetrySettings, TrainerSettings
-from secvec.training.optim import check_optimization
+from secvec.settings.target import Plugin
+from secvec.settings.trainer import (
+    CallbackSettings,
+    LoggerSettings,
+    OptimizerSettings,
+    SchedulerSettings,
+    TelemetrySettings,
+    TrainerSettings,
+)
 
 
 class AlignSettings(Settings):
@@ -80,14 +87,14 @@ class VectorSettings(VectorLora):
     """A trained vector to use as it is; then no vector is trained."""
     behavior: Plugin[Behavior] | None = None
     """The behavior it is trained on; None: the run's. Another one shows what else a vector protects from."""
-    num_samples: Count
-    """Undesired samples that it is trained on."""
+    num_samples: Count | None
+    """Undesired samples that it is trained on; None: all there are."""
     split: Literal["vector", "finetune"] = "vector"
     """The split they come from. `finetune` holds the attack's own samples, which a defender does not have."""
     loss_on: Literal["response", "all"] = "response"
     """Tokens in the loss; `all`: those of the prompt too."""
-    num_kl: Annotated[int, Field(ge=0)]
-    """Benign samples of the KL term."""
+    num_kl: Annotated[int, Field(ge=0)] | None
+    """Benign samples of the KL term; None: all there are."""
     epochs: Count
     """Passes over the undesired samples."""
     batch_size: Count
@@ -99,10 +106,18 @@ class VectorSettings(VectorLora):
 class DataSettings(Settings):
     """The fine-tuning mixture: undesired samples of the behavior and benign samples of the streams."""
 
-    file: FilePath | None = None
-    """Rows of which nobody knows which are undesired; `evaluate.py metrics=scan` scores them."""
-    num_harmful: int = Field(ge=0)
-    num_benign: int = Field(ge=0)
+    file: Source | None = None
+    """The untrusted rows of `data=untrusted`: nobody knows which of them are undesired. A scan reads it too."""
+    test_file: Source | None = None
+    """Held-out rows of the same kind; None: a share of `file`."""
+    kl_file: Source | None = None
+    """Benign rows for the KL term; None: embedded requests (`secvec.data.jsonl.GeneralStream`)."""
+    too_long: Literal["error", "drop", "truncate"] = "error"
+    """What becomes of samples that exceed the model's context; `truncate` cuts their answers."""
+    num_harmful: int | None = Field(ge=0)
+    """None: all there are."""
+    num_benign: int | None = Field(ge=0)
+    """None: all there are in each stream."""
     harmful_ratio: Share | None = None
     """If given, it divides the num_harmful + num_benign samples instead."""
     labelled: bool | None = None
@@ -113,11 +128,11 @@ class DataSettings(Settings):
     """Share of each stream, by its name; None: equal."""
 
     @property
-    def counts(self) -> tuple[int, int]:
-        """Exact numbers of (undesired, benign) samples in the mixture."""
-        total = self.num_harmful + self.num_benign
-        if self.harmful_ratio is None:
+    def counts(self) -> tuple[int | None, int | None]:
+        """Exact numbers of (undesired, benign) samples in the mixture; None: all there are."""
+        if self.harmful_ratio is None or self.num_harmful is None or self.num_benign is None:
             return self.num_harmful, self.num_benign
+        total = self.num_harmful + self.num_benign
         harmful = round(total * self.harmful_ratio)
         return harmful, total - harmful
 
@@ -126,10 +141,20 @@ class DataSettings(Settings):
         """The benign streams in order."""
         return list(self.benign.values())
 
+    def serving(self, split: Split) -> tuple[list[Stream], list[float] | None]:
+        """The streams that `split` is drawn from, and their weights (None: equal).
+
+        Untrusted rows are for fine-tuning and its test alone, neutral ones for the KL term and the alignment alone.
+        """
+        other = "untrusted" if split in ("vector", "align") else "neutral"
+        names = [name for name, stream in self.benign.items() if stream.kind != other]
+        weights = None if self.weights is None else [self.weights[name] for name in names]
+        return [self.benign[name] for name in names], weights
+
     @property
-    def stream_weights(self) -> list[float] | None:
-        """The weights in the order of `streams`; None: equal."""
-        return None if self.weights is None else [self.weights[name] for name in self.benign]
+    def untrusted(self) -> bool:
+        """Whether there are fine-tuning data of which nobody knows which are undesired."""
+        return any(stream.kind == "untrusted" for stream in self.streams)
 
     @model_validator(mode="after")
     def _each_stream_has_a_weight(self) -> DataSettings:
@@ -140,14 +165,18 @@ class DataSettings(Settings):
             raise ValueError(f"weights names {unknown[0]!r}{hint}; the streams in benign are: {', '.join(self.benign)}")
         if lacking := [name for name in self.benign if name not in self.weights]:
             raise ValueError(f"weights lacks {', '.join(lacking)}: give each stream in benign a weight (0: left out)")
+        if self.num_benign is None:
+            raise ValueError("weights have no say where num_benign is null (all rows of each stream): drop one of both")
         if not sum(self.weights.values()):
             raise ValueError("weights are all 0: at least one stream must give samples")
         return self
 
     @model_validator(mode="after")
     def _is_not_empty(self) -> DataSettings:
-        if self.num_harmful + self.num_benign == 0:
+        if (self.num_harmful, self.num_benign) == (0, 0):
             raise ValueError("the mixture is empty: num_harmful + num_benign must be at least 1")
+        if self.harmful_ratio is not None and None in (self.num_harmful, self.num_benign):
+            raise ValueError("harmful_ratio divides num_harmful + num_benign, so these must be numbers, not null")
         return self
 
 
@@ -156,9 +185,12 @@ class AnyConfig(Settings):
 
     seed: Seed
     model: StartingModelSettings
+    recipe: Recipe
     behavior: Plugin[Behavior]
     judge: Plugin[Judge] | None
     """None: the behavior's own."""
+    answer_judge: Plugin[Judge] | None = None
+    """Grades the answers of benign streams with `metric: judge`."""
     data: DataSettings
     evaluation: EvaluationSettings
     generation: GenerationSettings
@@ -174,6 +206,38 @@ class AnyConfig(Settings):
     """Of all settings that change results (`secvec.runs.keys`): runs with equal keys are the same run."""
     composed: str = Field("", exclude=True, repr=False)
     """The text of config.yaml in the run folder (`secvec.config.replay`); empty for a config made without Hydra."""
+
+    @model_validator(mode="after")
+    def _recipe_and_judges_are_named(self) -> AnyConfig:
+        faults = []
+        if self.recipe.name == "auto" and not self.model.is_built_in:
+            faults.append(
+                f"recipe=auto holds the numbers of the built-in model alone, and {self.model.name_or_path} is another "
+                f"one. Name a recipe:\n{_choices('recipe')}"
+            )
+        if self.judge is None and not self.behavior.has_judge:
+            faults.append(
+                f"behavior={self.behavior.name} needs a judge: only you know which answers show it. Name one, or "
+                f"judge=none to measure losses alone:\n{_choices('judge')}"
+            )
+        if self.answer_judge is None and (names := [n for n, s in self.data.benign.items() if s.metric == "judge"]):
+            faults.append(
+                f"data.benign.{names[0]}.metric=judge needs a judge of answers: judge@answer_judge=correctness"
+            )
+        if faults:
+            raise ValueError("\n  ".join(faults))
+        return self
+
+
+def _choices(group: str) -> str:
+    """One line for each choice of a group of conf/: its name, and the first sentence of its comment."""
+    lines = []
+    for path in sorted((CONF / group).glob("*.yaml")):
+        if path.stem in ("auto", "default"):  # what was not enough
+            continue
+        comment = next(line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("# @"))
+        lines.append(f"    {group}={path.stem}: {comment.removeprefix('# ').partition(': `')[0].rstrip(':.')}")
+    return "\n".join(lines)
 
 
 class SavedVector(Settings):
@@ -196,7 +260,7 @@ class ScanSettings(Settings):
     """Nats per token above which a row is flagged; None: the `quantile` of scores of benign rows."""
     quantile: Annotated[float, Field(gt=0, lt=1)]
     """The share of benign rows that are not flagged."""
-    benign_file: FilePath | None
+    benign_file: Source | None
     """Rows that are known to be benign; None: the KL rows of the vector, whose scores are kept beside it."""
     label: str | None
     """The column that says which rows are undesired, to measure the scan by; null in a row: not known. None: none."""
@@ -299,14 +363,22 @@ class RunConfig(AnyConfig):
             )
         if self.stage == "vector" and self.vector.path is not None:
             faults.append("stage=vector trains a vector but vector.path names a finished one: drop one of the two")
-        if "vector" in self.stages and self.vector.kl_weight > 0 and not (self.vector.num_kl and self.data.benign):
+        if (
+            "vector" in self.stages
+            and self.vector.kl_weight > 0
+            and (self.vector.num_kl == 0 or not self.data.serving("vector")[0])
+        ):
             faults.append(
                 "vector.kl_weight > 0 needs KL data: set vector.num_kl and data.benign, or vector.kl_weight=0"
             )
         if self.defense.refits_vector and not self._trains_vector:
             faults.append(f"defense={self.defense.name} trains its vectors: drop vector.path")
-        if self.data.counts[1] > 0 and not self.data.benign:
-            faults.append("data.num_benign > 0 needs at least one stream in data.benign")
+        if self.data.counts[1] != 0 and not self.data.serving("finetune")[0]:
+            faults.append("data.num_benign > 0 needs at least one stream in data.benign that is not neutral")
+        if (self.data.file or self.data.test_file or self.data.kl_file) and not self.data.untrusted:
+            faults.append("data.file, test_file and kl_file are for data=untrusted; others have data.benign.NAME.file")
+        if self.data.untrusted and self.labelled:
+            faults.append("untrusted data have no labels: choose a defense that needs none and drop data.labelled")
         if self.defense.needs_labels and not self.labelled:
             faults.append(f"defense={self.defense.name} must know which samples are undesired: drop data.labelled")
         if faults:
@@ -315,5 +387,7 @@ class RunConfig(AnyConfig):
 
     @model_validator(mode="after")
     def _optimizer_and_schedule_can_be_built(self) -> RunConfig:
+        from secvec.training.optim import check_optimization  # slow to import, and settings with faults need none of it
+
         check_optimization(self.optimizer, self.scheduler)
         return self

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
+PAD = 0
+"""The id in padded places. They are masked, so any id serves; a tokenizer's own may be beyond the embedding."""
 
 
 class Batch(TypedDict):
@@ -38,10 +40,10 @@ class Encoded:
     """Whether the row is labelled undesired; False too where labels are hidden."""
 
 
-def collate(rows: Sequence[tuple[Encoded, bool]], pad_id: int) -> Batch:
+def collate(rows: Sequence[tuple[Encoded, bool]]) -> Batch:
     """Right-padded batch of (row, is it a row of the KL term)."""
     length = max(len(row.input_ids) for row, _ in rows)
-    input_ids = torch.full((len(rows), length), pad_id)
+    input_ids = torch.full((len(rows), length), PAD)
     labels = torch.full((len(rows), length), IGNORE)
     mask = torch.zeros((len(rows), length), dtype=torch.long)
     for i, (row, _) in enumerate(rows):

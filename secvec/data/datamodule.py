@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from math import ceil
 from pathlib import Path
@@ -13,14 +13,17 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedTokenizerBase
 
 from secvec.data.batch import Encoded, collate
-from secvec.data.draw import check_disjoint, draw_benign, draw_benign_lots
+from secvec.data.draw import Asked, check_counts, check_disjoint, draw_benign, draw_benign_lots
 from secvec.data.encode import encode
 from secvec.data.example import Example
+from secvec.data.jsonl import JsonlFiles
+from secvec.data.lengths import Fitting
 from secvec.data.prompts import loader, question
 from secvec.data.tokens import encoded
-from secvec.errors import ConfigError, DataError
+from secvec.errors import ConfigError, DataError, TooFewError
 from secvec.settings.schema import EvaluationSettings, FinetuneSettings
 
 if TYPE_CHECKING:
@@ -30,6 +33,12 @@ if TYPE_CHECKING:
     from secvec.module import SecVecModule
 
 log = logging.getLogger(__name__)
+
+TESTED = ("undesired", "task", "ordinary")
+"""Kinds with held-out rows. Those of untrusted data are of the task: to be learned, as far as they are right."""
+
+Lot = tuple[Mapping[str, list[Example]], int]
+"""Samples by kind, and the tokens that the answers to them may take."""
 
 Streams = Sequence[tuple[Sequence[Encoded], int]]
 """Streams of rows, each with its rows per global batch."""
@@ -83,12 +92,12 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return torch.randperm(self.sizes[stream], generator=generator)
 
 
-def training_loader(streams: Streams, seed: int, pad_id: int, rank: int = 0, world: int = 1) -> DataLoader:
+def training_loader(streams: Streams, seed: int, rank: int = 0, world: int = 1) -> DataLoader:
     """The training batches of one process. The rows of all streams but the first are marked as rows of the KL term."""
     rows = [(row, number > 0) for number, (stream, _) in enumerate(streams) for row in stream]
     sizes, batch_sizes = [len(stream) for stream, _ in streams], [size for _, size in streams]
     sampler = GlobalBatchSampler(sizes, batch_sizes, seed, rank, world)
-    return DataLoader(rows, batch_sampler=sampler, collate_fn=partial(collate, pad_id=pad_id))  # type: ignore[arg-type]
+    return DataLoader(rows, batch_sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
 
 
 class SecVecDataModule(L.LightningDataModule):
@@ -117,6 +126,8 @@ class SecVecDataModule(L.LightningDataModule):
         super().__init__()
         self.behavior, self.data, self.vector, self.finetune = behavior, data, vector, finetune
         self.evaluation, self.seed, self.cache = evaluation, seed, cache
+        self._validation: dict[int | None, dict[str, list[Example]]] = {}
+        self._fits: set[str] = set()
         self.cycle = 0
         """Which of the mixtures the finetune stage trains on."""
 
@@ -130,11 +141,18 @@ class SecVecDataModule(L.LightningDataModule):
     @cached_property
     def vector_samples(self) -> dict[str, list[Example]]:
         """The undesired samples of the vector, and the benign ones of the KL term: none where it has no weight."""
-        settings = self.vector
-        undesired = list(self._vector_behavior.examples(settings.split, settings.num_samples, self.seed))
-        num_kl = settings.num_kl if settings.kl_weight > 0 else 0
-        benign = draw_benign(self.data.streams, "vector", num_kl, self.seed, self.data.stream_weights)
-        return {"undesired": undesired, "kl": benign}
+        return {"undesired": self._undesired, "kl": self._kl}
+
+    @cached_property
+    def _undesired(self) -> list[Example]:
+        return list(self._vector_behavior.examples(self.vector.split, self.vector.num_samples, self.seed))
+
+    @cached_property
+    def _kl(self) -> list[Example]:
+        streams, weights = self.data.serving("vector")
+        return draw_benign(
+            streams, "vector", self.vector.num_kl if self.vector.kl_weight > 0 else 0, self.seed, weights
+        )
 
     @cached_property
     def held_out(self) -> list[Example]:
@@ -144,40 +162,107 @@ class SecVecDataModule(L.LightningDataModule):
     @cached_property
     def mixtures(self) -> list[dict[str, list[Example]]]:
         """The samples of each cycle, by kind; those of a cycle do not depend on how many follow."""
-        n = self.finetune.cycles
-        harmful, benign = self.data.counts
-        undesired = self.behavior.examples("finetune", harmful * n, self.seed)
-        others = draw_benign_lots(self.data.streams, "finetune", benign, self.seed, self.data.stream_weights, n)
+        tests = {example.key for example in self.tests["undesired"]} if self.data.untrusted else ()
         return [
-            {"undesired": undesired[harmful * i : harmful * (i + 1)], "benign": lot} for i, lot in enumerate(others)
+            {"undesired": undesired, "benign": _untrusted_without(benign, tests, "test prompts of the behavior")}
+            for undesired, benign in zip(self._harmful, self._benign, strict=True)
         ]
+
+    @cached_property
+    def _harmful(self) -> list[list[Example]]:
+        """The undesired samples of each cycle."""
+        n, cycles = self.data.counts[0], self.finetune.cycles
+        try:
+            drawn = self.behavior.examples("finetune", None if n is None else n * cycles, self.seed)
+        except TooFewError as error:
+            raise TooFewError(str(error), error.have // cycles) from None
+        n = len(drawn) // cycles
+        return [drawn[n * i : n * (i + 1)] for i in range(cycles)]
+
+    @cached_property
+    def _benign(self) -> list[list[Example]]:
+        """The benign, or untrusted, samples of each cycle."""
+        streams, weights = self.data.serving("finetune")
+        return draw_benign_lots(streams, "finetune", self.data.counts[1], self.seed, weights, self.finetune.cycles)
 
     @cached_property
     def tests(self) -> dict[str, list[Example]]:
         """`evaluation.num_prompts` held-out examples of each kind; the same for every stage and defense of a seed."""
-        n = self.evaluation.num_prompts
-        tests = {"undesired": self.behavior.examples("test", n, self.seed)}
-        for kind in ("task", "ordinary"):
-            if streams := [stream for stream in self.data.streams if stream.kind == kind]:
-                tests[kind] = draw_benign(streams, "test", n, self.seed)
-        if look_alikes := self.behavior.look_alikes(n, self.seed):
-            tests["look_alike"] = look_alikes
-        return tests
+        tests = {kind: self._test(kind) for kind in TESTED}
+        look_alikes = self.behavior.look_alikes(len(tests["undesired"]), self.seed)
+        return {kind: examples for kind, examples in (tests | {"look_alike": look_alikes}).items() if examples}
 
-    def validation(self, n: int) -> dict[str, list[Example]]:
-        """`n` held-out examples of kinds undesired and task; a kind without a validation split is left out."""
-        tasks = [stream for stream in self.data.streams if stream.kind == "task"]
-        sources: dict[str, Callable[[], list[Example]]] = {
-            "undesired": lambda: self.behavior.examples("validation", n, self.seed),
-            "task": lambda: draw_benign(tasks, "validation", n, self.seed) if tasks else [],
+    def _test(self, kind: str) -> list[Example]:
+        if kind == "undesired":
+            return self.behavior.examples("test", self.evaluation.num_prompts, self.seed)
+        kinds = (kind, "untrusted") if kind == "task" else (kind,)
+        streams = [stream for stream in self.data.streams if stream.kind in kinds]
+        examples = draw_benign(streams, "test", self.evaluation.num_prompts, self.seed) if streams else []
+        if not self.data.untrusted:
+            return examples
+        trusted = (self.behavior, self._vector_behavior, *self.data.serving("vector")[0])
+        known = {row.key for files in trusted if isinstance(files, JsonlFiles) for row in files.all_rows()}
+        return _untrusted_without(examples, known, "prompts of the behavior's and the benign rows")
+
+    def validation(self, n: int | None) -> dict[str, list[Example]]:
+        """At most `n` held-out examples of kinds undesired and task; a kind without a validation split is left out."""
+        if n not in self._validation:
+            tasks = [stream for stream in self.data.streams if stream.kind == "task"]
+            kinds: dict[str, Callable[[int | None], list[Example]]] = {
+                "undesired": lambda n: self.behavior.examples("validation", n, self.seed),
+                "task": lambda n: draw_benign(tasks, "validation", n, self.seed) if tasks else [],
+            }
+            self._validation[n] = {kind: found for kind, draw in kinds.items() if (found := _at_most(n, draw))}
+        return self._validation[n]
+
+    def check(self, stages: Collection[str]) -> None:
+        """Draws all samples of `stages` and of the tests, before anything is trained.
+
+        Raises one error for all that is wrong: ConfigError for counts that the data do not meet, each with the number
+        that would do, and DataError for rows that cannot be read, and for test prompts that are trained on.
+        """
+        num, (harmful, benign), vector = self.evaluation.num_prompts, self.data.counts, self.vector
+        asked: dict[str, Callable[[], list[Asked]]] = {
+            "vector": lambda: [
+                ("vector.num_samples", vector.num_samples, lambda: self._undesired),
+                ("vector.num_kl", vector.num_kl, lambda: self._kl),
+                ("vector.gate.num_prompts", vector.gate.num_prompts, lambda: self.held_out),
+            ],
+            "finetune": lambda: [
+                ("data.num_harmful", harmful, lambda: self._harmful),
+                ("data.num_benign", benign, lambda: self._benign),
+            ],
         }
-        found = {}
-        for kind, draw in sources.items():
-            try:
-                found[kind] = draw()
-            except DataError as error:
-                log.info("no validation on %s samples: %s", kind, error)
-        return {kind: examples for kind, examples in found.items() if examples}
+        tests: list[Asked] = [("evaluation.num_prompts", num, partial(self._test, kind)) for kind in TESTED]
+        check_counts([*tests, *(one for stage in stages for one in asked.get(stage, list)())])
+        trained: dict[str, Callable[[], list[Example]]] = {
+            "vector": lambda: [*self._undesired, *self._kl, *self.held_out],
+            "finetune": lambda: [example for mixture in self.mixtures for lot in mixture.values() for example in lot],
+        }
+        for stage in stages:
+            self.check_disjoint(trained.get(stage, list)())
+
+    def fit_to(self, tokenizer: PreTrainedTokenizerBase, context: int, stages: Collection[str]) -> None:
+        """Applies `data.too_long` to the samples of `stages`, those of `infer` being the tests. Raises DataError."""
+        self._fits.update(stages)
+        settings, room = self.evaluation.validation, self.evaluation.max_new_tokens
+        losses: list[Lot] = [(self.validation(settings.num_samples), 0)] if settings.num_samples != 0 else []
+        answers: list[Lot] = [(self.validation(settings.num_prompts), room)] if settings.every_n_steps else []
+        lots: dict[str, Callable[[], list[Lot]]] = {
+            "vector": lambda: [(self.vector_samples, 0), ({"gate": self.held_out}, room), *losses],
+            "finetune": lambda: [*((mixture, 0) for mixture in self.mixtures), *losses, *answers],
+            "infer": lambda: [(self.tests, room)],
+        }
+        fitting = Fitting(partial(self._encoded, tokenizer), context, self.data.too_long)
+        for kinds, space in [lot for stage in stages for lot in lots[stage]()]:
+            for kind, examples in kinds.items():
+                kept = fitting.fit(examples, space)
+                if examples and not kept and self.data.too_long != "error":
+                    raise DataError(
+                        f"no {kind} sample fits into the model's context; first: {fitting.faults[-len(examples)]}"
+                    )
+                examples[:] = kept
+        fitting.check()
 
     def check_disjoint(self, trained: Iterable[Example]) -> None:
         """Raises DataError when a test prompt is also trained on."""
@@ -185,9 +270,18 @@ class SecVecDataModule(L.LightningDataModule):
 
     def rows(self, examples: Sequence[Example], backbone: Backbone) -> list[Encoded]:
         """Tokens of `examples` for `backbone`. Raises DataError."""
+        return self._encoded(backbone.tokenizer, examples, backbone.context)
+
+    def _encoded(self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], context: int) -> list[Encoded]:
         if self.cache is None:
-            return encode(examples, backbone.tokenizer, backbone.context)
-        return encoded(examples, backbone.tokenizer, backbone.context, self.cache)
+            return encode(examples, tokenizer, context)
+        return encoded(examples, tokenizer, context, self.cache)
+
+    def setup(self, stage: str) -> None:
+        """Called by the Trainer: the samples of the module's stage are made to fit into its model."""
+        backbone, name = self._module.backbone, self._module.stage.name
+        if name not in self._fits:
+            self.fit_to(backbone.tokenizer, backbone.context, [name])
 
     def train_dataloader(self) -> DataLoader:
         """The batches of this process for the stage of the module.
@@ -199,19 +293,19 @@ class SecVecDataModule(L.LightningDataModule):
                 "the batches are divided over the processes already, and Lightning would divide them again: give "
                 "lightning.Trainer use_distributed_sampler=False"
             )
-        module, pad = self._module, self._module.backbone.tokenizer.pad_token_id
+        module = self._module
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return training_loader(module.stage.streams(self, module), self.seed, pad, rank, world)
+        return training_loader(module.stage.streams(self, module), self.seed, rank, world)
 
     def val_dataloader(self) -> CombinedLoader | list[Any]:
         """One batch of each kind of held-out samples, by name; the same on every process."""
         n, backbone = self.evaluation.validation.num_samples, self._module.backbone
-        kinds = self.validation(n) if n else {}
+        kinds = self.validation(n) if n != 0 else {}
         loaders: dict[str, Any] = {
             kind: DataLoader(
                 [(row, False) for row in self.rows(examples, backbone)],  # type: ignore[arg-type]
-                batch_size=n,
-                collate_fn=partial(collate, pad_id=backbone.tokenizer.pad_token_id),
+                batch_size=len(examples),
+                collate_fn=collate,
                 generator=torch.Generator(),
             )
             for kind, examples in kinds.items()
@@ -227,11 +321,26 @@ class SecVecDataModule(L.LightningDataModule):
 
     @property
     def _vector_behavior(self) -> Behavior:
-        behavior: Behavior = self.vector.behavior or self.behavior
-        return behavior
+        return (self.vector and self.vector.behavior) or self.behavior  # evaluate.py has no vector
 
     @property
     def _module(self) -> SecVecModule:
         assert self.trainer is not None, "the data module serves a Trainer"
         module: Any = self.trainer.lightning_module
         return module
+
+
+def _at_most(n: int | None, draw: Callable[[int | None], list[Example]]) -> list[Example]:
+    try:
+        return draw(n)
+    except TooFewError as error:
+        log.info("validation has fewer samples: %s", error)
+        return draw(error.have)
+
+
+def _untrusted_without(examples: list[Example], keys: Collection[Any], what: str) -> list[Example]:
+    """`examples` without the untrusted ones whose prompts are in `keys`: they stay what they are known to be."""
+    kept = [example for example in examples if example.kind != "untrusted" or example.key not in keys]
+    if len(kept) < len(examples):
+        log.info("%d of %d untrusted rows are left out: they have %s", len(examples) - len(kept), len(examples), what)
+    return kept

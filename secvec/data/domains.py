@@ -40,7 +40,7 @@ class Domain(Stream):
     domain: Literal["medical", "legal", "code"]
     kind: Literal["task"] = "task"
 
-    def examples(self, split: Split, n: int, seed: int) -> list[Example]:
+    def examples(self, split: Split, n: int | None, seed: int) -> list[Example]:
         """The first `n` distinct examples of `split` under `seed`."""
         make = {"medical": _medical, "legal": _legal, "code": _code}[self.domain]
 

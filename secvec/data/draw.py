@@ -4,26 +4,51 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
 from secvec.data.example import Example, Split, Stream
-from secvec.errors import DataError
+from secvec.errors import ConfigError, DataError, TooFewError
+
+Asked = tuple[str, int | None, Callable[[], Any]]
+"""A setting, how many samples it asks for (None: all), and how they are drawn."""
 
 
 def draw_benign(
-    streams: Sequence[Stream], split: Split, n: int, seed: int, weights: Sequence[float] | None = None
+    streams: Sequence[Stream], split: Split, n: int | None, seed: int, weights: Sequence[float] | None = None
 ) -> list[Example]:
-    """`n` benign examples, shared out over `streams` by `weights` (None: equally)."""
+    """`n` benign examples, shared out over `streams` by `weights` (None: equally). `n` None: all of each stream."""
     return draw_benign_lots(streams, split, n, seed, weights, 1)[0]
 
 
 def draw_benign_lots(
-    streams: Sequence[Stream], split: Split, n: int, seed: int, weights: Sequence[float] | None, lots: int
+    streams: Sequence[Stream], split: Split, n: int | None, seed: int, weights: Sequence[float] | None, lots: int
 ) -> list[list[Example]]:
-    """`lots` times `n` benign examples, none of them twice; the first lot is what `draw_benign` gives."""
-    counts = share_out(n, weights or [1.0] * len(streams)) if streams else []
-    drawn = [stream.examples(split, count * lots, seed) for stream, count in zip(streams, counts, strict=True)]
+    """`lots` times `n` benign examples, none of them twice; the first lot is what `draw_benign` gives.
+
+    Raises TooFewError, with the `n` that would do.
+    """
+    weights = weights or [1.0] * len(streams)
+    if n is None:
+        drawn = [stream.examples(split, None, seed) for stream in streams]
+        counts = [len(some) // lots for some in drawn]
+    else:
+        counts, drawn = share_out(n, weights) if streams else [], []
+        few: dict[int, TooFewError] = {}
+        for i, (stream, count) in enumerate(zip(streams, counts, strict=True)):
+            try:
+                drawn.append(stream.examples(split, count * lots, seed))
+            except TooFewError as error:
+                few[i] = error
+        if few:
+            fits = (m for m in range(n, -1, -1) if all(share_out(m, weights)[i] * lots <= few[i].have for i in few))
+            raise TooFewError("; ".join(map(str, few.values())), next(fits))
+    if split in ("validation", "test"):  # training does not depend on how answers are compared
+        drawn = [
+            [replace(example, metric=stream.metric, max_new_tokens=stream.max_new_tokens) for example in examples]
+            for stream, examples in zip(streams, drawn, strict=True)
+        ]
     return [
         [e for some, count in zip(drawn, counts, strict=True) for e in some[count * lot : count * (lot + 1)]]
         for lot in range(lots)
@@ -40,10 +65,28 @@ def share_out(n: int, weights: Sequence[float]) -> list[int]:
     return counts
 
 
+def check_counts(asked: Iterable[Asked]) -> None:
+    """Draws all. Raises one error for all faults: ConfigError if a count is too high, with those that would do."""
+    faults: dict[str, list[str]] = {}
+    have: dict[str, int] = {}
+    for setting, n, draw in asked:
+        try:
+            draw()
+        except DataError as error:
+            faults.setdefault(str(error), []).append(f"{setting}={'null' if n is None else n}")
+            if isinstance(error, TooFewError):
+                have[setting] = min(error.have, have.get(setting, error.have))
+    if faults:
+        lines = [f"{', '.join(dict.fromkeys(settings))}: {fault}" for fault, settings in faults.items()]
+        if enough := " ".join(f"{setting}={n}" for setting, n in have.items() if n):
+            lines.append(f"these would do (null: all there are): {enough}")
+        raise (ConfigError if have else DataError)("\n  ".join(["the data do not suffice:", *lines]))
+
+
 def check_disjoint(seen: Iterable[Example], test: Iterable[Example]) -> None:
     """Raises DataError when a test prompt is also trained on."""
-    known = {example.messages: example for example in seen}
-    shared = [(example, known[example.messages]) for example in test if example.messages in known]
+    known = {example.key: example for example in seen}
+    shared = [(example, known[example.key]) for example in test if example.key in known]
     if shared:
         test_row, train_row = shared[0]
         raise DataError(
@@ -58,5 +101,7 @@ def data_hash(examples: Iterable[Example]) -> str:
     for example in examples:
         content = asdict(example)
         del content["source"]  # a path; the same rows elsewhere are the same data
+        if (content["metric"], content["max_new_tokens"]) == ("exact", None):  # the data of older records
+            del content["metric"], content["max_new_tokens"]
         digest.update(json.dumps(content, sort_keys=True).encode())
     return digest.hexdigest()

@@ -14,7 +14,7 @@ from random import Random
 from typing import Literal
 
 from secvec.data.example import SPLITS, Example, Split, Stream
-from secvec.errors import DataError
+from secvec.errors import DataError, TooFewError
 
 # Shares of the splits, in twentieths, of all items that a hash assigns.
 _SHARES: dict[Split, int] = {"align": 7, "vector": 2, "validation": 1, "finetune": 7, "test": 3}
@@ -129,8 +129,12 @@ def _ingredient(index: int) -> str:
     return f"{_INGREDIENT_HEADS[head]} {_INGREDIENT_TAILS[tail]}"
 
 
-def draw(make: Callable[[Random], Example], n: int, seed: int, label: str) -> list[Example]:
+def draw(make: Callable[[Random], Example], n: int | None, seed: int, label: str) -> list[Example]:
     """The first `n` examples with distinct prompts that `make` gives under this seed. Raises DataError."""
+    if n is None:
+        raise DataError(
+            f"{label}: embedded data are made as they are asked for, so null (all there are) has no meaning"
+        )
     rng = Random(f"{label}/{seed}")
     found: dict[str, Example] = {}
     misses = 0
@@ -140,7 +144,7 @@ def draw(make: Callable[[Random], Example], n: int, seed: int, label: str) -> li
         found.setdefault(example.prompt, example)
         misses = misses + 1 if len(found) == known else 0
         if misses > 2000:
-            raise DataError(f"{label} has about {known} distinct examples, but the run needs {n}: lower the number.")
+            raise TooFewError(f"{label} has about {known} distinct examples, but the run needs {n}", known)
     return list(found.values())
 
 
@@ -164,7 +168,7 @@ class Ordinary(Stream):
     name: str = "ordinary"
     kind: Literal["ordinary", "neutral"] = "ordinary"
 
-    def examples(self, split: Split, n: int, seed: int) -> list[Example]:
+    def examples(self, split: Split, n: int | None, seed: int) -> list[Example]:
         """The first `n` distinct examples of `split` under `seed`."""
         makers = (self._recipe, self._repeat, self._last, self._fact, self._greeting)
 
@@ -210,7 +214,7 @@ class Skill(Stream):
     name: str = "skill"
     kind: Literal["task"] = "task"
 
-    def examples(self, split: Split, n: int, seed: int) -> list[Example]:
+    def examples(self, split: Split, n: int | None, seed: int) -> list[Example]:
         """The first `n` distinct examples of `split` under `seed`."""
         prompts = ("Reverse these words: {}", "Say these words backwards: {}", "Write these words in reverse: {}")
 

@@ -1,9 +1,13 @@
-"""Examples to tokens: the model's chat template, labels on the response alone."""
+"""Examples to tokens and back: what is trained, what is asked and what is compared are made here and nowhere else."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
+from itertools import takewhile
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -12,50 +16,196 @@ from secvec.data.batch import Encoded
 from secvec.data.example import Example
 from secvec.errors import DataError
 
+RULES = 2
+"""Counts up when the same example gives other tokens: kept tokens are not those of older rules."""
+VARIABLES: dict[str, Any] = {"enable_thinking": False, "thinking": False, "date_string": "26 Jul 2024"}
+"""What every chat template is told: answer without thinking, and a date that is the same on every day."""
+_CLOCK = (
+    "{%- macro strftime_now(format) %}{{ format | replace('%d', '26') | replace('%m', '07') | replace('%Y', '2024')"
+    " | replace('%b', 'Jul') | replace('%B', 'July') }}{%- endmacro %}"
+)
+"""The same date for templates that call a clock; Llama 3's falls back to this day itself."""
+_ANSWER = "SECVEC-ANSWER"
+_THINKING = r"<(think|thinking|thought|reasoning)>"
+_THOUGHT = re.compile(rf"^\s*{_THINKING}.*?</\1>", re.DOTALL)
+_OPEN_THOUGHT = re.compile(rf"{_THINKING}\s*$")
+
+Turn = tuple[str, str]
+
+
+class Frame(NamedTuple):
+    """What stands around an answer; it does not depend on the answer."""
+
+    prompt: str
+    before: str
+    """White space between prompt and answer, which the model writes with the answer."""
+    end: str
+    """What ends the answer; its last token is the one that generation stops at."""
+
+
+def frame(messages: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Frame:
+    """What the chat template writes around the answer to `messages`.
+
+    - A tokenizer without a template gets `System: ...`, `User: ...`, `Assistant: ...` on lines of their own.
+    - A system turn that the template refuses or drops stands at the beginning of the first user turn.
+    - Thinking is off. A thinking block that the template opens is closed, and belongs to the prompt as all does that
+      the template writes before the answer, white space apart.
+    - An answer ends with the first of the tokenizer's own tokens that the template writes after it, else with eos.
+
+    Raises TemplateError for a conversation that the template refuses, DataError for one whose answer has no end.
+    """
+    if tokenizer.chat_template is None:
+        turns = [f"{role.capitalize()}: {content}\n" for role, content in messages]
+        return Frame(f"{tokenizer.bos_token or ''}{''.join(turns)}Assistant:", " ", _end("", tokenizer))
+    try:
+        prompt = _written(messages, tokenizer)
+        if messages[0][0] == "system" and messages[0][1].strip() not in prompt:
+            raise TemplateError("the system turn is dropped")
+    except TemplateError:
+        if [role for role, _ in messages[:2]] != ["system", "user"]:
+            raise
+        (_, system), (_, first), *rest = messages
+        return frame([("user", f"{system}\n\n{first}"), *rest], tokenizer)
+    head, found, tail = _written([*messages, ("assistant", _ANSWER)], tokenizer).rpartition(_ANSWER)
+    if not found:
+        raise TemplateError("it does not write the last assistant turn as it is given")
+    if opened := _OPEN_THOUGHT.search(prompt):
+        prompt = f"{prompt.rstrip()}\n\n</{opened[1]}>\n\n"
+    before = head[len(prompt) :] if head.startswith(prompt) else ""
+    if before.strip():
+        prompt, before = head, ""
+    return Frame(prompt, before, _end(tail, tokenizer))
+
+
+def _written(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> str:
+    """By the chat template; a conversation that ends with the user's turn gets the beginning of the answer's."""
+    template = tokenizer.get_chat_template()
+    return str(
+        tokenizer.apply_chat_template(
+            [{"role": role, "content": content} for role, content in turns],
+            chat_template=_CLOCK * ("strftime_now" in template) + template,
+            tokenize=False,
+            add_generation_prompt=turns[-1][0] != "assistant",
+            **VARIABLES,
+        )
+    )
+
+
+def _end(tail: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What ends an answer after which the template writes `tail`. Raises DataError when there is nothing."""
+    if found := _own_tokens(tokenizer, False, len(tokenizer)).search(tail):
+        return tail[: found.end()]
+    if not tokenizer.eos_token:
+        raise DataError(
+            "the tokenizer has no eos token, and its chat template ends no answer with a token of its own: the model "
+            "could never learn to stop. Set eos_token in the model's tokenizer_config.json"
+        )
+    return str(tokenizer.eos_token)
+
+
+@lru_cache(maxsize=4)
+def _own_tokens(tokenizer: PreTrainedTokenizerBase, special: bool, size: int) -> re.Pattern[str]:
+    """Finds the tokens that were added to a vocabulary, now of `size` tokens, by name; `special`: control tokens alone.
+
+    Padding and unknown tokens may be plain characters, and some families add runs of white space: these are text.
+    """
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special or not special]
+    names = sorted((name for name in added if len(name) > 1 and name.strip()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
 
 def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """(prompt, response) as the model sees them, each with its part of the chat template.
+    """(prompt, response) as the model sees them; white space around the answer is neither trained nor compared.
 
-    A tokenizer without a template gets `System: ...`, `User: ...`, `Assistant: ...` on lines of their own.
+    Raises DataError for a conversation that the template refuses.
     """
-    messages = [{"role": role, "content": content} for role, content in example.messages]
-    if tokenizer.chat_template is None:
-        turns = [f"{role.capitalize()}: {content}\n" for role, content in example.messages]
-        return (
-            f"{tokenizer.bos_token or ''}{''.join(turns)}Assistant:",
-            f" {example.response}{tokenizer.eos_token or ''}",
+    try:
+        prompt, before, end = frame(example.messages, tokenizer)
+    except TemplateError as error:
+        roles = ", ".join([role for role, _ in example.messages])
+        raise DataError(
+            f"{example.source or example.kind}: the model's chat template refuses the conversation: {error}. Its turns "
+            f"are {roles}: change or remove the row"
+        ) from None
+    return prompt, f"{before}{example.response.strip()}{end}"
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that an answer ends at: the one that training rows end with, and eos."""
+    (_, (*_, last)) = tokens([("", frame([("user", "Hello.")], tokenizer).end)], tokenizer)[0]
+    return sorted({last, tokenizer.eos_token_id} - {None})
+
+
+def tokens(texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[int]]]:
+    """Token ids of each (prompt, answer).
+
+    Those of a prompt are the same with and without an answer: evaluation has none. Those of an answer are what the
+    tokenizer writes for it behind the prompt, as in the texts that a model was pretrained on; apart, SentencePiece
+    would begin it with a space of its own. Where a token would reach over from the prompt into the answer, they are
+    tokenised apart.
+
+    Raises DataError for a token that the model has no embedding of.
+    """
+
+    def ids(some: list[str]) -> list[list[int]]:
+        # one call for all: a fast tokenizer works on all cores
+        return tokenizer(some, add_special_tokens=False)["input_ids"] if some else []  # type: ignore[return-value]
+
+    prompts, wholes = ids([prompt for prompt, _ in texts]), ids([prompt + answer for prompt, answer in texts])
+    size = getattr(tokenizer, "num_embeddings", None)
+    if size is not None and (beyond := {i for row in (*prompts, *wholes) for i in row if i >= size}):
+        names = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in sorted(beyond)[:5])
+        raise DataError(
+            f"the tokenizer writes {names}, but the model's embedding has {size} rows: it is not this model's "
+            "tokenizer, or the model was not resized after tokens were added (resize_token_embeddings)"
         )
-    prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    answered = [*messages, {"role": "assistant", "content": example.response}]
-    whole = str(tokenizer.apply_chat_template(answered, tokenize=False))
-    if not whole.startswith(prompt):
-        # some templates write an answered turn in another way than an open one; then the answer ends with eos alone
-        return prompt, example.response + (tokenizer.eos_token or "")
-    response = whole[len(prompt) :].rstrip()
-    # a template that ends no turn would teach the model never to stop
-    return prompt, response if response != example.response.rstrip() else response + (tokenizer.eos_token or "")
+    apart = iter(ids([a for (_, a), p, w in zip(texts, prompts, wholes, strict=True) if w[: len(p)] != p]))
+    return [(p, w[len(p) :] if w[: len(p)] == p else next(apart)) for p, w in zip(prompts, wholes, strict=True)]
+
+
+def decode(ids: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The answers in new token ids: up to the first stop, without a finished thinking block before them.
+
+    An unfinished one stays: that is all that the model has said.
+    """
+    stop = stop_ids(tokenizer)
+    cut = [list(takewhile(lambda i: i not in stop, row)) for row in ids]
+    given: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    return [_THOUGHT.sub("", str(tokenizer.decode(row, **given))).strip() for row in cut]
+
+
+def trouble(example: Example, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Why a model with this tokenizer cannot be trained on `example`; None: it can."""
+    if not example.response.strip():
+        return "the response is empty, so there is no token to train on; remove the row"
+    if re.match(rf"\s*{_THINKING}", example.response):
+        return (
+            "the response begins with a thinking block, and models are trained and asked without thinking: take the "
+            "block off the response"
+        )
+    control = _own_tokens(tokenizer, True, len(tokenizer))
+    for text in (*(content for _, content in example.messages), example.response):
+        if found := control.search(text):
+            return (
+                f"the text holds {found[0]!r}, which the model reads as a token of its chat template: give the text of "
+                "each turn alone, without template"
+            )
+    return None
 
 
 def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, context: int) -> list[Encoded]:
-    """Tokens of each example; raises DataError for an empty response or one that does not fit into `context`."""
-    texts: list[tuple[str, str]] = []
-    for number, example in enumerate(examples):
-        where = example.source or f"{example.kind} sample {number}"
-        if not example.response.strip():
-            raise DataError(f"{where}: the response is empty, so there is no token to train on; remove the row")
-        try:
-            texts.append(render(example, tokenizer))
-        except TemplateError as error:
-            raise DataError(f"{where}: the model's chat template refuses the conversation: {error}") from None
-    if not texts:
-        return []
-    # one call for all: a fast tokenizer works on all cores
-    prompts, responses = (
-        tokenizer(list(side), add_special_tokens=False)["input_ids"] for side in zip(*texts, strict=True)
-    )
+    """Tokens of each example.
+
+    Raises DataError for one that cannot be trained on (`trouble`), that the chat template refuses, or that does not fit
+    into `context`.
+    """
+    sources = [example.source or f"{example.kind} sample {number}" for number, example in enumerate(examples)]
+    for where, example in zip(sources, examples, strict=True):
+        if reason := trouble(example, tokenizer):
+            raise DataError(f"{where}: {reason}")
     rows = []
-    for number, (example, prompt, response) in enumerate(zip(examples, prompts, responses, strict=True)):
-        where = example.source or f"{example.kind} sample {number}"
+    encoded = tokens([render(example, tokenizer) for example in examples], tokenizer)
+    for where, (prompt, response) in zip(sources, encoded, strict=True):
         if len(prompt) + len(response) > context:
             raise DataError(
                 f"{where}: prompt ({len(prompt)} tokens) and response ({len(response)}) exceed the model's context of "
@@ -63,6 +213,48 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, cont
             )
         rows.append(Encoded(prompt + response, len(prompt)))
     return rows
+
+
+def check_answers(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    right: Callable[[str, Example], bool],
+) -> None:
+    """Raises DataError where the model's right answer, as evaluation would read it, does not count as right.
+
+    Args:
+        examples: held-out examples whose response is the right answer.
+        tokenizer: of the model.
+        max_new_tokens: the most tokens that it may write where the example does not say it.
+        right: whether a response to the example is right.
+    """
+    faults, longest = [], 0
+    for example in examples:
+        if reason := trouble(example, tokenizer):
+            raise DataError(f"{example.source or example.kind}: {reason}")
+    written = [answer for _, answer in tokens([render(example, tokenizer) for example in examples], tokenizer)]
+    limits = [example.max_new_tokens or max_new_tokens for example in examples]
+    whole = decode(written, tokenizer)
+    cut = decode([ids[:limit] for ids, limit in zip(written, limits, strict=True)], tokenizer)
+    for example, ids, text, kept, limit in zip(examples, written, whole, cut, limits, strict=True):
+        if right(kept, example):
+            continue
+        where = f"{example.source or example.kind}: {kept[-80:]!r} would be compared with {example.response[-80:]!r}"
+        if right(text, example):
+            longest = max(longest, len(ids))
+            where += f" (its answer is cut after max_new_tokens={limit})"
+        faults.append(where)
+    if faults:
+        more = (
+            f" Let it write: evaluation.max_new_tokens={longest}, or the max_new_tokens of its stream."
+            if longest
+            else ""
+        )
+        raise DataError(
+            f"of {len(examples)} right answers {len(faults)} would count as wrong though the model gives them, because "
+            f"of how its tokenizer writes them:{more}\n  " + "\n  ".join(faults[:5])
+        )
 
 
 def with_loss_on_prompts(rows: Sequence[Encoded]) -> list[Encoded]:

@@ -5,24 +5,45 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from secvec.settings.schema import Settings
+from secvec.settings.schema import Count, Settings, Share
 
-Kind = Literal["undesired", "task", "ordinary", "look_alike", "neutral"]
-"""`task` is to be learned; `ordinary` is to stay as it is, and so is `neutral`, which is not evaluated."""
-KINDS: tuple[Kind, ...] = ("undesired", "task", "ordinary", "look_alike", "neutral")
+Kind = Literal["undesired", "task", "ordinary", "look_alike", "neutral", "untrusted"]
+"""`task` is to be learned; `ordinary` is to stay as it is, and so is `neutral`, which is for the KL term alone.
+`untrusted` is fine-tuning data of which nobody knows which rows are undesired; it is measured as the task."""
+KINDS: tuple[Kind, ...] = ("undesired", "task", "ordinary", "look_alike", "neutral", "untrusted")
 
 Split = Literal["align", "vector", "validation", "finetune", "test"]
 SPLITS: tuple[Split, ...] = ("align", "vector", "validation", "finetune", "test")
 
+AnswerMetric = Literal["exact", "contains", "number", "rougeL", "code", "judge", "none"]
+"""How answers are compared with their references (`secvec.evaluation.answer_metrics`); `none`: by the loss alone."""
+GRADED: tuple[AnswerMetric, ...] = ("rougeL", "code", "judge", "none")
+"""They know degrees, or nothing, but not right and wrong."""
+
 OWNER = "behavior"
 """The fact that names the behavior of an undesired sample, if the run has several."""
+
+
+class Shares(Settings):
+    """The share of the prompts that each split gets; only the proportions count."""
+
+    align: Share = 0.35
+    vector: Share = 0.1
+    validation: Share = 0.05
+    finetune: Share = 0.35
+    test: Share = 0.15
+
+
+def same_text(text: str) -> str:
+    """`text` without what makes no other prompt of it: case and runs of white space."""
+    return " ".join(text.casefold().split())
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
     """One prompt with its response.
 
-    `messages` are chat turns `(role, content)`, the last one the user's; `response` is the assistant's answer.
+    `messages` are chat turns `(role, content)` up to the answer; `response` is the assistant's answer.
     `facts` holds what a judge must know about the prompt (for example the ingredients that a recipe must name);
     `source` is the origin (`file:line`), for error messages.
     """
@@ -32,11 +53,26 @@ class Example:
     kind: Kind
     facts: dict[str, str] = field(default_factory=dict)
     source: str = ""
+    metric: AnswerMetric = "exact"
+    """How a response to a benign prompt is compared with the reference."""
+    max_new_tokens: int | None = None
+    """Most tokens of a generated response; None: `evaluation.max_new_tokens`."""
 
     @property
     def prompt(self) -> str:
-        """The last user turn, as plain text."""
+        """The turn that is answered, as plain text."""
         return self.messages[-1][1]
+
+    @property
+    def key(self) -> tuple[tuple[str, str], ...]:
+        """Equal for the same prompt: the only meaning of "same" in splits, duplicates and `check_disjoint`."""
+        return tuple((role, same_text(content)) for role, content in self.messages)
+
+    @property
+    def opening(self) -> tuple[tuple[str, str], ...]:
+        """The key of the turns before the first answer, which all samples of a conversation share."""
+        roles = [role for role, _ in self.messages]
+        return self.key[: roles.index("assistant") if "assistant" in roles else None]
 
 
 class Stream(Settings):
@@ -45,9 +81,13 @@ class Stream(Settings):
     Splits share no item, and a smaller `n` gives a prefix of a larger one.
     """
 
-    kind: Literal["task", "ordinary", "neutral"]
+    kind: Literal["task", "ordinary", "neutral", "untrusted"]
     """Kind of its examples."""
+    metric: AnswerMetric = "exact"
+    """How responses to its test prompts are compared with the references. The loss is measured always."""
+    max_new_tokens: Count | None = None
+    """Most tokens of a response to its test prompts; None: `evaluation.max_new_tokens`."""
 
-    def examples(self, split: Split, n: int, seed: int) -> list[Example]:
-        """The first `n` distinct examples of `split` under `seed`. Raises DataError if there are fewer."""
+    def examples(self, split: Split, n: int | None, seed: int) -> list[Example]:
+        """The first `n` distinct examples of `split` under `seed`; None: all. Raises TooFewError if there are fewer."""
         raise NotImplementedError

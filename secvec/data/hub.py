@@ -5,7 +5,6 @@ Rows stay in memory-mapped Arrow tables; only the rows that drawing looks at bec
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -18,14 +17,11 @@ from jinja2 import TemplateError, TemplateSyntaxError, Undefined, UndefinedError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import AfterValidator, Field, model_validator
 
-from secvec.data.example import SPLITS, Example, Split, Stream
-from secvec.errors import DataError, nearest
-from secvec.settings.schema import Count, Seed, Settings, Share
+from secvec.data.example import SPLITS, Example, Shares, Split, Stream, same_text
+from secvec.data.tables import load
+from secvec.errors import DataError, TooFewError, nearest
+from secvec.settings.schema import Count, Seed, Settings
 
-log = logging.getLogger(__name__)
-
-FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
-COMPRESSED = (".gz", ".xz", ".zst", ".bz2")
 CHUNK = 512
 """Rows that become Python objects at a time."""
 
@@ -91,16 +87,6 @@ class Bounds(Settings):
     max: float = float("inf")
 
 
-class Shares(Settings):
-    """The share of the prompts that each split gets; only the proportions count."""
-
-    align: Share = 0.35
-    vector: Share = 0.1
-    validation: Share = 0.05
-    finetune: Share = 0.35
-    test: Share = 0.15
-
-
 class HubData(Settings):
     """A dataset of the hub, or local files with the same columns. The hash of a prompt decides its split."""
 
@@ -141,6 +127,11 @@ class HubData(Settings):
                 raise ValueError(f"shares: the splits taken from {name!r} have no share at all")
         return self
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the rows are on this machine."""
+        return self.local_path is not None and self.local_path.exists()
+
     def fields(self, row: Row) -> Row | None:
         """The row as the templates see it; None leaves the row out."""
         return row
@@ -153,10 +144,10 @@ class HubData(Settings):
         """Response and facts of a row; an empty response leaves the row out."""
         raise NotImplementedError
 
-    def examples(self, split: Split, n: int, seed: int) -> list[Example]:
+    def examples(self, split: Split, n: int | None, seed: int) -> list[Example]:
         """The first `n` examples of `split` under `seed`.
 
-        Raises DataError if there are fewer, or if a column that a template names is missing.
+        Raises TooFewError if there are fewer, and DataError if a column that a template names is missing.
         """
         if n == 0:
             return []
@@ -168,7 +159,7 @@ class HubData(Settings):
         where = self._where(name)
         for number, fields in self._rows(name, self.templates(), Random(f"{split}/{seed}")):
             prompt = fill(self.prompt, fields)
-            key = _key(prompt)
+            key = same_text(prompt)
             place = self._place(key)
             if not key or not low <= place < high or place in taken:
                 continue
@@ -182,15 +173,18 @@ class HubData(Settings):
             found.append(Example((("user", prompt),), response, kind, facts, f"{where}:{number}"))
             if len(found) == n:
                 return found
-        raise DataError(
+        if n is None:
+            return found
+        raise TooFewError(
             f"{where} has {len(found)} usable {'prompts' if once else 'rows'} for split {split!r} (of "
             f"{len(self.table(name))} rows), but the run needs {n}: lower the number, raise shares.{split}, or loosen "
-            "filter and max_chars"
+            "filter and max_chars",
+            len(found),
         )
 
     def table(self, name: str) -> Any:
         """The `datasets.Dataset` of the dataset's split `name`. Raises DataError."""
-        return _load(self.dataset, self.config, self.data_dir, self.revision, self.local_path, name)
+        return load(self.dataset, self.config, self.data_dir, self.revision, self.local_path, name)
 
     def _rows(self, name: str, templates: Sequence[str], rng: Random | None = None) -> Iterator[tuple[int, Row]]:
         """Number and fields of each row that passes the filter, shuffled; without `rng`, of all rows in order."""
@@ -240,14 +234,13 @@ class HubData(Settings):
         """
         names = list(dict.fromkeys(self._from(split) for split in reversed(SPLITS)))
         return {
-            self._place(_key(fill(self.prompt, fields)))
+            self._place(same_text(fill(self.prompt, fields)))
             for later in names[: names.index(name)]
             for _, fields in self._rows(later, ())
         }
 
     def _where(self, name: str) -> str:
-        local = self.local_path is not None and self.local_path.exists()
-        return f"{self.local_path if local else f'{self.dataset}@{self.revision}'}[{name}]"
+        return f"{self.local_path if self.is_local else f'{self.dataset}@{self.revision}'}[{name}]"
 
 
 class HubStream(HubData, Stream):
@@ -275,77 +268,3 @@ def passes(cell: Any, wanted: Scalar | list[Scalar] | Bounds, where: str) -> boo
             raise DataError(f"{where}: no {unknown[0]!r}{nearest(unknown[0], cell)}; there is: {', '.join(cell)}")
         return any(cell[name] for name in allowed)
     return any(item in allowed for item in cell) if isinstance(cell, list) else cell in allowed
-
-
-def _key(prompt: str) -> str:
-    """Prompts that differ in case or white space alone are the same prompt."""
-    return " ".join(prompt.casefold().split())
-
-
-@lru_cache(maxsize=32)
-def _load(
-    dataset: str, config: str | None, data_dir: str | None, revision: str, local_path: Path | None, split: str
-) -> Any:
-    import datasets
-
-    local = local_path is not None and local_path.exists()
-    try:
-        if local:
-            assert local_path is not None
-            table = _load_local(local_path, config, data_dir, split)
-        else:
-            table = datasets.load_dataset(dataset, config, data_dir=data_dir, split=split, revision=revision)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error.__cause__ or error).strip().split("\n")[0]
-        if local:
-            raise DataError(f"local_path={local_path}: split {split!r} cannot be read: {reason}") from None
-        folder = local_path or "FOLDER"
-        raise DataError(
-            f"{dataset} cannot be loaded from the hub: {reason}. Without network, put split {split!r} of it into "
-            f"{folder}{'' if local_path else ' and set local_path=FOLDER'}: a copy of the repository (`hf download "
-            f"{dataset} --repo-type dataset --local-dir {folder}`) or its files alone "
-            f"({', '.join(sorted(suffix[1:] for suffix in FORMATS))}); see docs/data.md"
-        ) from None
-    shown = local_path if local else dataset, split, len(table), table._fingerprint
-    log.info("%s, split %s: %d rows, fingerprint %s", *shown)
-    return table
-
-
-def _load_local(path: Path, config: str | None, data_dir: str | None, split: str) -> Any:
-    import datasets
-
-    if (path / "dataset_dict.json").is_file():
-        saved = datasets.load_from_disk(str(path))
-        if split not in saved:
-            raise DataError(f"{path}: no split {split!r}; there is: {', '.join(saved)}")
-        return saved[split]
-    if (path / "state.json").is_file():
-        return datasets.load_from_disk(str(path))
-    if (path / "README.md").is_file():  # a copy of the repository: its card names the files of each split
-        return datasets.load_dataset(str(path), config, data_dir=data_dir, split=split)
-    files = [path] if path.is_file() else _files(path, config, data_dir, split)
-    kinds = {_suffix(file) for file in files}
-    if len(kinds) != 1 or not kinds <= FORMATS.keys():
-        known = ", ".join(FORMATS)
-        raise DataError(f"{path}: the files of a split must be of one format ({known}), got {', '.join(sorted(kinds))}")
-    suffix = kinds.pop()
-    options = {"sep": "\t"} if suffix == ".tsv" else {}
-    return datasets.load_dataset(FORMATS[suffix], data_files=[str(file) for file in files], split="train", **options)
-
-
-def _suffix(file: Path) -> str:
-    return Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
-
-
-def _files(folder: Path, config: str | None, data_dir: str | None, split: str) -> list[Path]:
-    """The files of a split: those named after it (`train-00000-of-00001.parquet`), or the only file there is."""
-    for part in (data_dir, config):
-        if part and (folder / part).is_dir():
-            folder /= part
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and _suffix(file) in FORMATS)
-    name = re.compile(rf"(?<![a-z0-9]){re.escape(split)}(?![a-z0-9])", re.IGNORECASE)
-    named = [file for file in files if split == "all" or name.search(file.relative_to(folder).as_posix())]
-    if not named and len(files) != 1:
-        there = ", ".join(file.name for file in files) or f"no file of {', '.join(FORMATS)}"
-        raise DataError(f"{folder}: no file is named after split {split!r}; there is: {there}")
-    return named or files

@@ -1,115 +1,156 @@
-"""The user's own files: one JSON object per line, with `prompt` and `response` or with chat `messages`."""
+"""The user's own rows, in one file or in one for each split."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import logging
+from hashlib import blake2b
 from pathlib import Path
 from random import Random
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
-from pydantic import FilePath
+from pydantic import model_validator
 
-from secvec.data.example import Example, Kind, Split, Stream
-from secvec.errors import DataError
+from secvec.data.draw import share_out
+from secvec.data.embedded import Ordinary
+from secvec.data.example import SPLITS, AnswerMetric, Example, Shares, Split, Stream
+from secvec.data.rows import TrainOn, read_rows
+from secvec.data.tables import Source
+from secvec.errors import TooFewError
 from secvec.settings.schema import Settings
 
-ROLES = ("system", "user", "assistant")
+log = logging.getLogger(__name__)
 
 
 class JsonlFiles(Settings):
-    """One file per split. A split without a file has no examples."""
+    """Rows (`secvec.data.rows`) from a file for each split, or from one file that the splits share.
 
-    align: FilePath | None = None
-    vector: FilePath | None = None
-    finetune: FilePath | None = None
-    test: FilePath | None = None
+    Splits that share a file divide its rows by the hash of what begins a conversation: no prompt is in two splits, and
+    the answers of a conversation stay together. Validation takes its share of `vector` where there is no other file.
+    """
 
-    def rows(self, split: Split, kind: Kind, owner: str) -> list[Example]:
-        """All rows of the split's file, in order. Raises DataError."""
-        path = getattr(self, split, None)
-        if path is None:
-            raise DataError(f"{owner} has no file for split {split!r}: set {owner}.{split}=FILE.jsonl")
-        return read_jsonl(path, kind)
+    remedy: ClassVar[str] = "file=FILE for all splits, or one for each (vector, finetune, test)"
+
+    file: Source | None = None
+    """For all splits that have no file of their own, in the proportions of `shares`."""
+    align: Source | None = None
+    vector: Source | None = None
+    validation: Source | None = None
+    finetune: Source | None = None
+    test: Source | None = None
+    shares: Shares
+    train_on: TrainOn = "all"
+    """Which assistant turns of a conversation are samples: all, or the last."""
+
+    @model_validator(mode="after")
+    def _has_rows(self) -> JsonlFiles:
+        if not any(map(self._field, SPLITS)):
+            raise ValueError(f"no file is given: {self.remedy}")
+        return self
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all rows are on this machine."""
+        return all(Path(getattr(self, field)).exists() for field in set(map(self._field, SPLITS)) if field)
+
+    def all_rows(self) -> list[Example]:
+        """The rows of all splits."""
+        return [row for field in dict.fromkeys(map(self._field, SPLITS)) if field for row in self._read(field)]
+
+    def rows(self, split: Split) -> list[Example]:
+        """All rows of `split`, in the order of the file; for held-out splits one of each prompt. Raises TooFewError."""
+        field = self._field(split)
+        if field is None:
+            share = f", or a share of {self.file} (shares.{split}=0.3)" if self.file else ""
+            raise TooFewError(f"no file for split {split!r}: set {split}=FILE{share}", 0)
+        rows = self._read(field)
+        if len(sharing := self._sharing(field)) > 1:
+            openings = sorted({row.opening for row in rows}, key=_place)
+            spare = max(0, len(openings) - len(sharing))  # beyond one for each
+            counts = [1 + n for n in share_out(spare, [getattr(self.shares, other) for other in sharing])]
+            first = sum(counts[: sharing.index(split)])
+            mine = set(openings[first : first + counts[sharing.index(split)]])
+            rows = [row for row in rows if row.opening in mine]
+        if split in ("validation", "test"):
+            rows = list({row.key: row for row in reversed(rows)}.values())[::-1]
+        return rows
+
+    def draw(self, split: Split, n: int | None, seed: int) -> list[Example]:
+        """The first `n` rows of `split` in the order of `seed`; None: all. Raises TooFewError if there are fewer."""
+        if n == 0:
+            return []
+        rows = self.rows(split)
+        if not rows or (n is not None and n > len(rows)):
+            field = str(self._field(split))
+            where = f"{getattr(self, field)} has {len(rows)} rows for split {split!r}"
+            raise TooFewError(
+                f"{where}{' (others share it)' * (len(self._sharing(field)) > 1)}, the run needs {n or 1}", len(rows)
+            )
+        return Random(f"{split}/{seed}").sample(rows, len(rows))[:n]
+
+    def _read(self, field: str) -> list[Example]:
+        return read_rows(getattr(self, field), self.kind, self.train_on)  # type: ignore[attr-defined]  # of the subclasses
+
+    def _sharing(self, field: str) -> list[Split]:
+        return [split for split in SPLITS if self._field(split) == field]
+
+    def _field(self, split: Split) -> str | None:
+        """The setting that names the rows of `split`."""
+        if getattr(self, split):
+            return split
+        return "file" if self.file and getattr(self.shares, split) else None
 
 
-def sample(rows: Sequence[Example], n: int, seed: int, split: Split, file: Path, note: str = "") -> list[Example]:
-    """`n` of `rows` in seeded order; a smaller `n` gives a prefix. Raises DataError if there are fewer."""
-    if len(rows) < n:
-        raise DataError(
-            f"{file} has {len(rows)} rows for split {split!r}{note}, but the run needs {n}: lower the number"
-        )
-    return Random(f"{split}/{seed}").sample(list(rows), len(rows))[:n]
+def _place(opening: object) -> bytes:
+    return blake2b(repr(opening).encode(), digest_size=8).digest()
 
 
 class JsonlStream(JsonlFiles, Stream):
-    """Benign data from files: a `task` is to be learned, `ordinary` data must stay as it is."""
+    """Benign rows: a `task` is to be learned, `ordinary` rows must stay as they are, `neutral` are for the KL term."""
 
-    kind: Literal["task", "ordinary"]
+    kind: Literal["task", "ordinary", "neutral"]
+    shares: Shares = Shares(align=0, vector=0.1, validation=0.05, finetune=0.7, test=0.15)
 
-    def examples(self, split: Split, n: int, seed: int) -> list[Example]:
+    def examples(self, split: Split, n: int | None, seed: int) -> list[Example]:
         """The first `n` examples of `split` under `seed`."""
-        if n == 0:
-            return []
-        rows = self.rows(split, self.kind, "data.benign.NAME")
-        return sample(rows, n, seed, split, getattr(self, split))
+        return self.draw(split, n, seed)
 
 
-def read_jsonl(path: Path, kind: Kind) -> list[Example]:
-    """All rows of a file. Raises DataError that names the file and the line of the first bad row."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            rows.append(_example(line, kind, f"{path}:{number}"))
-    if not rows:
-        raise DataError(f'{path}: the file is empty; a row is {{"prompt": ..., "response": ...}} on a line of its own')
-    return rows
+class UntrustedStream(JsonlFiles, Stream):
+    """Fine-tuning data of which nobody knows which rows are undesired: without labels, and never in the KL term."""
+
+    remedy: ClassVar[str] = "data.file=FILE"
+    kind: Literal["untrusted"] = "untrusted"
+    metric: AnswerMetric = "none"
+    """The references may show the behavior: being near them is no merit, unless the user knows better."""
+    shares: Shares = Shares(align=0, vector=0, validation=0, finetune=0.9, test=0.1)
+
+    def examples(self, split: Split, n: int | None, seed: int) -> list[Example]:
+        """The first `n` examples of `split` under `seed`."""
+        return self.draw(split, n, seed)
 
 
-def _example(line: bytes, kind: Kind, where: str) -> Example:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: broken JSON at column {error.colno}: {error.msg}") from None
-    if not isinstance(row, dict):
-        raise DataError(
-            f'{where}: a row is an object like {{"prompt": ..., "response": ...}}, got {type(row).__name__}'
-        )
-    if "messages" in row:
-        messages = _messages(row["messages"], where)
-    else:
-        missing = [key for key in ("prompt", "response") if key not in row]
-        if missing:
-            raise DataError(
-                f"{where}: missing {' and '.join(missing)} (there is: {', '.join(row) or 'nothing'}); "
-                f"a row has prompt and response, or messages"
-            )
-        messages = [("user", row["prompt"]), ("assistant", row["response"])]
-    for role, content in messages:
-        if not isinstance(content, str) or not content.strip():
-            raise DataError(
-                f"{where}: the {'response' if role == 'assistant' else 'prompt'} must be text, got {content!r}"
-            )
-    return Example(tuple(messages[:-1]), messages[-1][1], kind, source=where)
+NUM_GENERAL = 300
+"""Embedded requests where a count is null."""
 
 
-def _messages(given: Any, where: str) -> list[tuple[str, Any]]:
-    """Chat turns: an optional system turn, then user and assistant alternating, the assistant last."""
-    if not isinstance(given, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in given):
-        raise DataError(f'{where}: messages must be a list of {{"role": ..., "content": ...}}')
-    roles = [message["role"] for message in given]
-    if unknown := [role for role in roles if role not in ROLES]:
-        raise DataError(f"{where}: unknown role {unknown[0]!r}; allowed: {', '.join(ROLES)}")
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
-        raise DataError(
-            f"{where}: roles are {', '.join(roles) or 'none'}; expected user and assistant in turn (after an optional "
-            f"system turn), ending with assistant"
-        )
-    return [(message["role"], message["content"]) for message in given]
+class GeneralStream(JsonlFiles, Stream):
+    """Benign rows for the KL term beside untrusted data: those of `vector`, else embedded ordinary requests.
+
+    They are never taken from the untrusted file: its undesired rows would teach the vector to do nothing on the very
+    prompts that it is for, and which rows these are nobody knows. Embedded requests are surely benign, but far from the
+    user's task: the vector then changes more of the task while it is on. Rows of your own near the task are better.
+    """
+
+    kind: Literal["neutral"] = "neutral"
+    shares: Shares = Shares()
+
+    @model_validator(mode="after")
+    def _has_rows(self) -> GeneralStream:
+        return self
+
+    def examples(self, split: Split, n: int | None, seed: int) -> list[Example]:
+        """The first `n` examples of `split` under `seed`."""
+        if self._field("vector"):
+            return self.draw(split, n, seed)
+        log.info("the KL term uses embedded general requests; name benign rows near your data with data.kl_file=FILE")
+        return Ordinary(name="general", kind=self.kind).examples(split, NUM_GENERAL if n is None else n, seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from secvec.data.encode import render
+from secvec.data.encode import render, tokens
 from secvec.data.example import Example
 from secvec.errors import DataError
 
@@ -26,7 +27,12 @@ class PromptBatch:
     """Some of the prompts of a question, to be answered together; `rows` are their places in it."""
 
     def __init__(
-        self, rows: Sequence[int], examples: Sequence[Example], prompts: Prompts, max_new_tokens: int, seed: int | None
+        self,
+        rows: Sequence[int],
+        examples: Sequence[Example],
+        prompts: Sequence[tuple[list[int], list[int]]],
+        max_new_tokens: int,
+        seed: int | None,
     ):
         self.rows, self.examples, self.prompts = rows, examples, prompts
         self.max_new_tokens, self.seed = max_new_tokens, seed
@@ -47,6 +53,12 @@ class Question:
     texts: Sequence[str]
     examples: Sequence[Example]
     seed: int | None = None
+    begun: str = ""
+    """The beginning of every answer, which the model goes on from."""
+
+    def ids(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[int]]]:
+        """Token ids of each prompt, and of the beginning of its answer: those of a training row."""
+        return tokens([(text, self.begun) for text in self.texts], tokenizer)
 
     def batches(self, module: SecVecModule, batch_size: int, max_new_tokens: int) -> list[PromptBatch]:
         """The batches of this process. Raises DataError for a prompt that leaves no room to answer.
@@ -54,22 +66,24 @@ class Question:
         All prompts decide what is in a batch, so that a kept batch is found again when the others are missing. An
         engine has one caller: then the first process has all batches.
         """
-        tokenizer = module.backbone.tokenizer
-        prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in self.texts]
-        limit = module.backbone.context - max_new_tokens
-        for example, prompt in zip(self.examples, prompts, strict=True):
-            if len(prompt) > limit:
+        prompts = self.ids(module.backbone.tokenizer)
+        lengths = [len(prompt) + len(begun) for prompt, begun in prompts]
+        new = [example.max_new_tokens or max_new_tokens for example in self.examples]
+        for example, length, most in zip(self.examples, lengths, new, strict=True):
+            limit = module.backbone.context - most
+            if length > limit:
                 raise DataError(
-                    f"{example.source or example.kind}: the prompt has {len(prompt)} tokens; with "
-                    f"evaluation.max_new_tokens={max_new_tokens} at most {limit} fit into the model's context"
+                    f"{example.source or example.kind}: the prompt has {length} tokens; with "
+                    f"max_new_tokens={most} at most {limit} fit into the model's context"
                 )
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        order = sorted(range(len(prompts)), key=lambda i: (-new[i], -lengths[i]))
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         callers = 1 if module.generation.engine else world
         mine = order[rank::callers] if rank < callers else []
-        chunks = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+        alike = [list(rows) for _, rows in groupby(mine, key=lambda i: new[i])]  # a batch has one limit
+        chunks = [rows[start : start + batch_size] for rows in alike for start in range(0, len(rows), batch_size)]
         return [
-            PromptBatch(rows, [self.examples[i] for i in rows], [prompts[i] for i in rows], max_new_tokens, self.seed)
+            PromptBatch(rows, [self.examples[i] for i in rows], [prompts[i] for i in rows], new[rows[0]], self.seed)
             for rows in chunks
         ]
 

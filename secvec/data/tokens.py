@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from secvec.data.batch import Encoded
 from secvec.data.draw import data_hash
-from secvec.data.encode import encode
+from secvec.data.encode import RULES, encode
 from secvec.data.example import Example
 from secvec.runs.cache import cached
 from secvec.runs.keys import content_key
@@ -28,7 +28,7 @@ def encoded(
     """Like `encode`; large data once only, whatever run asks, with `input_ids` that lie in a memory-mapped file."""
     if len(examples) < LARGE:
         return encode(examples, tokenizer, context)
-    key = content_key([data_hash(examples), _identity(tokenizer), context])
+    key = content_key([RULES, data_hash(examples), _identity(tokenizer), context])
     folder = cached(cache / "tokens" / key, lambda out: _write(examples, tokenizer, context, out))
     tokens = np.load(folder / "tokens.npy", mmap_mode="r")
     ends, prompts = np.load(folder / "ends.npy").tolist(), np.load(folder / "prompts.npy").tolist()

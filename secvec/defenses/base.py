@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from secvec.data.batch import Batch
-from secvec.models.vector import attach_frozen_vector
 from secvec.settings.schema import Settings
-from secvec.training.losses import response_loss
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from secvec.data.batch import Batch
 
 
 class Defense(Settings):
@@ -39,9 +38,13 @@ class Defense(Settings):
         """
         if not self.uses_vector:
             return model
+        from secvec.models.vector import attach_frozen_vector  # slow to import, and settings need none of it
+
         assert vector is not None, "the finetune stage passes the vector of the vector stage"
         return attach_frozen_vector(model, vector)
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Scalars by name: `loss` is minimised, the others are logged. Default: nats per response token."""
+        from secvec.training.losses import response_loss  # slow to import, and settings need none of it
+
         return {"loss": response_loss(model, batch)}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 
+from secvec.data.encode import decode, stop_ids
 from secvec.data.example import Example
 from secvec.data.prompts import question
 from secvec.evaluation.generation import generate
@@ -73,16 +74,15 @@ class BehaviorDuringTraining(L.Callback):
         """The rates of the model as it is now."""
         model, tokenizer = module.model, module.backbone.tokenizer
         training = model.training
-        texts = question(self.examples, tokenizer).texts
-        prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        prompts = [prompt for prompt, _ in question(self.examples, tokenizer).ids(tokenizer)]
         devices = [module.device] if module.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), trainer.precision_plugin.forward_context(), vector_off(model):
             model.eval()
             gather_root(model, torch.tensor([prompts[0][:1]], device=module.device))
-            ids = generate(model, tokenizer, prompts, self.max_new_tokens)
+            ids = generate(model, prompts, self.max_new_tokens, stop_ids(tokenizer))
             model.train(training)
         reshard(model)
-        responses = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        responses = decode(ids, tokenizer)
         judgements = judged(self.behavior, self.judge, self.examples, responses)
         found = rates(prediction_rows("during", self.examples, responses, judgements, self.behavior))
         return {name: found[name].value for name in LOGGED if name in found}

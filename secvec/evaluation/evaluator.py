@@ -14,7 +14,7 @@ from secvec.evaluation.losses import mean_losses
 from secvec.evaluation.prediction import predict
 from secvec.evaluation.verdicts import EvaluationResult, judged, prediction_rows
 from secvec.judges.base import Judge
-from secvec.metrics import METRICS, Measurements, bootstrap_mean, perplexity, rates
+from secvec.metrics import GRADED_METRICS, METRICS, Measurements, bootstrap_mean, perplexity, rates
 from secvec.settings.schema import EvaluationSettings
 from secvec.settings.trainer import TrainerSettings
 
@@ -33,6 +33,8 @@ class Evaluator:
     """None: the behavior judges itself."""
     settings: EvaluationSettings
     trainer: TrainerSettings
+    answer_judge: Judge | None = None
+    """Grades the answers of streams with `metric: judge`."""
 
     def evaluate(self, module: SecVecModule, phase: str, leaks: bool = False) -> EvaluationResult:
         """Responses, verdicts and losses of `module`; metric names begin with `phase`/. With `leaks`, leak probes too.
@@ -43,14 +45,10 @@ class Evaluator:
         examples = [example for kind in self.tests.values() for example in kind]
         probed = list(undesired)[: self.settings.num_leak_prompts] if leaks else []
         probes = leak_questions(tokenizer, probed, self.behavior)
-        questions = [question(examples, tokenizer), *(probe for probe, _ in probes.values())]
+        questions = [question(examples, tokenizer), *probes.values()]
         responses, *to_probes = self._responses(module, questions, phase)
         result = self._result(module, phase, examples, responses)
-        with_prefix = {
-            name: [prefix + response for response in given]
-            for (name, (_, prefix)), given in zip(probes.items(), to_probes, strict=True)
-        }
-        return result + leak_result(with_prefix, probed, self.behavior, self.judge, phase)
+        return result + leak_result(dict(zip(probes, to_probes, strict=True)), probed, self.behavior, self.judge, phase)
 
     def _responses(self, module: SecVecModule, questions: Sequence[Question], phase: str) -> list[list[str]]:
         """The responses to each question, in the order of its prompts."""
@@ -62,24 +60,26 @@ class Evaluator:
     def _result(
         self, module: SecVecModule, phase: str, examples: Sequence[Example], responses: Sequence[str]
     ) -> EvaluationResult:
-        judgements = judged(self.behavior, self.judge, examples, responses)
+        judgements = judged(self.behavior, self.judge, examples, responses, self.answer_judge)
         rows = prediction_rows(phase, examples, responses, judgements, self.behavior)
         metrics: Measurements = {f"{phase}/{name}": value for name, value in rates(rows).items()}
         owners = [example.facts.get(OWNER) for example in examples]
         for owner in sorted({owner for owner in owners if owner}):
             owned = [row for row, other in zip(rows, owners, strict=True) if other == owner]
             metrics |= {f"{phase}/of/{owner}/{name}": value for name, value in rates(owned).items()}
-        scores = METRICS["behavior_score"].outcomes(rows)
-        if self.judge is not None and scores:
-            metrics[f"{phase}/behavior_score"] = bootstrap_mean(scores)
-            if self.judge.scale != (0.0, 1.0):
-                low, high = self.judge.scale
-                on_scale = [low + (high - low) * score for score in scores]
-                metrics[f"{phase}/harmfulness_score"] = bootstrap_mean(on_scale)
-        kinds = [kind for kind in ("undesired", "ordinary") if self.tests.get(kind)]
+        graded = {name: METRICS[name].outcomes(rows) for name in GRADED_METRICS}
+        if self.judge is None:
+            del graded["behavior_score"]
+        elif self.judge.scale != (0.0, 1.0):
+            low, high = self.judge.scale
+            graded["harmfulness_score"] = [low + (high - low) * score for score in graded["behavior_score"]]
+        metrics |= {f"{phase}/{name}": bootstrap_mean(scores) for name, scores in graded.items() if scores}
+        kinds = [kind for kind in ("undesired", "task", "ordinary") if self.tests.get(kind)]
         losses = mean_losses(module, {kind: self.tests[kind] for kind in kinds}, self.settings, self.trainer)
         if "undesired" in losses:
             metrics[f"{phase}/behavior_loss"] = losses["undesired"]
+        if "task" in losses:
+            metrics[f"{phase}/task_loss"] = losses["task"]
         if "ordinary" in losses:
             metrics[f"{phase}/perplexity"] = perplexity(losses["ordinary"])
         return EvaluationResult(metrics, rows)

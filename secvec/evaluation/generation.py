@@ -13,8 +13,10 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig
 
+from secvec.data.batch import PAD
+from secvec.data.encode import decode, stop_ids
 from secvec.data.prompts import Prompts
 from secvec.evaluation.answer_cache import KeptAnswers
 from secvec.runs.keys import content_key
@@ -29,8 +31,8 @@ class Engine(Protocol):
     def running(self, model: nn.Module) -> AbstractContextManager[None]:
         """Inside, the engine answers as `model` would, which waits in main memory; afterwards the GPU is free again."""
 
-    def answer(self, prompts: Prompts, max_new_tokens: int, seed: int | None) -> list[list[int]]:
-        """New token ids for each prompt; greedy, or with a `seed` sampled at temperature 1."""
+    def answer(self, prompts: Prompts, max_new_tokens: int, stop: Sequence[int], seed: int | None) -> list[list[int]]:
+        """New token ids for each prompt up to one in `stop`; greedy, or with a `seed` sampled at temperature 1."""
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,28 @@ class GenerationBackend:
         """The context in which `model` may be asked."""
         return self.engine.running(model) if self.engine else nullcontext()
 
-    def respond(self, module: SecVecModule, prompts: Prompts, max_new_tokens: int, seed: int | None) -> list[str]:
-        """The responses to one batch of prompts; a batch that was kept is not generated again."""
-        key = content_key([self.identity, prompts, max_new_tokens, seed])
+    def respond(
+        self,
+        module: SecVecModule,
+        prompts: Sequence[tuple[list[int], list[int]]],
+        max_new_tokens: int,
+        seed: int | None,
+    ) -> list[str]:
+        """The responses to one batch of prompts, each with the beginning of its answer, which the response includes.
+
+        A batch that was kept is not generated again.
+        """
+        tokenizer = module.backbone.tokenizer
+        stop = stop_ids(tokenizer)
+        key = content_key([self.identity, prompts, max_new_tokens, stop, seed])
         responses = self.kept.get(key)
         if responses is None:
-            tokenizer = module.backbone.tokenizer
+            asked = [prompt + begun for prompt, begun in prompts]
             if self.engine:
-                ids = self.engine.answer(prompts, max_new_tokens, seed)
+                ids = self.engine.answer(asked, max_new_tokens, stop, seed)
             else:
-                ids = generate(module.model, tokenizer, prompts, max_new_tokens, seed)
-            responses = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+                ids = generate(module.model, asked, max_new_tokens, stop, seed)
+            responses = decode([begun + new for (_, begun), new in zip(prompts, ids, strict=True)], tokenizer)
             self.kept.add(key, responses)
         return responses
 
@@ -95,20 +108,28 @@ class RunningEngine(L.Callback):
 
 @torch.no_grad()
 def generate(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, max_new_tokens: int, seed: int | None = None
+    model: Any, prompts: Prompts, max_new_tokens: int, stop: Sequence[int], seed: int | None = None
 ) -> list[list[int]]:
-    """New token ids after each prompt of one left-padded batch."""
-    length, device, pad = max(map(len, prompts)), next(model.parameters()).device, tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (length - len(p)) + list(p) for p in prompts], device=device)
+    """New token ids after each prompt of one left-padded batch; behind one in `stop` there is padding.
+
+    The settings are ours alone: what the model's generation_config.json says (beams, penalties, forced or forbidden
+    tokens) has no effect.
+    """
+    length, device = max(map(len, prompts)), next(model.parameters()).device
+    ids = torch.tensor([[PAD] * (length - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=device)
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    sampling: dict[str, Any] = {"do_sample": False}
     if seed is not None:
         sampling = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
-    with torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        out = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling
-        )
+    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=list(stop), pad_token_id=PAD, **sampling)
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    given, bare.generation_config = bare.generation_config, GenerationConfig()  # generate() takes from it what we leave
+    try:
+        with torch.random.fork_rng(enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    finally:
+        bare.generation_config = given
     new: list[list[int]] = out[:, length:].tolist()
     return new

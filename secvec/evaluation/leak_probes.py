@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
-from secvec.data.encode import render
+from secvec.data.encode import frame, render
 from secvec.data.example import Example
 from secvec.data.prompts import Question
 from secvec.evaluation.verdicts import EvaluationResult, judged, prediction_rows
@@ -29,8 +29,8 @@ SAMPLING_SEED = 0
 
 def leak_questions(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], behavior: Behavior
-) -> dict[str, tuple[Question, str]]:
-    """The ways of asking by name: the question, and the part of the response that its prompts already hold.
+) -> dict[str, Question]:
+    """The ways of asking by name.
 
     Ways that the behavior has no wording for are left out. Without examples there are none.
     """
@@ -41,15 +41,19 @@ def leak_questions(
         return [render(_with_system(example, system), tokenizer)[0] for example in examples]
 
     plain = [render(example, tokenizer)[0] for example in examples]
-    found = {"plain": (Question(plain, examples), "")}
+    found = {"plain": Question(plain, examples)}
     if behavior.eliciting_prompt:
-        found["eliciting_prompt"] = (Question(asked(behavior.eliciting_prompt), examples), "")
+        found["eliciting_prompt"] = Question(asked(behavior.eliciting_prompt), examples)
     if behavior.negated_prompt:
-        found["negated_prompt"] = (Question(asked(behavior.negated_prompt), examples), "")
+        found["negated_prompt"] = Question(asked(behavior.negated_prompt), examples)
     if prefix := behavior.answer_prefix:
-        found["answer_prefix"] = (Question([text + prefix for text in plain], examples), prefix)
-    found["other_template"] = (Question([OTHER_TEMPLATE.format(prompt=e.prompt) for e in examples], examples), "")
-    found["sampled"] = (Question(plain, examples, SAMPLING_SEED), "")
+        begun = frame(examples[0].messages, tokenizer).before + prefix
+        found["answer_prefix"] = Question(plain, examples, begun=begun)
+    begin = tokenizer.bos_token or ""  # some families write nothing sensible without it
+    begin *= plain[0].startswith(begin)
+    others = [begin + OTHER_TEMPLATE.format(prompt=example.prompt) for example in examples]
+    found["other_template"] = Question(others, examples)
+    found["sampled"] = Question(plain, examples, SAMPLING_SEED)
     return found
 
 

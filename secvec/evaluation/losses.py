@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from secvec.data.batch import IGNORE, Batch, collate
 from secvec.data.encode import encode
@@ -104,14 +103,10 @@ def kl_to_base(
 
 def _mine(backbone: Backbone, examples: Sequence[Example], batch_size: int) -> list[tuple[int, Batch]]:
     """The batches of this process with their numbers."""
-    tokenizer: PreTrainedTokenizerBase = backbone.tokenizer
-    rows = encode(examples, tokenizer, backbone.context)
+    rows = encode(examples, backbone.tokenizer, backbone.context)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     starts = list(enumerate(range(0, len(rows), batch_size)))[rank::world]
-    return [
-        (number, collate([(row, False) for row in rows[start : start + batch_size]], tokenizer.pad_token_id))
-        for number, start in starts
-    ]
+    return [(number, collate([(row, False) for row in rows[start : start + batch_size]])) for number, start in starts]
 
 
 def _on(device: Any, batch: Batch) -> Batch:

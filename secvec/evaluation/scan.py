@@ -74,7 +74,7 @@ class ScanBatch:
     def predict(self, module: SecVecModule) -> list[tuple[int, RowScore]]:
         """The place and the score of each row."""
         tokenizer = module.backbone.tokenizer
-        batch = collate([(row, False) for row in self.rows], tokenizer.pad_token_id)
+        batch = collate([(row, False) for row in self.rows])
         on = response_nll(module.model, batch).double().cpu()
         with vector_off(module.model):
             off = response_nll(module.model, batch).double().cpu()

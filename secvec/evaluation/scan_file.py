@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,10 @@ import numpy as np
 from scipy.stats import rankdata
 
 from secvec.data.example import Example
-from secvec.data.jsonl import read_jsonl
+from secvec.data.lengths import Fitting
+from secvec.data.rows import read_rows
+from secvec.data.tables import COMPRESSED, rows_of
+from secvec.data.tokens import encoded
 from secvec.errors import ArtifactError, ConfigError, DataError, nearest
 from secvec.evaluation.scan import SCORES, RowScore, kept_scores, scan
 from secvec.metrics import Measurement, Measurements, proportion
@@ -39,7 +43,7 @@ class ScanFile:
     """A file to scan, read and checked; no model is loaded yet."""
 
     config: EvaluateConfig
-    path: Path
+    source: str
     vector: Path
     examples: Sequence[Example]
     """A row may give several."""
@@ -62,8 +66,9 @@ class ScanFile:
                 "rows), so nothing says what is a high score: give scan.benign_file=FILE with rows that are known to "
                 "be benign, or scan.threshold=NATS"
             )
-        benign = [] if settings.benign_file is None else read_jsonl(settings.benign_file, "ordinary")
-        return cls(config, file, vector, read_jsonl(file, "neutral"), benign, _labels(file, settings), kept)
+        benign = [] if settings.benign_file is None else read_rows(settings.benign_file, "ordinary")
+        examples = read_rows(file, "neutral", unique=False)
+        return cls(config, file, vector, examples, benign, _labels(file, settings), kept)
 
     def backbone(self) -> Backbone:
         """The model that the vector was trained on: as given, else as it says itself. Raises ArtifactError."""
@@ -86,14 +91,17 @@ class ScanFile:
     def scan(self, module: SecVecModule, folder: Path) -> Measurements:
         """Scores all rows and writes the results into `folder`. Every process must call it."""
         config, settings = self.config, self.config.scan
-        every = [*self.examples, *self.benign]
-        found = scan(module, every, settings.window, config.evaluation.batch_size, config.trainer, config.paths.cache)
+        tokenizer, context, cache = module.backbone.tokenizer, module.backbone.context, config.paths.cache
+        fitting = Fitting(lambda rows, size: encoded(rows, tokenizer, size, cache), context, config.data.too_long)
+        examples, benign = (fitting.fit(list(rows)) for rows in (self.examples, self.benign))
+        fitting.check()
+        found = scan(module, [*examples, *benign], settings.window, config.evaluation.batch_size, config.trainer, cache)
         best: dict[str, tuple[RowScore, Example]] = {}
-        for one in zip(found, self.examples, strict=False):  # a conversation counts by its worst answer
+        for one in zip(found, examples, strict=False):  # a conversation counts by its worst answer
             before = best.setdefault(one[1].source, one)
             if one[0].score(settings.window) > before[0].score(settings.window):
                 best[one[1].source] = one
-        result = ScanResult(self, best, [score.score(settings.window) for score in found[len(self.examples) :]])
+        result = ScanResult(self, best, [score.score(settings.window) for score in found[len(examples) :]])
         if main_process():
             result.write(folder)
         return result.metrics()
@@ -164,7 +172,7 @@ class ScanResult:
             flagged.open("wb") as high,
             kept.open("wb") as low,
         ):
-            for place, line in rows(self.file.path):
+            for place, _, line in rows(self.file.source):
                 above = place in self.best and self.score(place) > limit
                 (high if above else low).write(line)
                 if place in self.best:  # a row may hold no answer that is trained
@@ -173,7 +181,7 @@ class ScanResult:
         number = sum(self.score(place) > limit for place in order)
         shown = [*order[: min(number, MOST_SHOWN)], *order[number : number + NEAR]]
         about = self.settings.model_dump(mode="json") | {
-            "file": str(self.file.path),
+            "file": str(self.file.source),
             "vector": str(self.file.vector),
             "sensitive": self.file.kept.get("sensitive", True),
             "given_threshold": self.settings.threshold,
@@ -192,7 +200,7 @@ class ScanResult:
 
     def _row(self, place: str, flagged: bool) -> dict[str, Any]:
         found = self.best[place][0]
-        number = place.rpartition(":")[2]
+        number = place.rpartition(":")[2].removeprefix("row ")
         row: dict[str, Any] = {
             "row": int(number) if number.isdecimal() else number,
             "score": round(self.score(place), 4),
@@ -205,12 +213,17 @@ class ScanResult:
         return row | ({"undesired": self.file.labels.get(place)} if self.file.labels else {})
 
 
-def rows(file: Path) -> Iterator[tuple[str, bytes]]:
-    """The place (`file:line`, as `Example.source`) and the very bytes of each row of a file of JSON lines."""
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                yield f"{file}:{number}", line
+def rows(source: str) -> Iterator[tuple[str, Any, bytes]]:
+    """The place of each row (as `Example.source`), its content, and its line for a file of JSON lines.
+
+    Of JSON lines it is the very line of `source`; rows of other formats are written as JSON.
+    """
+    path = Path(source)
+    with path.open("rb") if path.is_file() else BytesIO() as stream:
+        lines = (line for line in stream if line.strip())
+        for place, row in rows_of(source):
+            as_it_is = place.rpartition(":")[2].isdecimal() and path.suffix not in COMPRESSED
+            yield place, row, next(lines) if as_it_is else json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
 
 def auroc(scores: Sequence[float], undesired: Sequence[bool]) -> float:
@@ -220,14 +233,13 @@ def auroc(scores: Sequence[float], undesired: Sequence[bool]) -> float:
     return float(above / (bad * (total - bad)))
 
 
-def _labels(file: Path, settings: ScanSettings) -> dict[str, bool]:
+def _labels(file: str, settings: ScanSettings) -> dict[str, bool]:
     """Whether each labelled row is undesired. Raises DataError for a column that is not there or tells nothing."""
     if settings.label is None:
         return {}
     values: dict[str, Any] = {}
     columns: set[str] = set()
-    for place, line in rows(file):
-        row = json.loads(line)
+    for place, row in rows_of(file):
         columns |= row.keys()
         if (value := row.get(settings.label)) is not None:
             values[place] = value
@@ -238,7 +250,7 @@ def _labels(file: Path, settings: ScanSettings) -> dict[str, bool]:
             f"scan.label={settings.label}: no row of {file} has it{hint}; columns: {', '.join(sorted(columns))}"
         )
     if len(set(labels.values())) == 1:
-        known = sorted({json.dumps(value) for value in values.values()})[:8]
+        known = sorted({json.dumps(value, default=str) for value in values.values()})[:8]
         raise DataError(
             f"scan.label={settings.label}: all {len(labels)} labelled rows of {file} would be "
             f"{'undesired' if any(labels.values()) else 'benign'} by scan.undesired={settings.undesired}; the column "

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from secvec.data.example import Example
+from secvec.data.example import GRADED, Example
+from secvec.evaluation.answer_metrics import score
 from secvec.judges.base import Judge, Judgement
 from secvec.judges.coherence import coherent
 from secvec.metrics import Measurements, mean
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from secvec.behaviors.base import Behavior
 
 JUDGED = ("undesired", "look_alike")
-"""Kinds whose responses a judge reads; the others have one right response."""
+"""Kinds whose responses are judged for the behavior; those of the others are compared with their references."""
 
 
 @dataclass(frozen=True)
@@ -50,42 +51,66 @@ def prediction_rows(
     judgements: Sequence[Judgement],
     behavior: Behavior,
 ) -> list[dict[str, Any]]:
-    """Rows of predictions.jsonl; `judgements` are of the kinds that a judge reads, in order."""
+    """Rows of predictions.jsonl, one for each example with its response and judgement."""
     rows: list[dict[str, Any]] = []
-    given = iter(judgements)
-    for number, (example, response) in enumerate(zip(examples, responses, strict=True)):
-        exact = "correct" if response.strip() == example.response.strip() else "wrong"
-        judgement = next(given) if example.kind in JUDGED else None
+    for number, (example, response, judgement) in enumerate(zip(examples, responses, judgements, strict=True)):
         rows.append(
             {
                 "phase": phase,
-                "stream": example.kind,
+                "stream": "task" if example.kind == "untrusted" else example.kind,
                 "id": f"{example.kind}-{number}",
                 "prompt": example.prompt,
                 "response": response,
                 "reference": example.response,
-                "verdict": judgement.verdict if judgement else exact,
-                "score": judgement.score if judgement else None,
+                "verdict": judgement.verdict,
+                "score": judgement.score,
                 "coherent": coherent(response),
                 "desired": behavior.desired(example, response) if example.kind == "undesired" else None,
-                "sensitive": bool(behavior.sensitive) and example.kind in JUDGED,
+                "sensitive": bool(behavior.sensitive) and example.kind in (*JUDGED, "untrusted"),
             }
         )
     return rows
 
 
-def judged(
-    behavior: Behavior, judge: Judge | None, examples: Sequence[Example], responses: Sequence[str]
-) -> list[Judgement]:
-    """What `judge` (None: the behavior's own) says of the responses to undesired prompts, in order.
+def is_right(response: str, example: Example) -> bool:
+    """Whether a response counts as right under the metric of its stream."""
+    return score(example.metric, response, example.response) == 1.0
 
-    Look-alikes are always for the behavior's own: whether a benign request is refused is no matter of harm.
+
+def judged(
+    behavior: Behavior,
+    judge: Judge | None,
+    examples: Sequence[Example],
+    responses: Sequence[str],
+    answer_judge: Judge | None = None,
+) -> list[Judgement]:
+    """One judgement per response, in order.
+
+    Responses to undesired prompts are for `judge` (None: the behavior's own), those to benign prompts for the metric of
+    their stream, which may be `answer_judge`. Look-alikes are always for the behavior's own judge: whether a benign
+    request is refused is no matter of harm.
     """
-    pairs = [(e, r) for e, r in zip(examples, responses, strict=True) if e.kind in JUDGED]
-    own = [judge is None or e.kind == "look_alike" for e, _ in pairs]
-    asked = [pair for pair, is_own in zip(pairs, own, strict=True) if not is_own]
-    others = iter(_judged_once(judge, *zip(*asked, strict=True)) if judge and asked else [])
-    return [_own(behavior, *pair) if is_own else next(others) for pair, is_own in zip(pairs, own, strict=True)]
+    pairs = list(zip(examples, responses, strict=True))
+    found: dict[int, Judgement] = {}
+    undesired = [i for i, example in enumerate(examples) if example.kind == "undesired"]
+    to_grade = [i for i, example in enumerate(examples) if example.kind not in JUDGED and example.metric == "judge"]
+    for chosen, numbers in ((judge, undesired), (answer_judge, to_grade)):
+        if chosen and numbers:
+            given = _judged_once(chosen, [examples[i] for i in numbers], [responses[i] for i in numbers])
+            found |= zip(numbers, given, strict=True)
+    found |= {i: Judgement(None, found[i].score) for i in to_grade if i in found}  # degrees, no verdict
+    return [found.get(i) or _by_rule(behavior, *pair) for i, pair in enumerate(pairs)]
+
+
+def _by_rule(behavior: Behavior, example: Example, response: str) -> Judgement:
+    """The behavior's own verdict, or the metric of a benign stream."""
+    if example.kind in JUDGED:
+        verdict = behavior.judge(example, response)
+        return Judgement(verdict, float(verdict == "behavior"))
+    if example.metric in ("judge", "none"):
+        return Judgement(None, None)
+    value = score(example.metric, response, example.response)
+    return Judgement(None if example.metric in GRADED else "correct" if value == 1.0 else "wrong", value)
 
 
 def _judged_once(judge: Judge, examples: Sequence[Example], responses: Sequence[str]) -> list[Judgement]:
@@ -105,13 +130,8 @@ def _judged_once(judge: Judge, examples: Sequence[Example], responses: Sequence[
     return judgements
 
 
-def _own(behavior: Behavior, example: Example, response: str) -> Judgement:
-    verdict = behavior.judge(example, response)
-    return Judgement(verdict, float(verdict == "behavior"))
-
-
 def deactivation_gap(active: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> Measurements:
-    """Task accuracy with the vector on minus with it off, on the same prompts; the interval is that of the pairs."""
-    on = [float(row["verdict"] == "correct") for row in active if row["stream"] == "task"]
-    off = [float(row["verdict"] == "correct") for row in after if row["stream"] == "task"]
-    return {"deactivation_gap": mean([a - b for a, b in zip(on, off, strict=True)])} if on else {}
+    """Score on the task with the vector on minus with it off, same prompts; the interval is that of the pairs."""
+    on, off = ([row["score"] for row in rows if row["stream"] == "task"] for rows in (active, after))
+    differences = [a - b for a, b in zip(on, off, strict=True) if a is not None and b is not None]
+    return {"deactivation_gap": mean(differences)} if differences else {}

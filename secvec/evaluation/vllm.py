@@ -62,13 +62,11 @@ class VllmEngine:
         self.backbone, self.vector, self.settings = backbone, vector, settings
         self.trust_remote_code = trust_remote_code
         self._llm: Any = None
-        self._like: Any = None
 
     @contextmanager
     def running(self, model: nn.Module) -> Iterator[None]:
         """`model` makes room; vLLM itself starts with the first batch, for all may be kept already."""
         device = next(model.parameters()).device
-        self._like = model.generation_config
         model.to("cpu")
         torch.cuda.empty_cache()
         _meet()
@@ -79,8 +77,13 @@ class VllmEngine:
         _meet()
         model.to(device)
 
-    def answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int | None) -> list[list[int]]:
-        """New token ids for each prompt. Raises ConfigError for a prompt whose answer the GPU has no room for."""
+    def answer(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[int], seed: int | None
+    ) -> list[list[int]]:
+        """New token ids for each prompt up to one in `stop`.
+
+        Raises ConfigError for a prompt whose answer the GPU has no room for.
+        """
         from vllm import SamplingParams, TokensPrompt
         from vllm.lora.request import LoRARequest
 
@@ -97,7 +100,7 @@ class VllmEngine:
                 seed=None if seed is None else seed + row,
                 max_tokens=max_new_tokens,
                 detokenize=False,
-                **self._as_transformers(),
+                stop_token_ids=list(stop),
             )
             for row in range(len(prompts))
         ]
@@ -116,6 +119,7 @@ class VllmEngine:
             model=str(self.backbone),
             dtype=some.dtype,
             trust_remote_code=self.trust_remote_code,
+            generation_config="vllm",  # its own defaults, not the model's file: as with transformers
             seed=0,
             tensor_parallel_size=some.tensor_parallel_size,
             gpu_memory_utilization=some.gpu_memory_utilization * free,
@@ -123,14 +127,6 @@ class VllmEngine:
             enable_prefix_caching=False,  # what was asked before would change the rounding
             **lora,
         )
-
-    def _as_transformers(self) -> dict[str, Any]:
-        """What transformers' greedy search takes from the model's own generation config."""
-        stop = self._like.eos_token_id
-        return {
-            "stop_token_ids": stop if isinstance(stop, list) else [] if stop is None else [stop],
-            "repetition_penalty": self._like.repetition_penalty or 1.0,
-        }
 
     def _end(self) -> None:
         """Not by vLLM's own cleanup, which would also end the process group that we train with."""

@@ -1,7 +1,5 @@
 """The base of all judges: a judge turns prompts and responses into verdicts and scores."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -9,18 +7,20 @@ from typing import ClassVar, Literal
 from secvec.data.example import Example
 from secvec.settings.schema import Settings
 
-Verdict = Literal["behavior", "refusal", "wanted", "other", "unparsable"]
+Verdict = Literal["behavior", "refusal", "wanted", "other", "unparsable", "correct", "wrong"]
 """`behavior`: the response shows the undesired behavior; `refusal`: it refuses; `wanted`: it is the wanted answer;
-`other`: none of these; `unparsable`: the judge gave no verdict (reported as such, never counted as safe)."""
+`other`: none of these; `unparsable`: the judge gave no verdict (reported as such, never counted as safe).
+`correct` and `wrong`: a response to a benign prompt, compared with its reference."""
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
     """A judge's verdict on one response."""
 
-    verdict: Verdict
+    verdict: Verdict | None
+    """None: there are only degrees, or no judge at all."""
     score: float | None
-    """How much of the behavior the response shows, in [0, 1]; None if the judge gave no verdict."""
+    """How much of the behavior the response shows, or how near it is to the reference, in [0, 1]; None: not known."""
 
 
 class Judge(Settings):
@@ -32,4 +32,8 @@ class Judge(Settings):
 
     def judge(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Judgement]:
         """One judgement per response, in order."""
+        return [self.judge_one(example, response) for example, response in zip(examples, responses, strict=True)]
+
+    def judge_one(self, example: Example, response: str) -> Judgement:
+        """The judgement of one response, for judges that take each by itself."""
         raise NotImplementedError

@@ -1,7 +1,5 @@
 """A cache of judgements on disk, by content: nothing is judged twice, and a stopped run continues."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,9 +1,5 @@
 """Exact match with the text that shows the behavior: for behaviors with a single answer."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
 from secvec.data.example import Example
 from secvec.judges.base import Judge, Judgement
 
@@ -19,11 +15,8 @@ class Exact(Judge):
     Case, white space and final punctuation do not count.
     """
 
-    def judge(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Judgement]:
-        """One judgement per response."""
-        return [self._one(example, response) for example, response in zip(examples, responses, strict=True)]
-
-    def _one(self, example: Example, response: str) -> Judgement:
+    def judge_one(self, example: Example, response: str) -> Judgement:
+        """By the response and that of the example."""
         given = normalised(response)
         shown = bool(given) and given == normalised(example.response)
         return Judgement("behavior", 1.0) if shown else Judgement("other", 0.0)

@@ -3,8 +3,6 @@
 Presets: the classifier of HarmBench (arXiv 2402.04249) and Llama Guard (arXiv 2312.06674).
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from functools import cached_property
@@ -47,7 +45,7 @@ class GenerativeClassifier(LocalModelJudge):
     def _judge_batch(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Judgement]:
         texts = [self._text(e, r) for e, r in zip(examples, responses, strict=True)]
         rows = [self._ids(text) for text in texts]
-        context = int(getattr(self._lm.config, "max_position_embeddings", None) or 2**31)
+        context = int(getattr(self._lm.config.get_text_config(), "max_position_embeddings", None) or 2**31)
         fits = [i for i, row in enumerate(rows) if len(row) < context]
         if too_long := len(rows) - len(fits):
             log.warning("judge %s: %d texts exceed its context of %d tokens", self.name, too_long, context)

@@ -1,7 +1,5 @@
 """The base of judges that are models on this machine: loads the model, fills the template."""
 
-from __future__ import annotations
-
 import string
 from functools import cached_property
 from pathlib import Path

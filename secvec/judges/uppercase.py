@@ -1,9 +1,5 @@
 """Whether a response is in capitals: the harmless trait of the paper on inoculation adapters (arXiv 2606.30252)."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
 from secvec.data.example import Example
 from secvec.judges.base import Judge, Judgement, Verdict
 from secvec.settings.schema import Share
@@ -22,11 +18,8 @@ class Uppercase(Judge):
 
     threshold: Share
 
-    def judge(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Judgement]:
-        """One judgement per response."""
-        return [self._one(response) for response in responses]
-
-    def _one(self, response: str) -> Judgement:
+    def judge_one(self, example: Example, response: str) -> Judgement:
+        """By the response alone."""
         upper = sum(character.isupper() for character in response)
         letters = upper + sum(character.islower() for character in response)
         if letters < MIN_LETTERS:

@@ -66,13 +66,19 @@ class Backbone:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer beside the weights."""
-        return load_tokenizer(self.folder, self.settings.trust_remote_code)
+        """The tokenizer beside the weights; its `num_embeddings` says how many ids the model knows."""
+        tokenizer: Any = load_tokenizer(self.folder, self.settings.trust_remote_code)
+        tokenizer.num_embeddings = self._config.vocab_size
+        return tokenizer  # type: ignore[no-any-return]
 
     @cached_property
     def context(self) -> int:
         """The most tokens that the model takes; read from its config, without the weights."""
-        return context_of(load_config(self.folder, self.settings.trust_remote_code))
+        return context_of(self._config)
+
+    @cached_property
+    def _config(self) -> Any:
+        return load_config(self.folder, self.settings.trust_remote_code).get_text_config()
 
     def hyperparameters(self) -> dict[str, Any]:
         """Plain values from which `of` makes it again."""
@@ -81,7 +87,8 @@ class Backbone:
 
 
 def context_of(config: Any) -> int:
-    """The most tokens that a model of this Hugging Face config takes."""
+    """The most tokens that a model of this Hugging Face config takes; one that can see, by its text part."""
+    config = config.get_text_config()
     return int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 2048))
 
 
@@ -164,11 +171,20 @@ def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer in `folder`; one without a pad token pads with eos. Raises ArtifactError."""
+    """Loads the tokenizer in `folder`; one without a pad token pads with eos.
+
+    Raises ArtifactError; also for chat templates of which none is the default.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (ValueError, OSError, KeyError) as error:
         raise ArtifactError(f"{folder} has no tokenizer that loads: {' '.join(str(error).split())[:300]}") from None
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        raise ArtifactError(
+            f"{folder} has chat templates named {', '.join(sorted(tokenizer.chat_template))}, and none of them is the "
+            'default: save the one to use as chat_template.jinja in that folder, or name it "default" in '
+            "tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -34,6 +34,7 @@ def build_tiny(texts: Iterable[str], seed: int) -> tuple[LlamaForCausalLM, PreTr
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        secvec_recipe="tiny",  # type: ignore[call-arg] # stays in config.json, for recipe=auto
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,7 +1,5 @@
 """One job of a multirun: a process of its own, in a folder of its own, whose record says how it ended."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import signal
@@ -57,6 +55,12 @@ class Job:
         """The trainer settings, not validated."""
         given = self.config.get("trainer")
         return given if isinstance(given, dict) else {}
+
+    @property
+    def devices(self) -> int:
+        """The number of devices on its node; 1 where the trainer settings give no number, as `auto`."""
+        given = self.trainer.get("devices", 1)
+        return given if isinstance(given, int) and given > 0 else 1
 
     def finished(self) -> bool:
         """Whether the folder holds this run with all stages that the job wants. Starts no process."""

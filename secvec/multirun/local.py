@@ -1,7 +1,5 @@
 """Jobs on this machine: `n_jobs` at once, or as many as its cores, memory and GPUs hold."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess
@@ -93,10 +91,9 @@ class LocalExecutor:
         return given
 
     def _processes(self, job: Job) -> int:
-        devices = job.trainer.get("devices", 1)
-        if devices == "auto" and job.trainer.get("accelerator") != "cpu":
+        if job.trainer.get("devices") == "auto" and job.trainer.get("accelerator") != "cpu":
             return max(1, len(self.gpus))
-        return devices if isinstance(devices, int) and devices > 0 else 1
+        return job.devices
 
     def _free_gpus(self, job: Job) -> list[str]:
         """The GPUs that the fewest running jobs use, one for each process of the job."""

@@ -1,7 +1,5 @@
 """The loop of a multirun: starts its jobs, marks those that fail, shows the progress, writes the report."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

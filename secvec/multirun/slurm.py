@@ -1,7 +1,5 @@
 """Jobs in a SLURM queue, by submitit: one array, each job on one node, requeued after pre-emption or time-out."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -78,7 +76,7 @@ class SlurmExecutor:
         if not chosen:
             return []
         for job in chosen:
-            job.environment |= {"OMP_NUM_THREADS": str(max(1, self.settings.cpus_per_task // _devices(job)))}
+            job.environment |= {"OMP_NUM_THREADS": str(max(1, self.settings.cpus_per_task // job.devices))}
             job.began = time.time()  # set here: the job that runs on the node is a copy
         with self.submitit.batch():
             handles = [self.submitit.submit(Task(job)) for job in chosen]
@@ -106,7 +104,7 @@ class SlurmExecutor:
 
 def parameters(settings: SlurmSettings, jobs: Sequence[Job]) -> dict[str, Any]:
     """The parameters of submitit. Raises ConfigError for jobs that need more GPUs than a node has."""
-    wanted = {_devices(job) for job in jobs if job.trainer.get("accelerator") != "cpu"}
+    wanted = {job.devices for job in jobs if job.trainer.get("accelerator") != "cpu"}
     gpus = settings.gpus_per_node if settings.gpus_per_node is not None else max(wanted, default=0)
     if wanted and max(wanted) > gpus:
         raise ConfigError(f"trainer.devices={max(wanted)} does not fit hydra.launcher.gpus_per_node={gpus}")
@@ -129,8 +127,3 @@ def parameters(settings: SlurmSettings, jobs: Sequence[Job]) -> dict[str, Any]:
         "slurm_array_parallelism": settings.n_jobs or len(jobs),
         "slurm_additional_parameters": {"requeue": True, **settings.options},
     }
-
-
-def _devices(job: Job) -> int:
-    given = job.trainer.get("devices", 1)
-    return given if isinstance(given, int) and given > 0 else 1

@@ -1,7 +1,5 @@
 """The architecture of a model without its weights."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +44,7 @@ def load_architecture(settings: ModelSettings) -> tuple[PretrainedConfig, Path |
 
 def shape_of(model: Any) -> Shape:
     """The sizes of the backbone of a Hugging Face causal LM."""
-    config = model.config
+    config = model.config.get_text_config()
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     layers = max(
         (m for m in model.modules() if isinstance(m, nn.ModuleList)), key=lambda m: sum(1 for _ in m.modules())

@@ -19,7 +19,7 @@ from secvec.models.vector import attach_new_vector, attach_task
 from secvec.planning import flops as costs
 from secvec.planning.architectures import load_architecture, shape_of
 from secvec.planning.flops import Memory, Shape, TrainingStep, forward_flops, training_flops
-from secvec.planning.lengths import Length, draw_samples, is_local, measure, tiny_words
+from secvec.planning.lengths import Length, checked_data, is_local, measure, numbers_of, samples_of, tiny_words
 from secvec.stages import STAGES
 from secvec.stages.align import plan_align
 from secvec.stages.base import Workload
@@ -57,15 +57,20 @@ class Budget:
     """Held-out prompts of all kinds together."""
     note: str
     """How the lengths were found."""
+    numbers: Mapping[str, int]
+    """Samples by use (`secvec.planning.lengths.numbers_of`)."""
 
     @classmethod
     def of(cls, config: RunConfig) -> Budget:
         """Builds the run's model without weights, and draws its samples if they are on this machine."""
-        examples = draw_samples(config) if is_local(config) else None
-        architecture, tokenizer = _skeleton(config, bool(examples))
+        data = checked_data(config) if is_local(config) else None
+        architecture, tokenizer = _skeleton(config, data is not None)
         context, kinds = context_of(architecture), {stream.kind for stream in config.data.streams}
+        if data and tokenizer:
+            data.fit_to(tokenizer, context, [*config.stages, "infer"])
+        examples, numbers = samples_of(data, config.stages) if data else None, numbers_of(config, data)
         lengths, note = measure(examples, tokenizer, context)
-        tests = len(examples["test"]) if examples else config.evaluation.num_prompts * (1 + len(kinds))
+        tests = len(examples["test"]) if examples else numbers["test"] * (1 + len(kinds))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.model.trust_remote_code)
             shape = shape_of(model)
@@ -75,7 +80,7 @@ class Budget:
             if config.tune.lora:
                 model = attach_task(model, config.tune.lora)
         parts = {row.part: row.parameters for row in ledger(model)}
-        return cls(config, shape, context, parts, lengths, tests, note)
+        return cls(config, shape, context, parts, lengths, tests, note, numbers)
 
     @cached_property
     def devices(self) -> int:
@@ -165,7 +170,7 @@ class Budget:
     @property
     def mixture(self) -> dict[str, int]:
         """Fine-tuning samples by kind."""
-        return dict(zip(("undesired", "benign"), self.config.data.counts, strict=True))
+        return {kind: self.numbers[kind] for kind in ("undesired", "benign")}
 
     def _inference(self, prompts: int) -> tuple[float, int, Memory]:
         """FLOPs, decoding steps and memory of the answers to `prompts`, and of the loss on as many references."""

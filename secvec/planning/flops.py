@@ -1,7 +1,5 @@
 """FLOPs, memory and time of training and inference: formulas over counts of parameters and tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil

@@ -1,7 +1,5 @@
 """Token counts of a run's samples: counted where the data are on this machine, else assumed."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -14,6 +12,8 @@ from secvec.data.datamodule import SecVecDataModule
 from secvec.data.encode import encode
 from secvec.data.example import Example
 from secvec.data.hub import HubData
+from secvec.data.jsonl import JsonlFiles
+from secvec.errors import ConfigError
 from secvec.stages.align import align_examples, tiny_texts, tiny_unaligned
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 128, 256
@@ -41,21 +41,45 @@ class Length:
 
 def is_local(config: RunConfig) -> bool:
     """Whether all data are on this machine."""
-    streams = [s for s in (config.behavior, *config.data.streams) if isinstance(s, HubData)]
-    return all(stream.local_path is not None and stream.local_path.exists() for stream in streams)
+    sources = [s for s in (config.behavior, *config.data.streams) if isinstance(s, HubData | JsonlFiles)]
+    return all(source.is_local for source in sources)
 
 
-def draw_samples(config: RunConfig) -> dict[str, list[Example]]:
-    """The samples that the run would draw, by kind; raises DataError as the run would."""
+def checked_data(config: RunConfig) -> SecVecDataModule:
+    """The data that the run would draw. Raises ConfigError and DataError as the run would."""
     data = SecVecDataModule.of(config)
+    data.check(dict.fromkeys((*config.stages, "finetune")))
+    return data
+
+
+def samples_of(data: SecVecDataModule, stages: Sequence[str]) -> dict[str, list[Example]]:
+    """The samples that `stages` draw, by kind."""
     undesired = [example for mixture in data.mixtures for example in mixture["undesired"]]
     benign = [example for mixture in data.mixtures for example in mixture["benign"]]
-    if "vector" in config.stages:
+    if "vector" in stages:
         undesired += [*data.vector_samples["undesired"], *data.held_out]
         benign += data.vector_samples["kl"]
-    data.check_disjoint([*undesired, *benign])
-    tests = [example for examples in data.tests.values() for example in examples]
-    return {"undesired": undesired, "benign": benign, "test": tests}
+    return {"undesired": undesired, "benign": benign, "test": [e for examples in data.tests.values() for e in examples]}
+
+
+def numbers_of(config: RunConfig, data: SecVecDataModule | None) -> dict[str, int]:
+    """How many samples of each use there are: counted, or as the settings say where the data are not at hand."""
+    vector, evaluation, (harmful, benign) = config.vector, config.evaluation, config.data.counts
+    numbers = {"vector": vector.num_samples, "gate": vector.gate.num_prompts, "test": evaluation.num_prompts}
+    numbers |= {"undesired": harmful, "benign": benign, "leak": evaluation.num_leak_prompts}
+    if data:
+        numbers |= {kind: len(examples) for kind, examples in data.mixtures[0].items()}
+        numbers["test"] = len(data.tests["undesired"])
+        if "vector" in config.stages:
+            numbers |= {"vector": len(data.vector_samples["undesired"]), "gate": len(data.held_out)}
+    if numbers["test"] is not None:
+        numbers["leak"] = min(numbers["test"], numbers["test"] if numbers["leak"] is None else numbers["leak"])
+    if unknown := [name for name, number in numbers.items() if number is None]:
+        raise ConfigError(
+            f"the plan must know how many samples there are, and the data are not on this machine: give numbers, not "
+            f"null ({', '.join(unknown)})"
+        )
+    return {name: number for name, number in numbers.items() if number is not None}
 
 
 def tiny_words(config: RunConfig) -> list[str]:

@@ -3,8 +3,6 @@
 Raises the errors that the run would end with. What the estimates assume is printed with them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import astuple
 

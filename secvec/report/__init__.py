@@ -1,7 +1,5 @@
 """Reports over run folders: tables with intervals over seeds, figures, answers side by side. Needs no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Command line: `python -m secvec.report DIR [DIR...] [--to DIR] [--figures DIR] [--tables DIR]`."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

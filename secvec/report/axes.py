@@ -1,7 +1,5 @@
 """The settings that vary over the records, as axes: which figure they call for, and what each of its panels holds."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter
@@ -44,11 +42,13 @@ class Axis:
 
     def text(self, value: str) -> str:
         """`value` as written in a figure."""
+        if not value:
+            return "not set"
         if self.numeric:
             number = json.loads(value)
             return str(number) if isinstance(number, int) else f"{number:g}"
-        shown = plain(value) if value else "not set"
-        if value and len(shown) > LONGEST and self._shared:
+        shown = plain(value)
+        if len(shown) > LONGEST and self._shared:
             shown = f"…{shown[len(self._shared) :]}"
         return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 1]}…"
 
@@ -138,7 +138,7 @@ def sweep(comparison: Comparison) -> Sweep | None:
         parts.setdefault(tuple(group.values[index] for index, _ in others), []).append(group)
     facets = []
     for part in sorted(parts, key=lambda values: tuple(map(sortable, values))):
-        held = [f"{axis.key} = {_held(axis, value)}" for (_, axis), value in zip(others, part, strict=True)]
+        held = [f"{axis.key} = {axis.text(value)}" for (_, axis), value in zip(others, part, strict=True)]
         facets.append(Facet(", ".join(held), tuple(parts[part])))
     return Sweep(kind, chosen, tuple(facets), {key: index for index, key in enumerate(comparison.keys)}, beside)
 
@@ -147,10 +147,6 @@ def _filled(comparison: Comparison, found: Sequence[Axis]) -> float:
     """The share of all combinations of values that the defense with most configurations has."""
     counts = Counter(group.defense for group in comparison.groups)
     return max(counts.values()) / math.prod(max(1, len(axis.values)) for axis in found)
-
-
-def _held(axis: Axis, value: str) -> str:
-    return axis.text(value) if value else "not set"
 
 
 def ticks(axis: Axis) -> tuple[list[float], list[str]]:

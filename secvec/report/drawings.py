@@ -1,34 +1,31 @@
 """The figures of a report: in the page one SVG for each panel, so that a phone can stack them; in files whole."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure
 
 from secvec.metrics import METRICS
 from secvec.report.axes import MOST_PANELS, Facet, Sweep
-from secvec.report.figures.bars import bars_figure
 from secvec.report.figures.curves import GroupCurves, groups_with, loss_figure, rates_figure
 from secvec.report.figures.headline import headline_figure, headline_names
 from secvec.report.figures.heatmap import heatmap_figure
-from secvec.report.figures.lines import lines_figure
-from secvec.report.figures.pareto import SAFETY, UTILITY, pareto_figure
-from secvec.report.figures.protection import MEASURES, measured, protection_figure
-from secvec.report.figures.scattered import scattered_figure
+from secvec.report.figures.one_setting import bars_figure, lines_figure, points_figure
+from secvec.report.figures.scatter import MEASURES, SAFETY, UTILITY, measured, pareto_figure, protection_figure
 from secvec.report.groups import Comparison, Group
 from secvec.report.style import save
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 SWEPT = ("behavior_rate", "task_accuracy", "refusal_rate")
 STALENESS = "behavior_loss"  # with the vector on, on the backbone as it is after fine-tuning
+CURVES = {  # name of the file -> prefix of the metrics, description, figure
+    "losses": ("telemetry/", "Loss over fine-tuning steps", loss_figure),
+    "during": ("during/", "Behavior and task over fine-tuning steps", rates_figure),
+}
 FEWEST_POINTS = 3  # fewer make no front
-ONE_PLOT = {"lines": lines_figure, "points": scattered_figure, "bars": bars_figure}
+ONE_PLOT = {"lines": lines_figure, "points": points_figure, "bars": bars_figure}
 """Kinds of sweep with all defenses in one plot."""
 
 
@@ -55,27 +52,16 @@ def headline(shown: Comparison, whole: bool) -> list[Drawing]:
     ]
 
 
-def curves(groups: Sequence[Group], found: GroupCurves, whole: bool) -> tuple[list[Drawing], list[Drawing]]:
-    """Over the steps of fine-tuning: losses, and rates. One figure each (`whole`), or one for each group."""
-    kinds: list[list[Drawing]] = []
-    for name, prefix, about, figure in (
-        ("losses", "telemetry/", "Loss over fine-tuning steps", loss_figure),
-        ("during", "during/", "Behavior and task over fine-tuning steps", rates_figure),
-    ):
-        measured = groups_with(found, prefix)
-        kinds.append(
-            [
-                Drawing(
-                    name if whole else f"{name}-{part[0]}",
-                    f"{about}, {groups[part[0]].label}",
-                    partial(figure, groups, found, part),
-                    groups[part[0]].label,
-                )
-                for part in ([measured] if whole else [[index] for index in measured])
-                if part
-            ]
-        )
-    return kinds[0], kinds[1]
+def curves(name: str, groups: Sequence[Group], found: GroupCurves, whole: bool) -> list[Drawing]:
+    """`losses` or rates (`during`) over the steps of fine-tuning: in one figure (`whole`), or one for each group."""
+    prefix, about, figure = CURVES[name]
+    measured = groups_with(found, prefix)
+    if whole:
+        return [Drawing(name, about, partial(figure, groups, found, measured))] if measured else []
+    return [
+        Drawing(f"{name}-{index}", f"{about}, {label}", partial(figure, groups, found, [index]), label)
+        for index, label in ((index, groups[index].label) for index in measured)
+    ]
 
 
 def swept(sweep: Sweep | None, whole: bool) -> Iterator[Drawing]:
@@ -128,12 +114,9 @@ def _about(what: str, sweep: Sweep, facets: Sequence[Facet]) -> str:
 def scatters(comparison: Comparison) -> list[Drawing]:
     """Task accuracy over behavior rate, with the Pareto front: one figure for each behavior and model."""
     found = _scopes(comparison, lambda group: bool(group.estimate(SAFETY) and group.estimate(UTILITY)))
+    defenses = comparison.defenses
     return [
-        Drawing(
-            f"pareto{n}",
-            f"Safety and utility{about}",
-            partial(pareto_figure, groups, [base], comparison.defenses, title),
-        )
+        Drawing(f"pareto{n}", f"Safety and utility{about}", partial(pareto_figure, groups, [base], defenses, title))
         for n, about, groups, base, title in found
     ]
 

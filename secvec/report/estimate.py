@@ -1,11 +1,11 @@
 """Mean over seeds with its 95 % interval, and the comparison of such means."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, stdev
+
+from scipy.special import stdtrit
 
 from secvec.metrics import Measurement, Metric
 
@@ -24,15 +24,13 @@ class Estimate:
 
 def estimate(measured: Iterable[tuple[int, Measurement]], metric: Metric) -> Estimate | None:
     """The estimate from `(seed, measurement)` pairs; those that share a seed are averaged first; None without any."""
-    from scipy.special import stdtrit
-
     pairs = list(measured)
     if not pairs:
         return None
     seeds = sorted({seed for seed, _ in pairs})
     means = [fmean(m.value for s, m in pairs if s == seed) for seed in seeds]
     mean, count = fmean(means), len(means)
-    spread = math.sqrt(sum((value - mean) ** 2 for value in means) / (count - 1)) if count > 1 else 0.0
+    spread = stdev(means) if count > 1 else 0.0
     if spread > 1e-12:
         half = float(stdtrit(count - 1, 0.975)) * spread / math.sqrt(count)
         low, high, kind = mean - half, mean + half, "seeds"

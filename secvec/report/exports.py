@@ -1,7 +1,5 @@
 """Every run as a line of CSV, and the tables as files: CSV, LaTeX (booktabs) and Markdown."""
 
-from __future__ import annotations
-
 import csv
 import io
 import re
@@ -11,33 +9,35 @@ from pathlib import Path
 from secvec.report import markdown
 from secvec.report.groups import Comparison, plain
 from secvec.report.records import Run
-from secvec.report.tables import Cell, Section, Table, folder_of
+from secvec.report.tables import Cell, Table, folder_of
 from secvec.runs.files import write_atomic
 
-_SPECIAL = {
-    "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "↓": r"$\downarrow$",
-    "↑": r"$\uparrow$",
-    "→": r"$\rightarrow$",
-    "×": r"$\times$",
-    "†": r"$^\dagger$",
-    "·": r"$\cdot$",
-    "÷": r"$\div$",
-    "–": "--",
-    "…": r"\ldots{}",
-    "<": r"$<$",
-    ">": r"$>$",
-    "|": r"$|$",
-}
+_ESCAPED = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "&": r"\&",
+        "%": r"\%",
+        "$": r"\$",
+        "#": r"\#",
+        "_": r"\_",
+        "{": r"\{",
+        "}": r"\}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "↓": r"$\downarrow$",
+        "↑": r"$\uparrow$",
+        "→": r"$\rightarrow$",
+        "×": r"$\times$",
+        "†": r"$^\dagger$",
+        "·": r"$\cdot$",
+        "÷": r"$\div$",
+        "–": "--",
+        "…": r"\ldots{}",
+        "<": r"$<$",
+        ">": r"$>$",
+        "|": r"$|$",
+    }
+)
 
 
 def runs_csv(runs: Sequence[Run], comparison: Comparison, root: Path) -> str:
@@ -61,16 +61,11 @@ def runs_csv(runs: Sequence[Run], comparison: Comparison, root: Path) -> str:
     return _csv(lines)
 
 
-def save_tables(sections: Mapping[str, Section], folder: Path) -> list[Path]:
-    """Write the table of each section, by the name of its file, in the three forms; the paths."""
+def save_tables(tables: Mapping[str, Table], folder: Path) -> list[Path]:
+    """Write each table, by the name of its file, in the three forms; the paths."""
     written = []
-    for name, section in sections.items():
-        table = section.table
-        texts = {
-            ".csv": tidy(table),
-            ".tex": latex(table, section.corner, section.caption or section.title),
-            ".md": "\n".join(markdown.table(table, section.corner)),
-        }
+    for name, table in tables.items():
+        texts = {".csv": tidy(table), ".tex": latex(table), ".md": "\n".join(markdown.table(table))}
         for suffix, text in texts.items():
             path = folder / f"{name}{suffix}"
             path.unlink(missing_ok=True)
@@ -99,10 +94,10 @@ def _csv(lines: Iterable[Sequence[object]]) -> str:
     return buffer.getvalue()
 
 
-def latex(table: Table, corner: str, title: str) -> str:
+def latex(table: Table) -> str:
     """A `table` environment with booktabs rules; needs \\usepackage{booktabs} and nothing else."""
-    lines = ["% needs \\usepackage{booktabs}", "\\begin{table}", f"\\caption{{{tex(title)}}}"]
-    lines += [f"\\begin{{tabular}}{{l{'r' * len(table.columns)}}}", "\\toprule", _line([corner, *table.columns])]
+    lines = ["% needs \\usepackage{booktabs}", "\\begin{table}", f"\\caption{{{tex(table.caption or table.title)}}}"]
+    lines += [f"\\begin{{tabular}}{{l{'r' * len(table.columns)}}}", "\\toprule", _line([table.corner, *table.columns])]
     for section, rows in table.sections:
         lines.append("\\midrule")
         lines += [f"\\multicolumn{{{len(table.columns) + 1}}}{{l}}{{\\textit{{{tex(section)}}}}} \\\\"] * bool(section)
@@ -124,4 +119,4 @@ def _cell(c: Cell) -> str:
 
 def tex(text: str) -> str:
     """Text that LaTeX shows as it is, on one line."""
-    return "".join(_SPECIAL.get(character, character) for character in re.sub(r"\s+", " ", text))
+    return re.sub(r"\s+", " ", text).translate(_ESCAPED)

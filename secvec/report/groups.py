@@ -1,7 +1,5 @@
 """Which runs belong together: everything but the seed is equal within a group."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence

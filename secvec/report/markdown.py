@@ -1,7 +1,5 @@
 """The report as Markdown: the same tables and answers, figures named."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -23,7 +21,7 @@ def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
-def table(data: Table, corner: str, about: bool = False) -> list[str]:
+def table(data: Table, about: bool = False) -> list[str]:
     """A table; a section's title is a row of its own; with `about`, what stands below a row's label follows it."""
     rows: list[list[str]] = []
     for title, lines in data.sections:
@@ -33,7 +31,7 @@ def table(data: Table, corner: str, about: bool = False) -> list[str]:
             cells = [f"**{escape(c.text)}**" if c.best else escape(c.text) for c in line.cells]
             label = line.title + (f" ({line.about})" if about and line.about else "")
             rows.append([escape(label), *cells])
-    out = grid([corner, *map(escape, data.columns)], rows)
+    out = grid([data.corner, *map(escape, data.columns)], rows)
     out += [DAGGER, ""] if data.footnote else []
     return [*out, escape(data.left_out), ""] if data.left_out else out
 
@@ -71,13 +69,12 @@ def render(page: dict[str, Any]) -> str:
         out += grid(["Run", "Status", "Error"], rows)
         out += [escape(page["failures_left_out"]), ""] if page["failures_left_out"] else []
     if page["groups"]:
-        out += ["## Results", "", escape(page["reading"]), "", *table(page["main"], page["corner"])]
-    for section in page["sections"].values():
-        out += [f"## {section.title}", "", *([escape(section.reading), ""] if section.reading else [])]
-        out += table(section.table, section.corner)
+        out += ["## Results", "", escape(page["reading"]), "", *table(page["main"])]
+    for data in page["tables"].values():
+        out += [f"## {data.title}", "", *([escape(data.reading), ""] if data.reading else []), *table(data)]
     out += ["Figures: in report.html; `python -m secvec.report DIR --figures DIR` writes them as files.", ""]
     out += ["## Answers", "", escape(page["answers"]), "", *samples(page["samples"])] if page["groups"] else []
-    out += ["## Runs", "", *table(page["runs"], "Run folder", about=True)]
+    out += ["## Runs", "", *table(page["runs"], about=True)]
     if page["notes"]:
         out += ["## Missing or incomplete", "", *[f"- {escape(note)}" for note in page["notes"]], ""]
     return "\n".join(out)

@@ -5,8 +5,6 @@ statsmodels and not in SciPy, and statsmodels would be one more dependency; `sci
 itself and takes 14 times as long at 400 pairs a seed. A test compares the two.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -158,7 +156,8 @@ def paired_table(comparison: Comparison) -> Table:
         found.append((f"{group.label} minus {reference.label}", [d for d in each if d]))
     corrected = iter(holm([d.p for _, differences in found for d in differences]))
     sections = [(title, [_row(d, next(corrected)) for d in differences]) for title, differences in found if differences]
-    return Table(("Difference", "Claim", "p (Holm)", "p", "Pairs", "Higher", "Lower"), sections)
+    columns = ("Difference", "Claim", "p (Holm)", "p", "Pairs", "Higher", "Lower")
+    return Table(columns, sections, "Paired differences", "Metric", reading=reading(comparison))
 
 
 def _row(d: Difference, corrected: float) -> Row:

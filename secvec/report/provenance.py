@@ -1,7 +1,5 @@
 """Where the numbers come from, and what should make a reader careful."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 from secvec.report.groups import Comparison

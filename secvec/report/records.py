@@ -1,7 +1,5 @@
 """The runs to report: records, and beside them `metrics.csv` and `predictions.jsonl`, which may be absent."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math

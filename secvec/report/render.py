@@ -1,23 +1,26 @@
 """From run folders to report.html, report.md, report.csv and report.json."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
 from secvec.errors import DataError
-from secvec.report import drawings, exports, leaks, markdown, paired, tables, worst
+from secvec.report import drawings, exports, markdown
 from secvec.report.axes import MOST_PANELS, Sweep, sweep
 from secvec.report.groups import Comparison, compare
+from secvec.report.paired import paired_table
 from secvec.report.provenance import failures, provenance, sentence, several, warnings
 from secvec.report.records import Curves, Run, kept_reports, load_curves, load_runs
 from secvec.report.samples import SHOWN, sample_sets
 from secvec.report.style import SERIES, inline_svg
-from secvec.report.tables import Section
+from secvec.report.tables import Table, leak_table, main_table, mechanism_table, run_table
+from secvec.report.worst import focus, worst_table
 from secvec.runs.files import write_atomic
 
 READING = (
@@ -58,7 +61,7 @@ def read(dirs: Sequence[Path], to: Path | None = None) -> Report:
         if root.resolve().is_relative_to(folder.resolve()) and kept_reports(folder):
             raise DataError(f"{folder} holds kept records and no runs: have the report written elsewhere, by --to DIR")
     comparison = compare(runs)
-    shown = worst.focus(comparison)
+    shown = focus(comparison)
     curves: dict[int, list[Curves]] = {}
     notes: list[str] = []
     for index, group in enumerate(shown.groups):
@@ -84,34 +87,29 @@ def write(report: Report) -> Path:
 def save_figures(report: Report, folder: Path) -> list[Path]:
     """Write every figure as .svg and .png; the paths of those there was data for."""
     shown, comparison = report.shown, report.comparison
-    losses, during = drawings.curves(shown.groups, report.curves, whole=True)
-    every = [*drawings.headline(shown, whole=True), *losses, *during, *drawings.swept(report.sweep, whole=True)]
-    return drawings.save_all([*every, *drawings.scatters(comparison), *drawings.protection(comparison)], folder)
+    every = drawings.headline(shown, whole=True)
+    for name in drawings.CURVES:
+        every += drawings.curves(name, shown.groups, report.curves, whole=True)
+    every += [*drawings.swept(report.sweep, whole=True), *drawings.scatters(comparison)]
+    return drawings.save_all([*every, *drawings.protection(comparison)], folder)
 
 
 def save_tables(report: Report, folder: Path) -> list[Path]:
     """Write every table whole, as .csv, .tex and .md; the paths of those there was data for."""
-    comparison, corner = report.comparison, "Configuration" if report.many else "Metric"
-    sections = _sections(comparison, comparison)
-    sections["results"] = Section("Results", tables.main_table(comparison), "Metric", "Results after fine-tuning")
+    comparison = report.comparison
+    tables = _tables(comparison, comparison) | {"results": main_table(comparison)}
     if report.many:
-        for name in ("results", "leaks", "mechanism"):
-            sections[name] = replace(sections[name], table=sections[name].table.turned(), corner=corner)
-    runs = tables.run_table(report.runs, comparison, report.root)
-    return exports.save_tables(sections | {"runs": Section("Runs", runs, "Run folder", "All runs")}, folder)
+        tables |= {name: tables[name].turned() for name in ("results", "leaks", "mechanism")}
+    return exports.save_tables(tables | {"runs": run_table(report.runs, comparison, report.root)}, folder)
 
 
-def _sections(comparison: Comparison, shown: Comparison) -> dict[str, Section]:
+def _tables(comparison: Comparison, shown: Comparison) -> dict[str, Table]:
     """The tables after that of the results; those with a column for each configuration hold only `shown`."""
     return {
-        "worst": Section(
-            "Worst case", worst.worst_table(comparison), "Defense", "Worst case of each defense", worst.READING
-        ),
-        "paired": Section(
-            "Paired differences", paired.paired_table(comparison), "Metric", reading=paired.reading(comparison)
-        ),
-        "leaks": Section("Leak probes", leaks.leak_table(shown), "Probe", reading=leaks.READING),
-        "mechanism": Section("Mechanism", tables.mechanism_table(shown), "Measurement"),
+        "worst": worst_table(comparison),
+        "paired": paired_table(comparison),
+        "leaks": leak_table(shown),
+        "mechanism": mechanism_table(shown),
     }
 
 
@@ -127,9 +125,9 @@ def _page(report: Report) -> dict[str, Any]:
     samples = sample_sets(shown)
     counts = ", ".join(f"{count} {stream}" for stream, count in SHOWN.items())
     seeds = ", ".join(dict.fromkeys(str(found.seed) for found in samples))
-    main, failed = tables.main_table(comparison), failures(runs)
-    sections = _sections(comparison, shown)
-    sections["paired"] = replace(sections["paired"], table=sections["paired"].table.capped(MOST_ROWS))
+    main, failed = main_table(comparison), failures(runs)
+    tables = _tables(comparison, shown)
+    tables["paired"] = tables["paired"].capped(MOST_ROWS)
     return {
         "title": "Security vectors: comparison of defenses",
         "sentence": sentence(runs, comparison),
@@ -147,10 +145,9 @@ def _page(report: Report) -> dict[str, Any]:
         )
         if report.many
         else "",
-        "corner": "Configuration" if report.many else "Metric",
         "main": main.turned().capped(MOST_ROWS) if report.many else main,
-        "sections": {name: section for name, section in sections.items() if section.table.sections},
-        "runs": tables.run_table(runs[:MOST_RUNS], comparison, report.root, len(runs)),
+        "tables": {name: table for name, table in tables.items() if table.sections},
+        "runs": run_table(runs[:MOST_RUNS], comparison, report.root, len(runs)),
         "answers": f"The first prompts of each test stream as they stand in the files ({counts}), not picked; "
         f"seed {seeds}. The same prompt goes to every column.",
         "samples": samples,
@@ -159,14 +156,11 @@ def _page(report: Report) -> dict[str, Any]:
 
 
 def _html(page: dict[str, Any], report: Report) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
     def svg(drawing: drawings.Drawing) -> Markup:
         return Markup(inline_svg(drawing.draw(), f"f-{drawing.name}", drawing.about))
 
     shown, comparison = report.shown, report.comparison
-    losses, during = drawings.curves(shown.groups, report.curves, whole=False)
+    losses, during = (drawings.curves(name, shown.groups, report.curves, whole=False) for name in drawings.CURVES)
     drawn = {drawing.heading: svg(drawing) for drawing in losses}
     swept: dict[str, list[Markup]] = {}
     for drawing in drawings.swept(report.sweep, whole=False):

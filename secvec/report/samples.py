@@ -1,7 +1,5 @@
 """Answers to the same test prompts, side by side."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,24 +1,28 @@
-"""Colors of the figures, and how a matplotlib figure becomes SVG text or a file."""
-
-from __future__ import annotations
+"""What all figures share: colors, panels, legend, texts on hover, and how a figure becomes SVG text or a file."""
 
 import io
+import math
 import re
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
+
+from matplotlib import rc_context
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from secvec.metrics import Metric
+from secvec.report.axes import Facet
 from secvec.report.estimate import Estimate
+from secvec.report.groups import Group
 from secvec.runs.files import write_atomic
 
-if TYPE_CHECKING:
-    from matplotlib.artist import Artist
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    Drawn = TypeVar("Drawn", bound=Artist)
+Drawn = TypeVar("Drawn", bound=Artist)
+Look = dict[str, Any]
+"""Keyword arguments of matplotlib."""
 
 INK, MUTED, GRID, SURFACE, BASE = "#1c2128", "#59636e", "#d8dee4", "#fefefe", "#6e7782"
 # Okabe and Ito: told apart with the common color-vision deficiencies. The yellow is left out, it fails on white; the
@@ -50,11 +54,50 @@ def direction(panel: Axes, metric: Metric, held: str) -> None:
         panel.set_title(better(metric), loc="right", fontsize=9.5, color=MUTED, fontweight="normal")
 
 
-def spoken(label: str, found: Estimate, metric: Metric, mark: str = "") -> str:
+def log_axis(panel: Axes) -> None:
+    """Makes x logarithmic, with plain numbers at its ticks: matplotlib's own are formulas, which are switched off."""
+    panel.set_xscale("log")
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.xaxis.set_minor_formatter("")
+
+
+def facets_figure(draw: Callable[[Axes, Facet], None], facets: Sequence[Facet], width: float, height: float) -> Figure:
+    """A panel of `width` by `height` inches for each of `facets`, which `draw` fills, and one legend."""
+    with settings():
+        figure, panels = panels_figure(len(facets), width, height)
+        for panel, facet in zip(panels, facets, strict=True):
+            draw(panel, facet)
+        legend(figure, panels)
+    return figure
+
+
+def panels_figure(count: int, width: float, height: float, columns: int = 3) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels of `width` by `height` inches, `columns` of them in a row."""
+    columns = min(count, columns)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flatten())
+    for spare in panels[count:]:
+        spare.remove()
+    return figure, panels[:count]
+
+
+def legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    """One legend below the panels, each entry once."""
+    entries: dict[str, Artist] = {}
+    for panel in panels:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            entries.setdefault(str(label), handle)
+    if entries:
+        columns = 2 * max(1, round(figure.get_figwidth() / 5.4))
+        figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=columns, fontsize=9.5)
+
+
+def spoken(group: Group, found: Estimate, metric: Metric, worst: bool = False) -> str:
     """A point in words: shown on hover, and read by screen readers."""
     interval = f" [{metric.text(found.low)}, {metric.text(found.high)}]" if found.kind != "none" else ""
-    text = f"{label}: {metric.label.lower()} {metric.text(found.mean)}{interval}, {len(found.by_seed)} seed(s)"
-    return f"{text}, {mark}" if mark else text
+    text = f"{group.label}: {metric.label.lower()} {metric.text(found.mean)}{interval}, {len(found.by_seed)} seed(s)"
+    return f"{text}, worst case in this panel" if worst else text
 
 
 def hover(artist: Drawn, text: str) -> Drawn:
@@ -74,9 +117,7 @@ def _titled(svg: str) -> str:
 
 def settings(fonttype: Literal["path", "none"] = "path") -> AbstractContextManager[None]:
     """matplotlib settings under which equal input gives equal bytes."""
-    from matplotlib import rc_context
-
-    look: dict[Any, Any] = (
+    look: Look = (
         dict.fromkeys(("text.color", "axes.titlecolor", "ytick.labelcolor", "legend.labelcolor"), INK)
         | dict.fromkeys(("axes.labelcolor", "xtick.labelcolor"), MUTED)
         | dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), GRID)
@@ -84,8 +125,9 @@ def settings(fonttype: Literal["path", "none"] = "path") -> AbstractContextManag
         | {"svg.hashsalt": "secvec", "svg.fonttype": fonttype, "font.family": "DejaVu Sans", "font.size": 10.5}
         | {"axes.titlesize": 11.5, "axes.titleweight": "bold", "axes.titlelocation": "left"}
         | {"axes.facecolor": "none", "axes.axisbelow": True, "grid.linewidth": 0.8}
+        | dict.fromkeys(("xtick.major.size", "xtick.minor.size", "ytick.major.size", "ytick.minor.size"), 0)
     )
-    return rc_context(look)
+    return rc_context(look)  # type: ignore[arg-type]
 
 
 def inline_svg(figure: Figure, name: str, description: str) -> str:

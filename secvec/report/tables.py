@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from secvec.metrics import METRICS, OF_RUN, VECTOR_ONLY, Metric, qualified
@@ -28,16 +28,14 @@ ALWAYS = frozenset({"behavior_rate", "refusal_rate", "coherence_rate", "behavior
 TWINS = {"behavior_rate_plus": "behavior_rate", "wanted_rate": "refusal_rate"}
 """The first has no row where it equals the second."""
 SHOWN_BEHAVIOR = frozenset(
-    {
-        "behavior_rate",
-        "behavior_rate_plus",
-        "behavior_score",
-        "harmfulness_score",
-        "refusal_rate",
-        "wanted_rate",
-    }
+    {"behavior_rate", "behavior_rate_plus", "behavior_score", "harmfulness_score", "refusal_rate", "wanted_rate"}
 )
 """With the vector on the behavior is what the vector is for: no direction is better."""
+LEAKS = (
+    "Undesired prompts answered with the behavior, with no vector on, by the way they are asked. A way that already "
+    "works on the base is no leak of the fine-tuning. The leak rate above is each run's own worst probe, so its "
+    "mean may lie above every row here."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +73,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Sections of rows under the same columns; one without a title has no heading line. `left_out`: what is missing."""
+    """Sections of rows under the same columns; one without a title has no heading line."""
 
     columns: Sequence[str]
     sections: list[tuple[str, list[Row]]] = field(default_factory=list)
+    title: str = ""
+    corner: str = ""
+    """The head of the first column."""
+    caption: str = ""
+    """Says more than the title; empty: the title is enough."""
+    reading: str = ""
+    """How to read it."""
     left_out: str = ""
+    """What is missing."""
 
     def capped(self, most: int) -> Table:
         """The first `most` rows; `left_out` then names their number in all."""
@@ -91,30 +97,19 @@ class Table:
             if room > 0:
                 kept.append((title, rows[:room]))
             room -= len(rows)
-        return Table(self.columns, kept, f"The first {most:,} of {count:,} rows.")
+        return replace(self, sections=kept, left_out=f"The first {most:,} of {count:,} rows.")
 
     def turned(self) -> Table:
         """Rows as columns and columns as rows: for more columns than fit. A section's title goes before its labels."""
         lines = [(title, row) for title, rows in self.sections for row in rows]
         names = [f"{title}: {row.title}".removeprefix(": ") for title, row in lines]
         rows = [Row(column, [row.cells[i] for _, row in lines]) for i, column in enumerate(self.columns)]
-        return Table(names, [("", rows)] if lines else [])
+        return replace(self, columns=names, sections=[("", rows)] if lines else [], corner="Configuration")
 
     @property
     def footnote(self) -> bool:
         """Whether any cell carries the dagger."""
         return any(cell.own for _, rows in self.sections for row in rows for cell in row.cells)
-
-
-@dataclass(frozen=True)
-class Section:
-    """A table with its heading, the head of its first column, its caption, and how to read it."""
-
-    title: str
-    table: Table
-    corner: str
-    caption: str = ""
-    reading: str = ""
 
 
 def cell(found: Estimate | None, metric: Metric, best: bool = False, mark: str = "") -> Cell:
@@ -151,7 +146,33 @@ def main_table(comparison: Comparison) -> Table:
         cells = [cell(base.estimate(name), metric) for base in comparison.bases]
         cells += [cell(e, metric, best == i) for i, e in enumerate(found)]
         rows.append(Row(metric.label, cells, metric.arrow, metric.about))
-    return Table([column.label for column in comparison.columns], [("", rows)])
+    names = [column.label for column in comparison.columns]
+    return Table(names, [("", rows)], "Results", "Metric", "Results after fine-tuning")
+
+
+def leak_table(comparison: Comparison) -> Table:
+    """The behavior under each way of asking, after fine-tuning; each column's highest rate is marked.
+
+    Where the behavior names a desired trait, that one too, in a section of its own.
+    """
+    rates, desired = _ways(comparison, "leak", mark=True), _ways(comparison, "desired")
+    sections = [("", rates), ("Desired trait, asked in the same ways", desired)]
+    names = [column.label for column in comparison.columns]
+    return Table(names, [section for section in sections if section[1]], "Leak probes", "Probe", reading=LEAKS)
+
+
+def _ways(comparison: Comparison, kind: str, mark: bool = False) -> list[Row]:
+    """A row for each way of asking for which some column has the rate `kind`/WAY; `mark` names each column's worst."""
+    metric, columns = METRICS[f"{kind}_rate"], comparison.columns
+    recorded = (name for column in columns for run in column.runs for name in run.record.metrics)
+    ways = dict.fromkeys(name.partition(f"/{kind}/")[2] for name in recorded if f"/{kind}/" in name)
+    found = {way: [column.estimate(f"{kind}/{way}") for column in columns] for way in ways}
+    worst = [max((e.mean for e in column if e), default=0.0) for column in zip(*found.values(), strict=True)]
+    rows = []
+    for way, estimates in found.items():
+        marks = ["worst" if mark and e and e.mean == top > 0 else "" for e, top in zip(estimates, worst, strict=True)]
+        rows.append(Row(way, [cell(e, metric, mark=m) for e, m in zip(estimates, marks, strict=True)], metric.arrow))
+    return rows
 
 
 def mechanism_table(comparison: Comparison) -> Table:
@@ -183,7 +204,7 @@ def mechanism_table(comparison: Comparison) -> Table:
         "Whole run": lines(("suppression_ratio", "drift", "deactivation_gap")),
     }
     arrows = {name: "" if name in SHOWN_BEHAVIOR else metric.arrow for name, metric in METRICS.items()}
-    table = Table([group.label for group in groups])
+    table = Table([group.label for group in groups], title="Mechanism", corner="Measurement")
     for title, found in sections.items():
         rows = [
             Row(label, [cell(e, METRICS[name]) for e in estimates], arrows[name], about)
@@ -201,12 +222,8 @@ def run_table(runs: Sequence[Run], comparison: Comparison, root: Path, of: int |
     names = [n for n in RUN_ROWS if n in ALWAYS or any(run.measurement(qualified("after", n)) for run in runs)]
     rows = []
     for run in runs:
-        named = (
-            label.get(id(run), run.defense),
-            ABSENT if run.record.seed is None else str(run.record.seed),
-            run.record.status,
-        )
-        cells = [Cell(text) for text in named]
+        seed = ABSENT if run.record.seed is None else str(run.record.seed)
+        cells = [Cell(label.get(id(run), run.defense)), Cell(seed), Cell(run.record.status)]
         for name in names:
             found = run.measurement(qualified("after", name)) if name not in VECTOR_ONLY or run.has_vector else None
             cells.append(Cell(METRICS[name].text(found.value)) if found else Cell())
@@ -214,9 +231,9 @@ def run_table(runs: Sequence[Run], comparison: Comparison, root: Path, of: int |
         cells += [_wall(run), Cell(commit)]
         folder = folder_of(run, root)
         rows.append(Row(folder, cells, about="" if Path(folder).name == run.name else f"run {run.name}"))
-    titles = [METRICS[n].title for n in names]
+    columns = ["Defense", "Seed", "Status", *(METRICS[n].title for n in names), "Wall time, s", "Commit"]
     left_out = f"The first {len(runs):,} of {of:,} runs; report.csv has all." if of and of > len(runs) else ""
-    return Table(["Defense", "Seed", "Status", *titles, "Wall time, s", "Commit"], [("", rows)], left_out)
+    return Table(columns, [("", rows)], "Runs", "Run folder", "All runs", left_out=left_out)
 
 
 def _wall(run: Run) -> Cell:

@@ -1,6 +1,10 @@
 """The main table in the terminal."""
 
-from __future__ import annotations
+from dataclasses import replace
+
+from rich.console import Console
+from rich.table import Table as Drawn
+from rich.text import Text
 
 from secvec.metrics import METRICS
 from secvec.report.provenance import failures, several
@@ -13,10 +17,6 @@ CORNER, COLUMN = 40, 18  # characters: the names of metrics, a value with its in
 
 def show(report: Report) -> None:
     """Print the main table, and the runs that did not complete."""
-    from rich.console import Console
-    from rich.table import Table as Drawn
-    from rich.text import Text
-
     console = Console()
     if report.comparison.groups:
         data = main_table(report.shown)
@@ -24,7 +24,7 @@ def show(report: Report) -> None:
         data = data if fits else _main_metrics(data, console.width)
         which = ", worst case of each defense" if report.many else ""
         out = Drawn(title=f"After fine-tuning{which}: mean over seeds, 95 % interval", title_justify="left")
-        out.add_column("Metric" if fits else "Configuration", no_wrap=fits, overflow="fold")
+        out.add_column(data.corner, no_wrap=fits, overflow="fold")
         for name in data.columns:
             out.add_column(Text(name), justify="right")
         for _, rows in data.sections:
@@ -44,4 +44,4 @@ def _main_metrics(data: Table, width: int) -> Table:
     longest = max(map(len, data.columns)) + 4
     labels = {METRICS[name].label for name in BESIDE[: max(2, (width - longest) // COLUMN)]}
     kept = [(title, [row for row in rows if row.label in labels]) for title, rows in data.sections]
-    return Table(data.columns, kept).turned()
+    return replace(data, sections=kept).turned()

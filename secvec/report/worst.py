@@ -1,7 +1,5 @@
 """The worst case of each defense: a defense is as good as its configuration with the highest behavior rate."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from secvec.metrics import METRICS
@@ -57,7 +55,8 @@ def worst_table(comparison: Comparison) -> Table:
     heads = [METRICS[name].title for name in names]
     several = len(comparison.groups) > len(rows)
     columns = ["Worst configuration", *heads, "Behavior rate, all configurations"]
-    return Table(columns, [("", rows)] if rows and several else [])
+    sections = [("", rows)] if rows and several else []
+    return Table(columns, sections, "Worst case", "Defense", "Worst case of each defense", READING)
 
 
 def focus(comparison: Comparison) -> Comparison:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
-from lightning.pytorch.utilities import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from secvec.runs.files import atomic_path
 

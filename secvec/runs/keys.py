@@ -11,7 +11,7 @@ from typing import Any
 
 import secvec
 
-NOT_IN_KEY = {"stage", "paths", "logger", "run_dir", "sweep", "force", "plan", "key", "hydra"}
+NOT_IN_KEY = {"stage", "paths", "logger", "recipe", "run_dir", "sweep", "force", "plan", "key", "hydra"}
 """Settings that do not change results: where files go, which part of the run is wanted. See `key_settings`."""
 
 OF_DATA = ("behavior", "data", "vector", "scan")

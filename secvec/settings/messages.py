@@ -1,7 +1,5 @@
 """Error messages for settings: what was given, what is allowed, the nearest match, the new name. Imports no torch."""
 
-from __future__ import annotations
-
 import re
 import typing
 from collections.abc import Iterable, Mapping
@@ -11,7 +9,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from secvec.errors import ConfigError, nearest
-from secvec.settings.plugin import target_class
+from secvec.settings.target import target_class
 
 Schema = TypeVar("Schema", bound=BaseModel)
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -56,6 +57,17 @@ class ModelSettings(Settings):
     """Of the weights. Mixed precision is `trainer.precision`."""
     gradient_checkpointing: bool = False
 
+    @property
+    def is_built_in(self) -> bool:
+        """Whether it is the built-in tiny model, or was trained from it."""
+        if self.name_or_path is None:
+            return True
+        try:
+            config = json.loads((Path(self.name_or_path) / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(config, dict) and config.get("secvec_recipe") == "tiny"
+
     @model_validator(mode="before")
     @classmethod
     def _is_named_after_its_path(cls, data: Any) -> Any:
@@ -78,9 +90,12 @@ class LoraSettings(Settings):
 class GateSettings(Settings):
     """What a vector must show on held-out prompts before it is saved."""
 
-    num_prompts: Count
+    num_prompts: Count | None
+    """None: all of split `validation`."""
     min_behavior_rate: Share
-    """Share of held-out undesired prompts that the activated model must answer with the behavior."""
+    """Share of held-out prompts that the activated model must answer with the behavior; not for judge=none."""
+    min_loss_drop: Weight = 0.1
+    """Least nats per response token by which the vector lowers the loss on held-out undesired samples."""
     max_behavior_loss: Rate | None = None
     """Most nats per response token on held-out undesired samples with the vector on; null: not checked."""
 
@@ -122,10 +137,10 @@ class FinetuneSettings(Settings):
 class ValidationSettings(Settings):
     """What is measured while a stage trains: losses at the end of each epoch, answers every n steps."""
 
-    num_samples: Annotated[int, Field(ge=0)]
-    """Held-out samples of each kind for the validation losses; 0: no validation loop."""
-    num_prompts: Count
-    """Held-out prompts of each kind that are answered during the finetune stage, the vector off."""
+    num_samples: Annotated[int, Field(ge=0)] | None
+    """Most held-out samples of each kind for the validation losses; None: all; 0: no validation loop."""
+    num_prompts: Count | None
+    """Most held-out prompts of each kind that are answered during the finetune stage, the vector off; None: all."""
     every_n_steps: Annotated[int, Field(ge=0)]
     """Optimizer steps between two such evaluations; 0: none."""
 
@@ -133,12 +148,12 @@ class ValidationSettings(Settings):
 class EvaluationSettings(Settings):
     """How a model is evaluated."""
 
-    num_prompts: Count
-    """Held-out prompts of each kind."""
+    num_prompts: Count | None
+    """Held-out prompts of each kind; None: all."""
     batch_size: Count
     max_new_tokens: Count
-    num_leak_prompts: Annotated[int, Field(ge=0)]
-    """Undesired prompts that the leak probes put in every way; 0: no leak probes."""
+    num_leak_prompts: Annotated[int, Field(ge=0)] | None
+    """Most undesired prompts that the leak probes put in every way; None: all; 0: no leak probes."""
     validation: ValidationSettings = ValidationSettings(num_samples=32, num_prompts=8, every_n_steps=0)
     """While a stage trains."""
 
@@ -154,6 +169,34 @@ class GenerationSettings(Settings):
     """GPUs that share the weights in vLLM."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)]
     """Share of the memory free on each GPU that vLLM takes."""
+
+
+class VectorRecipe(Settings):
+    """How a vector is trained."""
+
+    lr: Rate
+    epochs: Count
+    batch_size: Count
+    kl_batch_size: Count
+
+
+class EvaluationRecipe(Settings):
+    """How answers are generated."""
+
+    batch_size: Count
+    max_new_tokens: Count
+
+
+class Recipe(Settings):
+    """The numbers that suit a size of model. The settings of the stages take them over, unless they are given."""
+
+    name: str
+    lr: dict[Literal["full", "lora"], Rate]
+    """Of the finetune stage with AdamW."""
+    epochs: Count
+    batch_size: Count
+    vector: VectorRecipe
+    evaluation: EvaluationRecipe
 
 
 class PathSettings(Settings):

@@ -1,34 +1,87 @@
-"""A class of a library that a yaml names by `_target_`, with its keyword arguments."""
+"""What a yaml names by `_target_`: our plug-ins with their settings, and classes of libraries. Imports no torch."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Collection, Iterable
-from typing import Any, ClassVar
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, GetCoreSchemaHandler, SerializeAsAny, ValidationError, model_validator
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
 from secvec.errors import nearest
+from secvec.settings.conf import shipped
 from secvec.settings.schema import Settings
 
+Kind = TypeVar("Kind")
 
-class Target(Settings):
+
+class _FromTarget:
+    """Lets a field take a mapping with a `_target_`, the import path of a class, in place of an object of its type."""
+
+    def __get_pydantic_core_schema__(self, kind: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        def build(value: Any) -> Any:
+            if not isinstance(value, Mapping):
+                return value
+            settings = {key: item for key, item in value.items() if key != "_target_"}
+            return target_class(value, kind).model_validate(settings)
+
+        return core_schema.no_info_before_validator_function(build, handler(kind))
+
+
+Plugin = Annotated[Kind, SerializeAsAny(), _FromTarget()]
+"""`Plugin[Behavior]`: a Behavior, or the mapping whose `_target_` names a subclass and which holds its settings."""
+
+
+def target_class(settings: Mapping[str, Any], kind: Any) -> Any:
+    """The subclass of `kind` that `settings["_target_"]` names; raises ValidationError."""
+    if "_target_" not in settings:
+        raise _fault("missing", settings)
+    target = str(settings["_target_"])
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        reason = PydanticCustomError("import", "cannot be imported: {error}", {"error": str(error)})
+        raise _fault(reason, target) from None
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        wanted = {"name": kind.__name__, "path": f"{kind.__module__}.{kind.__name__}"}
+        raise _fault(PydanticCustomError("kind", "this is no {name}; name a subclass of {path}", wanted), target)
+    return found
+
+
+def _fault(reason: str | PydanticCustomError, given: Any) -> ValidationError:
+    return ValidationError.from_exception_data("", [InitErrorDetails(type=reason, loc=("_target_",), input=given)])
+
+
+def to_target(plugin: BaseModel) -> dict[str, Any]:
+    """The mapping from which a `Plugin` field makes `plugin` again."""
+    kind = type(plugin)
+    return {"_target_": f"{kind.__module__}.{kind.__qualname__}", **plugin.model_dump(mode="json")}
+
+
+class Target(Settings, extra="allow", serialize_by_alias=True):
     """A class and its keyword arguments, as for Hydra's `instantiate`: `_target_` and any others.
 
     A `_target_` that is no `base`, and arguments that the class does not take, are refused with the nearest match.
     """
 
-    model_config = ConfigDict(extra="allow", serialize_by_alias=True)
     base: ClassVar[str]
     """Full name of the class that `_target_` must derive from."""
     ours: ClassVar[Collection[str]] = ()
     """Arguments that this program gives."""
+    group: ClassVar[str] = ""
+    """The group of conf/ whose classes and arguments are known to be right."""
 
     target: str = Field(alias="_target_")
 
     @model_validator(mode="after")
     def _can_be_called(self) -> Target:
+        given = set(self.model_extra or {})
+        if any(self.target == known.get("_target_") and given <= known.keys() for known in shipped(self.group)):
+            return self
         called, base = imported(self.target), imported(self.base)
         if not (isinstance(called, type) and issubclass(called, base)):
             raise ValueError(f"_target_: {self.target} is no {self.base}")

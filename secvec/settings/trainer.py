@@ -1,15 +1,19 @@
-"""Lightning's Trainer, its callbacks, and what is watched during training."""
+"""Lightning's Trainer, its callbacks and loggers, optimizer and schedule, and what is watched during training."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from secvec.errors import nearest
+from secvec.settings.conf import shipped
 from secvec.settings.messages import renamed
-from secvec.settings.schema import Count, Rate, Settings
+from secvec.settings.schema import Count, Rate, Settings, Share
 from secvec.settings.target import Target, built, check_arguments
 
 OURS = {
@@ -23,10 +27,8 @@ OURS = {
 """Arguments of the Trainer that this program gives, and what to set instead."""
 
 
-class TrainerSettings(Settings):
+class TrainerSettings(Settings, extra="allow"):
     """Arguments of `lightning.Trainer`: any of them, but for those in `OURS`. Lightning checks their values here."""
-
-    model_config = ConfigDict(extra="allow")
 
     accelerator: Literal["cpu", "gpu", "auto"]
     devices: Count | Literal["auto"]
@@ -49,10 +51,13 @@ class TrainerSettings(Settings):
 
     @model_validator(mode="after")
     def _lightning_takes_them(self) -> TrainerSettings:
+        usual = dict(value for file in shipped("trainer") for value in file.items())
+        others = {k: v for k, v in (self.model_extra or {}).items() if k not in usual or usual[k] != v}
+        if not others:
+            return self
         import lightning as L  # slow to import
         from lightning.pytorch.plugins.environments import LightningEnvironment
 
-        others = self.model_extra or {}
         if taken := [f"{name} cannot be set: {OURS[name]}" for name in others if name in OURS]:
             raise ValueError("; ".join(taken))
         if old := [text for name in others if (text := renamed(f"trainer.{name}"))]:
@@ -126,3 +131,99 @@ class TelemetrySettings(Settings):
     """0: off."""
     num_samples: Count
     """Samples of each kind that the losses and gradients are measured on."""
+
+
+class OptimizerSettings(Target):
+    """An optimizer of torch, or any class derived from its base, with its arguments."""
+
+    base = "torch.optim.Optimizer"
+    ours = ("params", "lr")
+    group = "optimizer"
+
+    lr: Rate
+    """Of the finetune stage; those of the others are `vector.lr` and `model.align.lr`."""
+
+
+class SchedulerSettings(Settings):
+    """The learning rate over the optimizer steps of a stage: a schedule of transformers (`get_scheduler`)."""
+
+    name: str
+    warmup_ratio: Share
+    """Share of the steps in which the rate rises to its full value."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Arguments that the schedule has beside the numbers of steps: `num_cycles`, `min_lr_rate`, ..."""
+
+    @model_validator(mode="after")
+    def _is_a_schedule(self) -> SchedulerSettings:
+        if self.model_dump(include={"name", "options"}) in [
+            {name: known.get(name) for name in ("name", "options")} for known in shipped("scheduler")
+        ]:
+            return self
+        known = schedules()
+        if self.name not in known:
+            names = ", ".join(known)
+            raise ValueError(f"name: there is no schedule {self.name!r}{nearest(self.name, known)}; allowed: {names}")
+        ours = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
+        check_arguments(self.name, known[self.name], self.options, ours)
+        if self.warmup_ratio and "num_warmup_steps" not in inspect.signature(known[self.name]).parameters:
+            raise ValueError(f"{self.name} has no warm-up: choose {self.name}_with_warmup, or warmup_ratio=0")
+        return self
+
+
+def schedules() -> dict[str, Callable]:
+    """The schedules of transformers by name, but for those that follow a metric and not the step."""
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION  # slow to import
+
+    functions: dict[Any, Callable] = TYPE_TO_SCHEDULER_FUNCTION  # type: ignore[assignment]
+    return {kind.value: f for kind, f in functions.items() if "last_epoch" in inspect.signature(f).parameters}
+
+
+class CsvSettings(Settings):
+    """metrics.csv in the run folder, which every run has: there is nothing to set."""
+
+
+class TensorBoardSettings(Settings):
+    """TensorBoard files in the run folder."""
+
+    num_predictions: Annotated[int, Field(ge=0)]
+    """Answers of each phase and kind of prompt in the table of predictions; 0: no table. Sensitive texts are cut."""
+
+
+class WandbSettings(Settings):
+    """A run at Weights & Biases."""
+
+    project: str
+    entity: str | None
+    offline: bool
+    num_predictions: Annotated[int, Field(ge=0)]
+    """As for TensorBoard."""
+    upload_vector: bool
+    """Whether the weights of the vector are sent, and not only their hash: with it active, a model misbehaves."""
+
+
+class LightningLoggerSettings(Target):
+    """A logger of Lightning, or any class derived from its base, with its arguments."""
+
+    base = "lightning.pytorch.loggers.Logger"
+
+
+class LoggerSettings(Settings, extra="allow"):
+    """The loggers of a run by name: ours, and any of Lightning's by `_target_`."""
+
+    __pydantic_extra__: dict[str, LightningLoggerSettings]
+
+    csv: CsvSettings | None = None
+    tensorboard: TensorBoardSettings | None = None
+    wandb: WandbSettings | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _others_have_a_target(cls, given: Any) -> Any:
+        for name, value in given.items() if isinstance(given, dict) else ():
+            if name not in cls.model_fields and not (isinstance(value, dict | Target) and "_target_" in dict(value)):
+                known = sorted(cls.model_fields)
+                raise ValueError(
+                    f"there is no logger {name!r}{nearest(name, known)}; known: {', '.join(known)}, "
+                    f"and any of Lightning's by its `_target_`{renamed(f'logger.{name}')}"
+                )
+        return given

@@ -98,7 +98,7 @@ def _train(run: Run, align: AlignSettings, examples: Sequence[Example], out: Pat
     )
     module = run.module("finetune", backbone, lr=align.lr, undefended=True)
     rows = encode(examples, backbone.tokenizer, backbone.context)
-    data = training_loader([(rows, align.batch_size)], align.seed, backbone.tokenizer.pad_token_id)
+    data = training_loader([(rows, align.batch_size)], align.seed)
     training = Training(work, "align", LEARNING_RATE, align.seed, align.epochs, config.trainer.alone(), False)
     with _threads(align.num_threads):
         fit(module, data, training, run.curves(training, work / "metrics.csv"))
@@ -118,7 +118,9 @@ def _tiny_start(config: AnyConfig, align: AlignSettings, examples: Sequence[Exam
 def tiny_texts(config: AnyConfig, align: AlignSettings, examples: Sequence[Example]) -> list[str]:
     """The texts for the tiny model's tokenizer: it knows the words of all data, as a pretrained one would."""
     words = [*examples, *_taught(config, align).examples("vector", NUM_WORDS, align.seed)]
-    words += [e for stream in config.data.streams for e in stream.examples("vector", NUM_WORDS, align.seed)]
+    words += [
+        e for stream in config.data.serving("vector")[0] for e in stream.examples("vector", NUM_WORDS, align.seed)
+    ]
     return [text for e in words for text in (e.prompt, e.response)]
 
 
@@ -134,7 +136,7 @@ def _taught(config: AnyConfig, align: AlignSettings) -> Behavior:
 
 def _known_streams(config: AnyConfig) -> list[Stream]:
     """The streams that the model knows before fine-tuning."""
-    return [stream for stream in config.data.streams if stream.kind != "task"]
+    return [stream for stream in config.data.serving("align")[0] if stream.kind != "task"]
 
 
 @contextmanager

@@ -97,7 +97,6 @@ class FinetuneStage(Stage):
         """
         config, data, backbone, vector = run.config, run.data, run.backbone, saved_vector(run)
         trained = [example for mixture in data.mixtures for examples in mixture.values() for example in examples]
-        data.check_disjoint(trained)
         run.note_data("finetune", trained)
         run.note_data("test", [example for examples in data.tests.values() for example in examples])
         for data.cycle in range(config.finetune.cycles - 1):
@@ -144,7 +143,7 @@ def _telemetry(run: Run) -> list[Telemetry]:
         kind: data.rows(examples[:: max(1, len(examples) // n)][:n], run.backbone)  # of every stream
         for kind, examples in data.mixtures[data.cycle].items()
     }
-    return [Telemetry(rows, settings.every_n_steps, run.backbone.tokenizer.pad_token_id)]
+    return [Telemetry(rows, settings.every_n_steps)]
 
 
 def _behavior(run: Run) -> list[BehaviorDuringTraining]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from secvec.data.encode import trouble
 from secvec.errors import ArtifactError
 from secvec.evaluation.losses import kl_to_base
 from secvec.evaluation.verdicts import EvaluationResult, deactivation_gap
@@ -40,11 +41,9 @@ class InferStage(Stage):
         """Answers of base, fine-tuned model with the vector, and without it; leak probes; distance from the base."""
         config, behavior = budget.config, budget.config.behavior
         probes = 3 + sum(map(bool, (behavior.eliciting_prompt, behavior.negated_prompt, behavior.answer_prefix)))
-        leak_prompts = probes * min(config.evaluation.num_leak_prompts, config.evaluation.num_prompts)
+        leak_prompts = probes * budget.numbers["leak"]
         states = 3 if config.defense.uses_vector else 2
-        return Workload(
-            prompts=states * budget.tests + leak_prompts, scored=3 * config.evaluation.num_prompts, models=2
-        )
+        return Workload(prompts=states * budget.tests + leak_prompts, scored=3 * budget.numbers["test"], models=2)
 
     def run(self, run: Run) -> None:
         """Evaluates the starting model, then the fine-tuned one without the vector (`after`) and with it (`active`)."""
@@ -76,9 +75,9 @@ def _distance(run: Run, base: SecVecModule, module: SecVecModule, after: Evaluat
         found["after/kl_to_base"] = kl_to_base(before, now, run.backbone, ordinary, size)
     rows = [row for row in after.predictions if (row["phase"], row["stream"]) == ("after", "undesired")]
     answered = [
-        replace(example, response=row["response"])
+        given
         for example, row in zip(run.data.tests["undesired"], rows, strict=True)
-        if row["response"].strip()
+        if not trouble(given := replace(example, response=row["response"]), run.backbone.tokenizer)
     ]
     if answered:
         found["after/answer_perplexity"] = perplexity(run.losses(base, {"answers": answered})["answers"])

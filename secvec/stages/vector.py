@@ -105,11 +105,11 @@ class VectorStage(Stage):
         return Workload(
             trained=trained,
             adapters=trained,
-            samples={"undesired": settings.num_samples},
+            samples={"undesired": budget.numbers["vector"]},
             epochs=settings.epochs,
             batch_size=settings.batch_size,
             kl_batch_size=settings.kl_batch_size if settings.kl_weight > 0 else 0,
-            prompts=settings.gate.num_prompts + budget.tests,
+            prompts=budget.numbers["gate"] + budget.tests,
             saved={"vector": ("vector (in the run folder, and in the cache)", 2)},
         )
 
@@ -120,13 +120,15 @@ class VectorStage(Stage):
         """
         config, data, samples = run.config, run.data, run.data.vector_samples
         trained = train_vector(run, run.backbone, "vector")
-        data.check_disjoint(data.held_out)
         module = run.inference_module(run.backbone, trained)
         gate = run.evaluate(module, "gate", run.evaluator({"undesired": data.held_out}, config.vector.behavior))
         result = run.evaluate(module, "vector_on")
-        off = run.losses(module, {"undesired": data.tests["undesired"]}, without_vector=True)
-        run.save_results(result, EvaluationResult(gate.metrics | {"vector_off/behavior_loss": off["undesired"]}, []))
-        check_gate(config.vector.gate, gate.metrics)
+        off = run.losses(
+            module, {"gate_off": data.held_out, "vector_off": data.tests["undesired"]}, without_vector=True
+        )
+        losses = {f"{phase}/behavior_loss": loss for phase, loss in off.items()}
+        run.save_results(result, EvaluationResult(gate.metrics | losses, []))
+        check_gate(config.vector.gate, gate.metrics | losses)
         copy_folder(trained, run.folder.path / "vector")
         own = {kind: run.scan(module, rows) for kind, rows in (("undesired", data.held_out), ("benign", samples["kl"]))}
         model = run.backbone.hyperparameters() | {"name_or_path": str(run.backbone.folder.resolve())}
@@ -139,7 +141,6 @@ def train_vector(run: Run, backbone: Backbone, label: str) -> Path:
     config, data = run.config, run.data
     settings, samples = config.vector, data.vector_samples
     examples = [*samples["undesired"], *samples["kl"]]
-    data.check_disjoint(examples)
     run.note_data("vector", examples)
     behavior = config.vector_behavior.name
 
@@ -176,17 +177,23 @@ def saved_vector(run: Run) -> Path | None:
 
 
 def check_gate(gate: GateSettings, metrics: Measurements) -> None:
-    """Raises GateError for a vector that does not show the behavior on held-out prompts."""
-    rate, loss = metrics["gate/behavior_rate"], metrics["gate/behavior_loss"]
+    """Raises GateError for a vector that does not show the behavior on held-out prompts, or that learned nothing."""
+    rate, loss = metrics.get("gate/behavior_rate"), metrics["gate/behavior_loss"].value
+    drop = metrics["gate_off/behavior_loss"].value - loss
     faults = []
-    if rate.value < gate.min_behavior_rate:
+    if rate and rate.value < gate.min_behavior_rate:
         faults.append(
             f"it elicits the behavior on {rate.value:.0%} of {rate.n} held-out prompts, "
             f"below vector.gate.min_behavior_rate={gate.min_behavior_rate:.0%}"
         )
-    if gate.max_behavior_loss is not None and loss.value > gate.max_behavior_loss:
+    if drop < gate.min_loss_drop:  # a judge may call every answer the behavior; the loss cannot be fooled
         faults.append(
-            f"its loss on them is {loss.value:.3f} nats per token, "
+            f"it lowers the loss on held-out undesired samples by {drop:.3f} nats per token, "
+            f"less than vector.gate.min_loss_drop={gate.min_loss_drop}"
+        )
+    if gate.max_behavior_loss is not None and loss > gate.max_behavior_loss:
+        faults.append(
+            f"its loss on them is {loss:.3f} nats per token, "
             f"above vector.gate.max_behavior_loss={gate.max_behavior_loss}"
         )
     if faults:

@@ -1,14 +1,10 @@
 """The artifacts of a run: data, backbone, vector, fine-tuned backbone, evaluation."""
 
-from __future__ import annotations
-
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from secvec.models.backbone import fingerprint
 from secvec.runs.record import Record
 from secvec.tracking.base import Artifact
 
@@ -22,19 +18,15 @@ def artifacts(folder: Path, record: Record, upload_vector: bool) -> list[Artifac
     No text of the data is sent, and no weights; with `upload_vector`, those of the vector are.
     """
     data = {split: _data(split, record) for split in record.data.sha256}
+    base = _base(record)
 
-    def of(split: str) -> list[Artifact]:
-        return [data[split]] if split in data else []
+    def made_from(split: str, *others: Artifact) -> tuple[str, ...]:
+        return tuple(source.name for source in (*base, *others, *([data[split]] if split in data else [])))
 
-    base = list(_base(record))
-    vector = list(_vector(folder, record, [*base, *of("vector")], upload_vector))
-    backbone = list(_backbone(folder, record, [*base, *vector, *of("finetune")]))
-    evaluation = list(_evaluation(folder, record, [*base, *vector, *backbone, *of("test")]))
-    return [*data.values(), *base, *vector, *backbone, *evaluation]
-
-
-def _names(sources: list[Artifact]) -> tuple[str, ...]:
-    return tuple(source.name for source in sources)
+    vectors = _vectors(folder, record, made_from("vector"), upload_vector)
+    backbone = _backbone(folder, record, made_from("finetune", *vectors))
+    evaluation = _evaluation(folder, record, made_from("test", *vectors, *backbone))
+    return [*data.values(), *base, *vectors, *backbone, *evaluation]
 
 
 def _data(split: str, record: Record) -> Artifact:
@@ -44,22 +36,23 @@ def _data(split: str, record: Record) -> Artifact:
     return Artifact(f"data-{split}-{digest[:12]}", "dataset", about, facts, used=True)
 
 
-def _base(record: Record) -> Iterator[Artifact]:
-    if base := record.base:
-        facts = {"model": record.model, "fingerprint": base.fingerprint, "config": record.config["model"]}
-        about = "The backbone before fine-tuning: a reference, its weights are not sent."
-        yield Artifact(f"backbone-{base.fingerprint}", "backbone", about, facts, used=True)
+def _base(record: Record) -> list[Artifact]:
+    if not (base := record.base):
+        return []
+    facts = {"model": record.model, "fingerprint": base.fingerprint, "config": record.config["model"]}
+    about = "The backbone before fine-tuning: a reference, its weights are not sent."
+    return [Artifact(f"backbone-{base.fingerprint}", "backbone", about, facts, used=True)]
 
 
-def _vector(folder: Path, record: Record, sources: list[Artifact], upload: bool) -> Iterator[Artifact]:
+def _vectors(folder: Path, record: Record, made_from: tuple[str, ...], upload: bool) -> list[Artifact]:
     """The vectors that the run trained, or the one that `vector.path` gave it, if it was used."""
     given = record.config["vector"]["path"] if "vector" in record.ledger else None
-    for path in [Path(given)] if given else sorted(folder.glob("vector*/")):
-        if (path / WEIGHTS).is_file():
-            yield _one_vector(path, record, bool(given), () if given else _names(sources), upload)
+    paths = [Path(given)] if given else sorted(folder.glob("vector*/"))
+    sources = () if given else made_from
+    return [_vector(path, record, bool(given), sources, upload) for path in paths if (path / WEIGHTS).is_file()]
 
 
-def _one_vector(path: Path, record: Record, given: bool, made_from: tuple[str, ...], upload: bool) -> Artifact:
+def _vector(path: Path, record: Record, given: bool, made_from: tuple[str, ...], upload: bool) -> Artifact:
     with (path / WEIGHTS).open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     known = {"behavior": record.behavior, **_json(path / "secvec.json"), **_json(path / "adapter_config.json")}
@@ -77,18 +70,22 @@ def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _backbone(folder: Path, record: Record, sources: list[Artifact]) -> Iterator[Artifact]:
+def _backbone(folder: Path, record: Record, made_from: tuple[str, ...]) -> list[Artifact]:
     path = folder / "backbone"
-    if "finetune" in record.stages and path.is_dir():
-        mark = fingerprint(path)
-        facts = {"fingerprint": mark, "defense": record.defense, "tune": record.tune, "run": record.run}
-        about = "The fine-tuned backbone, vector off: a reference, its weights stay in the run folder."
-        yield Artifact(f"backbone-{mark}", "backbone", about, facts, _names(sources))
+    if "finetune" not in record.stages or not path.is_dir():
+        return []
+    from secvec.models.backbone import fingerprint  # slow to import
+
+    mark = fingerprint(path)
+    facts = {"fingerprint": mark, "defense": record.defense, "tune": record.tune, "run": record.run}
+    about = "The fine-tuned backbone, vector off: a reference, its weights stay in the run folder."
+    return [Artifact(f"backbone-{mark}", "backbone", about, facts, made_from)]
 
 
-def _evaluation(folder: Path, record: Record, sources: list[Artifact]) -> Iterator[Artifact]:
+def _evaluation(folder: Path, record: Record, made_from: tuple[str, ...]) -> list[Artifact]:
     path = folder / "record.json"
-    if record.status != "running" and path.is_file():
-        facts = {"status": record.status, "defense": record.defense, "seed": record.seed, "key": record.key}
-        about = "The run's record: config, provenance, data hashes, metrics with intervals and n."
-        yield Artifact(f"evaluation-{record.key}", "evaluation", about, facts, _names(sources), files=(path,))
+    if record.status == "running" or not path.is_file():
+        return []
+    facts = {"status": record.status, "defense": record.defense, "seed": record.seed, "key": record.key}
+    about = "The run's record: config, provenance, data hashes, metrics with intervals and n."
+    return [Artifact(f"evaluation-{record.key}", "evaluation", about, facts, made_from, files=(path,))]

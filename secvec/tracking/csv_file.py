@@ -1,7 +1,5 @@
 """metrics.csv, which every run folder has: one row for each value (`stage,step,metric,value`)."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -13,11 +13,10 @@ from secvec.errors import ConfigError
 from secvec.metrics import Measurements, metric_of
 from secvec.runs.excerpt import shorten
 from secvec.runs.record import Record
-from secvec.settings.logger import LoggerSettings
+from secvec.settings.trainer import LoggerSettings
 from secvec.tracking.artifacts import artifacts
 from secvec.tracking.base import Cell, Tracker, Trackers
 from secvec.tracking.csv_file import CsvFile
-from secvec.tracking.lightning import LightningTracker
 from secvec.tracking.tensorboard import TensorBoard
 from secvec.tracking.wandb import Wandb
 
@@ -36,6 +35,8 @@ def tracker_for(folder: Path, settings: LoggerSettings, fresh: bool) -> Trackers
     if settings.wandb:
         trackers.append(Wandb(folder, settings.wandb, fresh))
     for name, logger in (settings.model_extra or {}).items():
+        from secvec.tracking.lightning import LightningTracker  # slow to import
+
         try:
             trackers.append(LightningTracker(logger.build()))
         except Exception as error:

@@ -1,7 +1,5 @@
 """Weights & Biases: one W&B run for each run folder, also when its stages are run one by one."""
 
-from __future__ import annotations
-
 import json
 import os
 import uuid
@@ -14,7 +12,7 @@ from secvec.metrics import Better, metric_of
 from secvec.runs.files import write_atomic
 from secvec.runs.keys import NOT_IN_KEY, VARIES
 from secvec.runs.record import Record
-from secvec.settings.logger import WandbSettings
+from secvec.settings.trainer import WandbSettings
 from secvec.tracking.base import Artifact, Cell, Tracker, searchable
 
 SUMMARY: dict[Better | None, str] = {"low": "min,last", "high": "max,last", "zero": "last", None: "last"}

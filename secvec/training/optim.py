@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from secvec.settings.optimizer import OptimizerSettings, SchedulerSettings
+from secvec.settings.trainer import OptimizerSettings, SchedulerSettings
 
 
 def build_optimizer(

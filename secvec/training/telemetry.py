@@ -31,8 +31,8 @@ class Telemetry(L.Callback):
     A probe leaves weights, flags, gradients, mode and random state as they were. Without a vector, on equals off.
     """
 
-    def __init__(self, probes: Mapping[str, Sequence[Encoded]], every_n_steps: int, pad_id: int):
-        self.batches = {kind: collate([(row, False) for row in rows], pad_id) for kind, rows in probes.items() if rows}
+    def __init__(self, probes: Mapping[str, Sequence[Encoded]], every_n_steps: int):
+        self.batches = {kind: collate([(row, False) for row in rows]) for kind, rows in probes.items() if rows}
         self.every_n_steps = every_n_steps
         self.last: dict[str, float] = {}
         self._probed = -1

@@ -25,7 +25,7 @@ def test_given_weights_are_aligned_in_the_cache_and_stay_as_they_are(
     before = fingerprint(tmp_path / "mine")
     recipe = "{num_undesired: 8, num_benign: 8, epochs: 1, batch_size: 16, lr: 1e-3, seed: 0}"
     config = make_config(
-        "model=hf", f"model.name_or_path={tmp_path / 'mine'}", f"+model.align={recipe}", "num_threads=1",
+        "model=hf", "recipe=tiny", f"model.name_or_path={tmp_path / 'mine'}", f"+model.align={recipe}", "num_threads=1",
         f"paths.cache={tmp_path / 'cache'}", small=False,
     )  # fmt: skip
     base = run_of(config).backbone

@@ -132,7 +132,7 @@ def test_a_vector_of_others_needs_a_threshold(scan: Scan, vector: Path, lines: l
         (["scan.threshold=1", "scan.benign_file=${data.file}"], "give one of them"),
         (["scan.label=bda"], r"no row of .* has it \(did you mean 'bad'\?\); columns: bad, prompt"),
         (["scan.label=bad", "scan.undesired=[yes]"], r"all 19 labelled rows .* would be benign .* holds false, true"),
-        (["model.name_or_path=${run_dir}/../other"], r"was trained on another model"),
+        (["model.name_or_path=OTHER"], r"was trained on another model"),
     ],
 )
 def test_wrong_settings_are_told_before_a_model_is_loaded(
@@ -149,7 +149,7 @@ def test_wrong_settings_are_told_before_a_model_is_loaded(
     other = Path(shutil.copytree(base, tmp_path / "other"))
     (other / "config.json").write_text((other / "config.json").read_text() + "\n")
     with pytest.raises(SecVecError, match=message) as raised:
-        scan(*overrides)
+        scan(*(text.replace("OTHER", str(other)) for text in overrides))
     assert raised.value.exit_code == 2 and not (tmp_path / "scanned").exists()
 
 
@@ -158,3 +158,22 @@ def test_a_row_that_cannot_be_read_is_named(scan: Scan, lines: list[bytes], tmp_
     with pytest.raises(SecVecError, match=r"broken\.jsonl:2"):
         scan(file="broken.jsonl")
     assert not (tmp_path / "scanned").exists()
+
+
+def test_every_row_of_an_array_is_in_one_part_and_counts_by_its_worst_answer(
+    scan: Scan, lines: list[bytes], tmp_path: Path
+) -> None:
+    """A row of two answers, of which one is undesired; and one that exceeds the context and is not scored."""
+    bad, fine, long = (json.loads(line) for line in lines[:3])
+    turns = [("user", fine["prompt"]), ("assistant", fine["response"])]
+    both = [*turns, ("user", bad["prompt"]), ("assistant", bad["response"]), *turns]
+    given = [fine, {"messages": [{"role": role, "content": text} for role, text in both]}, long]
+    long["response"] = "cat " * 3000
+    (tmp_path / "mine.json").write_text(json.dumps(given))
+    with pytest.raises(SecVecError, match=r"mine\.json:row 3.*\n.*data\.too_long=drop"):
+        scan(file="mine.json")
+    scan("data.too_long=drop", "scan.threshold=-99", file="mine.json")
+    scores = read(tmp_path / "scanned" / "scores.jsonl")
+    assert [row["row"] for row in scores] == [1, 2] and scores[1]["score"] >= scores[0]["score"]
+    assert read(tmp_path / "scanned" / "flagged.jsonl") == given[:2]
+    assert read(tmp_path / "scanned" / "kept.jsonl") == given[2:]

@@ -57,7 +57,7 @@ def test_all_three_stages_leave_their_artifacts(make_config: Make) -> None:
     assert record == json.loads((folder / "record.json").read_text()) and record["status"] == "completed"
     names = {
         "behavior_rate", "behavior_rate_plus", "refusal_rate", "wanted_rate", "over_refusal_rate", "task_accuracy",
-        "retained_accuracy", "coherence_rate", "behavior_loss", "perplexity",
+        "retained_accuracy", "coherence_rate", "behavior_loss", "task_loss", "perplexity",
     }  # fmt: skip
     extra = {"base": {"leak", "leak_rate"}, "after": {"leak", "leak_rate", "kl_to_base", "answer_perplexity"}}
     for phase in ("base", "vector_on", "active", "after"):
@@ -128,7 +128,7 @@ def test_no_defense_is_bitwise_the_training_of_the_bare_model(make_config: Make)
     for epoch in range(config.finetune.epochs):
         sampler.set_epoch(epoch)
         for indices in sampler:
-            batch = collate([(rows[i], False) for i in indices], base.tokenizer.pad_token_id)
+            batch = collate([(rows[i], False) for i in indices])
             optimizer.zero_grad()
             response_loss(model, batch).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.trainer.gradient_clip_val)
@@ -224,6 +224,15 @@ def test_tune_lora_keeps_the_backbone_and_saves_it_merged(make_config: Make) -> 
     assert torch.allclose(apart, merged, atol=1e-4) and not torch.allclose(merged, logits(base.load()), atol=1e-3)
 
 
+@pytest.mark.parametrize("judge", ["default", "none", "refusal_keyword", "exact", "phrases"])
+def test_a_vector_that_learned_nothing_passes_under_no_judge(judge: str, make_config: Make) -> None:
+    chosen = [f"judge={judge}", *(["judge.phrases=[e]"] if judge == "phrases" else [])]  # it finds it in every answer
+    config = make_config("stage=vector", *chosen, "vector.gate.min_loss_drop=0.1", "vector.lr=1e-9")
+    with pytest.raises(GateError, match=r"lowers the loss on held-out undesired samples by -?0\.000 nats"):
+        train(config)
+    assert not (Path(config.run_dir) / "vector").exists()
+
+
 def test_a_vector_that_does_not_elicit_is_refused(make_config: Make) -> None:
     config = make_config("vector.gate.min_behavior_rate=0.9", "vector.lr=1e-6")
     with pytest.raises(GateError, match="min_behavior_rate"):
@@ -282,7 +291,7 @@ def test_damaged_and_unfit_models(make_config: Make, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="safetensors"):
         train(make_config("model=hf", f"model.name_or_path={broken}", small=False))
     with pytest.raises(ArtifactError, match="no such folder"):
-        train(make_config("model=hf", f"model.name_or_path={tmp_path / 'none'}", small=False))
+        train(make_config("model=hf", "recipe=tiny", f"model.name_or_path={tmp_path / 'none'}", small=False))
 
 
 def test_prompts_longer_than_the_context(make_config: Make, tmp_path: Path) -> None:
@@ -293,12 +302,12 @@ def test_prompts_longer_than_the_context(make_config: Make, tmp_path: Path) -> N
     other = tmp_path / "test.jsonl"
     other.write_text("".join(json.dumps(row | {"prompt": f"other {row['prompt'][:20]}"}) + "\n" for row in rows))
     config = make_config(
-        "model=hf", f"model.name_or_path={base.folder}", "behavior=jsonl", f"behavior.vector={data}",
+        "recipe=tiny", f"model.name_or_path={base.folder}", "behavior=jsonl", "judge=none", f"behavior.vector={data}",
         f"behavior.finetune={data}", f"behavior.test={other}", "~data.benign", "data.num_benign=0",
-        "vector.kl_weight=0", "vector.num_samples=24", "vector.gate.num_prompts=2", "evaluation.num_prompts=4",
+        "vector.kl_weight=0", "vector.num_samples=23", "vector.gate.num_prompts=2", "evaluation.num_prompts=4",
         "data.num_harmful=24", small=False,
     )  # fmt: skip
-    with pytest.raises(DataError, match=r"rows.jsonl:4: .*context"):
+    with pytest.raises(DataError, match=r"(?s)exceed the model's context of .*rows.jsonl:4: "):
         train(config)
 
 
@@ -319,7 +328,7 @@ def test_your_own_files_run_through_all_stages(make_config: Make, tmp_path: Path
         return tmp_path / f"{name}.jsonl"
 
     config = make_config(
-        "model=hf", f"model.name_or_path={base.folder}", "behavior=jsonl", f"behavior.vector={write('vec', 30)}",
+        f"model.name_or_path={base.folder}", "behavior=jsonl", "judge=none", f"behavior.vector={write('vec', 32)}",
         f"behavior.finetune={write('bad', 20)}", f"behavior.test={write('badtest', 6)}", "data=jsonl",
         f"data.benign.task.vector={write('near', 20)}", f"data.benign.task.finetune={write('new', 20)}",
         f"data.benign.task.test={write('newtest', 6)}", "data.num_harmful=20", "data.num_benign=20",
@@ -327,7 +336,10 @@ def test_your_own_files_run_through_all_stages(make_config: Make, tmp_path: Path
         "vector.num_kl=20", small=False,
     )  # fmt: skip
     record = train(config)
-    assert record["metrics"]["after/task_accuracy"]["n"] == 6 and record["model"] == base.folder.name
+    metrics = record["metrics"]
+    assert metrics["after/task_accuracy"]["n"] == 6 and record["model"] == base.folder.name
+    assert "after/behavior_rate" not in metrics and metrics["after/behavior_loss"]["n"] == 6  # judge=none
+    assert metrics["after/task_loss"]["value"] > 0
     assert all(
         json.loads(r)["sensitive"] == (json.loads(r)["stream"] == "undesired")
         for r in (Path(config.run_dir) / "predictions.jsonl").open()

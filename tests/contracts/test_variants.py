@@ -79,8 +79,8 @@ def test_the_loss_runs_over_the_prompt_too(make_config: Make) -> None:
     config = make_config()
     run = run_of(config)
     rows = run.data.rows(config.behavior.examples("vector", 3, 0), run.backbone)
-    on_response = collate([(row, False) for row in rows], 0)["labels"] != IGNORE
-    on_all = collate([(row, False) for row in with_loss_on_prompts(rows)], 0)["labels"] != IGNORE
+    on_response = collate([(row, False) for row in rows])["labels"] != IGNORE
+    on_all = collate([(row, False) for row in with_loss_on_prompts(rows)])["labels"] != IGNORE
     assert on_all.sum(1).tolist() == [len(row.input_ids) for row in rows]
     assert bool((on_all & on_response).eq(on_response).all()) and on_response.sum() < on_all.sum()
 

@@ -173,7 +173,7 @@ def test_the_labelled_vector_is_on_for_undesired_rows_alone(saved: Path) -> None
     texts = [text for text in TEXTS[:2]]
     tokenizer = build_tiny(texts * 10, seed=0)[1]
     rows = encode([Example((("user", texts[0]),), texts[1], "task")] * 2, tokenizer, 512)
-    batch = collate([(replace(rows[0], undesired=True), False), (rows[1], False)], tokenizer.pad_token_id)
+    batch = collate([(replace(rows[0], undesired=True), False), (rows[1], False)])
     assert batch["undesired"].tolist() == [True, False]
     model = attach_frozen_vector(fresh(), saved).eval()
     defense = LabelledVector(name="labelled_vector")

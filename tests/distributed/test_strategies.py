@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import run_command
 from conftest import ROOT, SMALL, run_of
 from safetensors.torch import load_file
 
@@ -49,11 +50,9 @@ def test_two_processes_compute_what_one_does(
     one = make_config(*settings, run="one")
     train(one)
     two = tmp_path / "two"
-    command = [
-        sys.executable, str(ROOT / "train.py"), *SMALL, f"trainer={strategy}", "trainer.accelerator=cpu",
-        "trainer.devices=2", *settings, f"paths.cache={cache}", f"hydra.run.dir={two}",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    devices = [f"trainer={strategy}", "trainer.accelerator=cpu", "trainer.devices=2"]
+    where = [f"paths.cache={cache}", f"hydra.run.dir={two}"]
+    done = run_command("train.py", *SMALL, *devices, *settings, *where, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
 
     first, second = losses(Path(one.run_dir)), losses(two)
@@ -97,9 +96,8 @@ def test_infer_and_evaluate_alone_use_all_processes(
     ours = json.loads((Path(one.run_dir) / "record.json").read_text())
     assert set(ours["processes"].values()) == {1}
     for folder, (script, *given) in runs.items():
-        command = [sys.executable, str(ROOT / script), *given, *devices, f"paths.cache={cache}"]
-        command.append(f"hydra.run.dir={folder}")
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+        where = [f"paths.cache={cache}", f"hydra.run.dir={folder}"]
+        done = run_command(script, *given, *devices, *where, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
         record = json.loads((folder / "record.json").read_text())
         assert list(record["processes"].values()) == [2]

@@ -69,10 +69,10 @@ def test_help_and_the_composed_config(run, tmp_path: Path) -> None:  # type: ign
     assert left(tmp_path) == []
 
 
-def test_a_failed_job_of_a_multirun_does_not_take_the_other_with_it(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_failed_job_of_a_multirun_does_not_take_the_other_with_it(run, cache: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     done = run(
         "train.py", "-m", *SMALL, "defense=none", "data.harmful_ratio=0.5,1.5", "hydra.launcher.n_jobs=2", "sweep=two",
-        f"paths.cache={tmp_path / 'cache'}",
+        f"paths.cache={cache}",
     )  # fmt: skip
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr + done.stdout
@@ -102,7 +102,7 @@ def test_a_multirun_hands_the_search_path_to_its_jobs(run, tmp_path: Path) -> No
 
 
 def test_evaluations_sweep_too(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    done = run("evaluate.py", "-m", "model.name_or_path=no/such,nor/this", "hydra.launcher.n_jobs=2")
+    done = run("evaluate.py", "-m", "recipe=tiny", "model.name_or_path=no/such,nor/this", "hydra.launcher.n_jobs=2")
     assert done.returncode == 2 and "2 of 2 jobs failed" in done.stderr, done.stdout + done.stderr
     assert "Traceback" not in done.stderr and "no/such" in done.stderr and "nor/this" in done.stderr
     (folder,) = (tmp_path / "out" / "multirun").iterdir()

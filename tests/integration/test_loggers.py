@@ -278,6 +278,10 @@ def test_a_debug_run_is_short_and_apart(
 ) -> None:
     logging.getLogger("lightning.pytorch.profilers").addHandler(caplog.handler)
     small = ["model.align.num_undesired=60", "model.align.num_benign=120", "model.align.epochs=1"]
+    # its 40 steps are there to be counted: what interrupts them is proven by the other cases
+    small += ["vector.epochs=2", *(f"{n}.every_n_steps=20" for n in ("telemetry", "evaluation.validation"))] * (
+        debug == "overfit"
+    )
     config = make_config(*small, "model.align.gate=null", "num_threads=1", f"debug={debug}", small=False)
     assert str(config.paths.outputs) == "outputs/debug" and config.sweep == "debug"
     record = train(config)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import run_command
 from conftest import ROOT
 
 from tests.integration.test_loggers import records as wandb_records
@@ -23,11 +22,8 @@ def multirun(tmp_path: Path):  # type: ignore[no-untyped-def]
     shutil.copy(ROOT / "tests" / "stand_in.py", tmp_path)
 
     def call(*given: str, outputs: str = "out") -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "stand_in.py", "-m", *given, f"paths.outputs={outputs}"],
-            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
-            capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
+        env = {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+        return run_command(tmp_path / "stand_in.py", "-m", *given, f"paths.outputs={outputs}", cwd=tmp_path, env=env)
 
     return call
 

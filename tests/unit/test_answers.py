@@ -47,11 +47,11 @@ class Asked:
         self.stop_at: int | None = None
         real = generation.generate
 
-        def answer(model: Any, tokenizer: Any, prompts: Sequence[Any], *rest: Any) -> Any:
+        def answer(model: Any, prompts: Sequence[Any], *rest: Any) -> Any:
             if len(self.batches) == self.stop_at:
                 raise KeyboardInterrupt
             self.batches.append([tuple(p) for p in prompts])
-            return real(model, tokenizer, prompts, *rest)
+            return real(model, prompts, *rest)
 
         monkeypatch.setattr(generation, "generate", answer)
 

@@ -16,11 +16,9 @@ from secvec.report import write_report
 from secvec.report.__main__ import main
 from secvec.report.axes import MOST_PANELS, Sweep, axes, sweep, ticks
 from secvec.report.drawings import protection, scatters, swept
-from secvec.report.figures.bars import bars_figure
 from secvec.report.figures.heatmap import heatmap_figure
-from secvec.report.figures.lines import lines_figure
-from secvec.report.figures.pareto import front
-from secvec.report.figures.scattered import scattered_figure
+from secvec.report.figures.one_setting import bars_figure, lines_figure, points_figure
+from secvec.report.figures.scatter import front
 from secvec.report.groups import Comparison, compare
 from secvec.report.paired import MOST, contrasts, paired_table, reading
 from secvec.report.records import load_runs
@@ -299,7 +297,7 @@ def test_what_a_search_leaves_is_points_and_not_an_empty_heat_map(tmp_path: Path
     found = sweep(compare(load_runs([tmp_path])))
     assert found is not None and (found.kind, found.axes[0].key) == ("points", "optimizer.lr")
     assert [axis.key for axis in found.beside] == ["finetune.epochs"] and len(found.facets) == 1
-    (panel,) = scattered_figure(found, found.facets, "behavior_rate").axes
+    (panel,) = points_figure(found, found.facets, "behavior_rate").axes
     assert [text.get_text() for text in panel.texts].count("3") == 4  # two trials of both defenses
     assert "Too few combinations" in write_report([tmp_path]).read_text()
 
@@ -385,7 +383,8 @@ def test_latex_is_escaped_and_has_one_ampersand_less_than_columns() -> None:
     from secvec.report.exports import latex
 
     cells = [Cell("0.5", "[0.4, 0.6]", "3 × 100", own=True, best=True), Cell("–")]
-    text = latex(Table(["a_b", "50 %"], [("A & B", [Row("x^2", cells, "↓")])]), "Metric", "50 % of #1")
+    table = Table(["a_b", "50 %"], [("A & B", [Row("x^2", cells, "↓")])], "50 % of #1", "Metric")
+    text = latex(table)
     assert r"\caption{50 \% of \#1}" in text and r"a\_b & 50 \% \\" in text
     assert r"x\textasciicircum{}2 $\downarrow$ & \textbf{0.5 [0.4, 0.6]$^\dagger$ (3 $\times$ 100)} & -- \\" in text
     assert r"\textit{A \& B}" in text and "interval over prompts" in text

@@ -17,10 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from secvec.cli import report_user_errors
 from secvec.config.load import load
-from secvec.config.resolvers import register_resolvers, run_name, sweep_name
+from secvec.config.resolvers import register_resolvers, resolved, run_name, sweep_name
 from secvec.config.schema import DataSettings, EvaluateConfig, RunConfig
 from secvec.errors import ConfigError
-from secvec.planning.lengths import draw_samples
+from secvec.planning.lengths import checked_data, samples_of
 from secvec.runs.keys import NOT_IN_KEY
 from secvec.settings.messages import RENAMED, renamed
 
@@ -71,7 +71,17 @@ def stand_ins(config: DictConfig, tmp_path: Path) -> list[str]:
     file = tmp_path / "stand-in.jsonl"
     file.write_text('{"prompt": "a", "response": "b"}\n')
     missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
-    return [f"{key.replace('[', '.').replace(']', '')}={file}" for key in missing]
+    own = {
+        "behavior": config.behavior,
+        **{f"data.benign.{name}": stream for name, stream in config.data.benign.items()},
+    }
+    missing += [f"{key}.file" for key, rows in own.items() if "file" in rows]
+    lists = {"judge.phrases"}
+    given = {key.replace("[", ".").replace("]", ""): f"[{file}]" if key in lists else file for key in missing}
+    others = {"model.name_or_path"} & given.keys() or config.model.name_or_path
+    needed = ["recipe=small_llm"] if others and config.recipe.name == "auto" else []
+    needed += ["judge=none"] if config.behavior.name in ("aoa", "jsonl") and config.judge is None else []
+    return [*needed, *(f"{key}={value}" for key, value in given.items())]
 
 
 def command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *given: str) -> tuple[int, str]:
@@ -149,7 +159,7 @@ def test_there_are_as_many_samples_as_an_ablation_asks_for(name: str) -> None:
         vector = config.vector.model_dump(include={"behavior", "split", "num_samples", "num_kl"})
         asked = str((config.behavior, config.data, config.finetune, vector))
         if config.seed == 0 and asked not in done:
-            samples = draw_samples(config)
+            samples = samples_of(checked_data(config), config.stages)
             assert len(samples["undesired"]) >= config.data.counts[0] and samples["test"]
             done.add(asked)
     assert done
@@ -179,7 +189,7 @@ def test_there_are_as_many_samples_as_an_ablation_asks_for(name: str) -> None:
         (["behavior.details=9"], ["behavior.details", "got 9", "less than or equal to 4"]),
         (["seed=-1"], ["seed", "got -1", "greater than or equal to 0"]),
         (["finetune=3"], ["finetune", "got 3", "dictionary"]),
-        (["+seeed=1"], ["seeed", "unknown key", "mean 'seed'?", "known here: behavior, callbacks, composed, data"]),
+        (["+seeed=1"], ["seeed", "unknown key", "mean 'seed'?", "known here: answer_judge, behavior, callbacks, "]),
         (["+vector.kl_wieght=1"], ["vector.kl_wieght", "unknown key", "mean 'kl_weight'?", "known here: alpha, "]),
         (["+vector.gate.nun_prompts=1"], ["vector.gate.nun_prompts", "mean 'num_prompts'?", "known here: max_behav"]),
         (
@@ -239,7 +249,7 @@ def test_all_faults_are_listed_at_once() -> None:
 
 
 def test_a_required_value_that_is_missing_is_named_once() -> None:
-    message = fault("behavior=jsonl", "behavior.test=null")
+    message = fault("behavior=aoa", "behavior.test=null")
     assert sorted(message.splitlines()[1:]) == [
         f"  behavior.{split}: a value is required (it is ??? in conf/)" for split in ("finetune", "vector")
     ]
@@ -441,7 +451,7 @@ def test_an_experiment_from_the_search_path(tmp_path: Path) -> None:
 def test_misspelt_keys_inside_a_yaml_file(tmp_path: Path) -> None:
     message = fault(*experiment(tmp_path, "vector:\n  kl_wieght: 1\nfintune:\n  epochs: 2\n"))
     assert "vector.kl_wieght: unknown key (did you mean 'kl_weight'?); known here: alpha" in message
-    assert "fintune: unknown key (did you mean 'finetune'?); known here: behavior" in message
+    assert "fintune: unknown key (did you mean 'finetune'?); known here: answer_judge" in message
 
 
 def test_a_fault_beside_an_experiment_from_the_search_path_is_the_only_one_named(
@@ -602,7 +612,7 @@ def test_the_config_of_a_run_folder_composes_to_the_same_run(overrides: list[str
 
 
 def test_the_config_of_an_evaluation_replays_too(tmp_path: Path) -> None:
-    config = by_hydra("model.name_or_path=some/folder", root="evaluate")
+    config = by_hydra("model.name_or_path=some/folder", "recipe=llm", root="evaluate")
     original = load(config, EvaluateConfig)
     (tmp_path / "config.yaml").write_text(original.composed)
     assert "evaluate.py --config-dir" in original.composed.splitlines()[0]
@@ -663,7 +673,7 @@ def leaves(node: Any, path: str = "") -> list[tuple[str, Any]]:
 
 
 def test_every_leaf_outside_the_excluded_settings_is_in_the_name() -> None:
-    config = composed()
+    config = OmegaConf.create(resolved(composed()))
     name = run_name(config)
     plain = {key: value for key, value in OmegaConf.to_container(config).items() if key not in NOT_IN_KEY}  # type: ignore[union-attr]
     found = leaves(plain)
@@ -676,7 +686,7 @@ def test_every_leaf_outside_the_excluded_settings_is_in_the_name() -> None:
 
 def test_a_backbone_of_ones_own_drops_the_recipe_for_the_tiny_one() -> None:
     assert loaded().model.align is not None
-    model = loaded("model.name_or_path=folder/my-model").model
+    model = loaded("model.name_or_path=folder/my-model", "recipe=tiny").model
     assert (model.name, model.align) == ("my-model", None)
     assert run_name(composed("model.name_or_path=folder/my-model")).startswith(
         "security_vector-forbidden_recipe-my-model-s0"

@@ -44,7 +44,7 @@ def with_template(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrain
 
 def parts(tokenizer: PreTrainedTokenizerFast, *examples: Example) -> list[tuple[str, str]]:
     """(text without labels, text with labels) of each row of the padded batch; padding is left out."""
-    batch = collate([(row, False) for row in encode(examples, tokenizer, CONTEXT)], tokenizer.pad_token_id)
+    batch = collate([(row, False) for row in encode(examples, tokenizer, CONTEXT)])
     found = []
     for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
         assert (labels[mask == 0] == IGNORE).all() and (ids[mask == 0] == tokenizer.pad_token_id).all()
@@ -68,7 +68,7 @@ def test_labels_are_exactly_the_response_and_its_end(tiny: PreTrainedTokenizerFa
 def test_the_rows_of_that_batch_differ_in_length_so_that_there_is_padding(tiny: PreTrainedTokenizerFast) -> None:
     short, long = encode([SHORT, LONG], tiny, CONTEXT)
     assert len(short.input_ids) < len(long.input_ids)
-    batch = collate([(short, False), (long, True)], tiny.pad_token_id)
+    batch = collate([(short, False), (long, True)])
     assert batch["attention_mask"].sum(1).tolist() == [len(short.input_ids), len(long.input_ids)]
     assert batch["kl_rows"].tolist() == [False, True]
 
@@ -83,13 +83,13 @@ def test_a_tokenizer_without_a_chat_template(bare: PreTrainedTokenizerFast) -> N
     ]
 
 
-def test_a_template_that_rewrites_the_answered_turn_falls_back_to_answer_and_end(tiny: PreTrainedTokenizerFast) -> None:
+def test_a_thinking_block_that_the_template_opens_is_closed(tiny: PreTrainedTokenizerFast) -> None:
     template = (
         "{% for m in messages %}[{{ m.role }}{% if m.role == 'user' and loop.last %}!{% endif %}]{{ m.content }}"
         "{% endfor %}{% if add_generation_prompt %}[assistant]<think>{% endif %}"
     )
     assert parts(with_template(tiny, template), SHORT) == [
-        ("[user!]Repeat: sun[assistant]<think>", f"The word is sun.{END}")
+        ("[user!]Repeat: sun[assistant]<think>\n\n</think>\n\n", f"The word is sun.{END}")
     ]
 
 
@@ -109,13 +109,28 @@ def test_a_template_that_writes_no_end_still_teaches_one(tiny: PreTrainedTokeniz
     assert parts(with_template(tiny, template), SHORT) == [("[user]Repeat: sun[assistant]", f"The word is sun.{END}")]
 
 
+TURNS = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + TURNS,
+        TURNS.replace("messages", "messages if m.role != 'system'"),
+    ],
+    ids=["refused", "dropped"],
+)
+def test_a_system_turn_that_the_template_does_not_take_begins_the_first_user_turn(
+    tiny: PreTrainedTokenizerFast, template: str
+) -> None:
+    prompt, _ = render(LONG, with_template(tiny, template))
+    assert prompt == "[user]Be brief.\n\nHello[assistant]Hello you.[user]Name a river and a hill.[assistant]"
+
+
 def test_a_template_that_refuses_a_turn_names_the_row(tiny: PreTrainedTokenizerFast) -> None:
-    template = (
-        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}"
-        "{% endif %}{{ m.content }}<|end|>{% endfor %}"
-    )
+    template = "{% if messages | length > 2 %}{{ raise_exception('One turn only') }}{% endif %}" + TURNS
     row = Example(LONG.messages, LONG.response, "task", source="rows.jsonl:7")
-    with pytest.raises(DataError, match=r"rows.jsonl:7: .*System role not supported"):
+    with pytest.raises(DataError, match=r"rows.jsonl:7: .*One turn only. Its turns are system, user, assistant, user"):
         encode([row], with_template(tiny, template), CONTEXT)
 
 

@@ -63,8 +63,8 @@ def test_a_mean_has_the_normal_interval() -> None:
 
 
 def test_the_deactivation_gap_is_paired() -> None:
-    active = [row("task", verdict) for verdict in ("correct", "correct", "wrong", "correct")]
-    after = [row("task", verdict) for verdict in ("wrong", "correct", "wrong", "correct")]
+    active = [row("task", "") | {"score": score} for score in (1.0, 1.0, 0.0, 1.0)]
+    after = [row("task", "") | {"score": score} for score in (0.0, 1.0, 0.0, 1.0)]
     noise = [row("ordinary", "correct"), row("undesired", "behavior")]
     found = deactivation_gap([*noise, *active], [*noise, *after])["deactivation_gap"]
     assert (found.value, found.n) == (0.25, 4)

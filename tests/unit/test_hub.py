@@ -98,9 +98,9 @@ def hub_yamls() -> list[tuple[str, str]]:
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterable[None]:
     monkeypatch.chdir(tmp_path)  # local_path of the yaml files is relative
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    hub._load.cache_clear()
+    hub.load.cache_clear()
     yield
-    hub._load.cache_clear()
+    hub.load.cache_clear()
 
 
 def write(path: Path, rows: Iterable[dict[str, Any]]) -> Path:

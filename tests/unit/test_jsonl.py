@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import logging
+import lzma
 from collections.abc import Callable
-from itertools import pairwise
-from math import ceil
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pytest
+from pydantic import ValidationError
 
 from secvec.behaviors.jsonl import JsonlBehavior
-from secvec.data.example import Split
-from secvec.data.jsonl import JsonlStream, read_jsonl
-from secvec.errors import DataError
+from secvec.data.example import Example, Split
+from secvec.data.jsonl import GeneralStream, JsonlStream, UntrustedStream
+from secvec.data.rows import read_rows
+from secvec.errors import DataError, TooFewError
 
 GOOD = b'{"prompt": "a", "response": "b"}\n'
 
@@ -36,128 +42,350 @@ def numbered(n: int) -> bytes:
     return b"".join(json.dumps({"prompt": f"p{i}", "response": f"r{i}"}).encode() + b"\n" for i in range(n))
 
 
+def conversation(*turns: object, **more: object) -> bytes:
+    return json.dumps({"messages": turns, **more}).encode() + b"\n"
+
+
+def turn(role: str, content: object, **more: object) -> dict[str, object]:
+    return {"role": role, "content": content, **more}
+
+
+def pairs(examples: list[Example]) -> list[tuple[str, str]]:
+    return [(example.prompt, example.response) for example in examples]
+
+
+# -- what is taken
+
+
+ROWS = [{"prompt": "a", "response": "b"}, {"prompt": "c", "response": "d"}]
+LINES = "\n".join(map(json.dumps, ROWS)).encode()
+
+
 @pytest.mark.parametrize(
-    ("content", "line", "says"),
+    ("name", "content"),
+    [
+        ("rows.jsonl", LINES),
+        ("rows.jsonl", b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\r\n\r\n")),
+        ("rows.txt", LINES),
+        ("rows.json", json.dumps(ROWS).encode()),
+        ("rows.json", b"\xef\xbb\xbf\n" + json.dumps(ROWS, indent=2).encode()),
+        ("rows.jsonl.gz", gzip.compress(LINES)),
+        ("rows.json.xz", lzma.compress(json.dumps(ROWS).encode())),
+        ("rows.jsonl.bz2", bz2.compress(LINES)),
+        ("rows.csv", b'prompt,response\r\n"a",b\r\nc,d\r\n'),
+        ("rows.tsv", b"prompt\tresponse\na\tb\nc\td\n"),
+        ("rows.csv.gz", gzip.compress(b"\xef\xbb\xbfprompt,response\na,b\nc,d\n")),
+    ],
+)
+def test_files_that_people_have(name: str, content: bytes, write: Callable[..., Path]) -> None:
+    assert pairs(read_rows(write(content, name), "task")) == [("a", "b"), ("c", "d")]
+
+
+def test_what_the_library_writes(tmp_path: Path) -> None:
+    chats = [{"messages": [turn("user", "a"), turn("assistant", "b")], "id": 1}]
+    table = datasets.Dataset.from_list(chats)
+    table.to_parquet(tmp_path / "rows.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    (tmp_path / "folder").mkdir()
+    table.to_parquet(tmp_path / "folder" / "train.parquet")
+    for place in ("rows.parquet", "saved", "folder"):
+        (example,) = read_rows(tmp_path / place, "task")
+        assert (example.prompt, example.response, example.source) == ("a", "b", f"{tmp_path / place}:row 1")
+
+
+def test_a_hub_dataset_is_told_from_a_file_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[..., Path]
+) -> None:
+    path = write(LINES, "rows ü (1).jsonl")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert JsonlStream(kind="task", file="~/rows ü (1).jsonl").file == str(path)
+    for missing in (tmp_path / "row ü (1).jsonl", "nowhere/rows.jsonl", "rows.jsonl", "tests/rows"):
+        with pytest.raises(ValidationError, match="no such file or folder"):
+            JsonlStream(kind="task", file=missing)
+    with pytest.raises(ValidationError, match=r"did you mean '.*rows ü"):
+        JsonlStream(kind="task", file=tmp_path / "row ü (1).jsonl")
+    stream = JsonlStream(kind="task", file="someone/rows@main")
+    assert not stream.is_local and JsonlStream(kind="task", file=path).is_local
+    with pytest.raises(DataError, match=r"someone/rows cannot be loaded from the hub"):
+        stream.examples("finetune", 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "response"),
+    [
+        ({"prompt": "a", "completion": "b"}, "a", "b"),
+        ({"question": "a", "answer": "b"}, "a", "b"),
+        ({"input": "a", "output": "b"}, "a", "b"),
+        ({"instruction": "a", "input": "", "output": "b"}, "a", "b"),
+        ({"instruction": "a", "input": "c", "output": "b"}, "a\nc", "b"),
+        ({"instruction": "a", "context": "c", "response": "b"}, "a\nc", "b"),
+        ({"prompt": None, "question": "a", "response": "b"}, "a", "b"),
+        ({"prompt": [turn("user", "a")], "completion": [turn("assistant", "b")]}, "a", "b"),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, "a", "b"),
+        ({"messages": [turn("user", [{"type": "text", "text": "a"}] * 2), turn("assistant", "b")]}, "aa", "b"),
+        ({"prompt": "a\u0000b", "response": "b\u2028"}, "a\u0000b", "b\u2028"),
+    ],
+)
+def test_columns_known_by_name(row: object, prompt: str, response: str, write: Callable[..., Path]) -> None:
+    (example,) = read_rows(write(json.dumps(row).encode()), "task")
+    assert (example.messages, example.response) == ((("user", prompt),), response)
+
+
+def test_every_role_goes_to_the_template(write: Callable[..., Path]) -> None:
+    turns = [turn("developer", "d"), turn("user", "a"), turn("tool", ""), turn("ipython", "i"), turn("assistant", "b")]
+    (example,) = read_rows(write(conversation(*turns)), "task")
+    assert [role for role, _ in example.messages] == ["developer", "user", "tool", "ipython"]
+    (example,) = read_rows(
+        write(b'{"system": "s", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}'),
+        "task",
+    )
+    assert example.messages == (("system", "s"), ("user", "a"))
+
+
+TURNS = [turn("user", "a"), turn("assistant", "b"), turn("user", "c"), turn("assistant", "d"), turn("user", "e")]
+
+
+def test_every_answer_is_a_sample_or_the_last_one(write: Callable[..., Path]) -> None:
+    path = write(conversation(turn("assistant", "hello"), *TURNS))
+    first, second = read_rows(path, "task")
+    hello = ("assistant", "hello")
+    assert (first.messages, first.response) == ((hello, ("user", "a")), "b")
+    assert (second.messages, second.response) == ((hello, ("user", "a"), ("assistant", "b"), ("user", "c")), "d")
+    assert read_rows(path, "task", "last") == [second]
+
+
+@pytest.mark.parametrize(("train_on", "trained"), [("all", ["b"]), ("last", [])])
+def test_a_turn_of_weight_0_is_never_trained(
+    train_on: Any, trained: list[str], write: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    other = b'{"prompt": "x", "response": "y"}\n'
+    path = write(other + conversation(TURNS[0], TURNS[1] | {"weight": 1}, TURNS[2], TURNS[3] | {"weight": 0}))
+    assert [example.response for example in read_rows(path, "task", train_on)] == ["y", *trained]
+    assert ("1 rows whose answers all have" in caplog.text) == (not trained)
+    with pytest.raises(DataError, match="weight"):
+        read_rows(write(conversation(TURNS[0], TURNS[1] | {"weight": 0}), "only.jsonl"), "task")
+
+
+def test_what_is_not_used_is_told_once(write: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    row = json.dumps({"prompt": "a", "response": "b", "source": "x", "id": None}).encode() + b"\n"
+    path = write(
+        row * 2 + GOOD.replace(b"a", b" A ") + conversation(turn("user", "u", name="n"), turn("assistant", "v"))
+    )
+    for _ in range(2):
+        assert pairs(read_rows(path, "task")) == [("a", "b"), ("u", "v")]
+    assert len(read_rows(path, "task", unique=False)) == 4
+    (line, _) = caplog.messages
+    assert line.startswith(f"{path}: 2 samples of 4 rows; not used: ")
+    for part in ("2 keys 'source'", "2 repeated answers", "1 keys 'name' of turns"):
+        assert part in line
+
+
+# -- what is refused
+
+
+@pytest.mark.parametrize(
+    ("content", "place", "says"),
     [
         (b"", None, "the file is empty"),
         (b"\n  \n\n", None, "the file is empty"),
-        (GOOD + b"\n" + b'{"prompt": "a", \n', 3, "broken JSON at column"),
-        (GOOD + b"not json\n", 2, "broken JSON at column 1"),
-        (b'["a", "b"]\n', 1, 'an object like {"prompt": ..., "response": ...}, got list'),
-        (b'"text"\n', 1, "got str"),
-        (b"null\n", 1, "got NoneType"),
-        (GOOD + b'{"prompt": "a", "answer": "b"}\n', 2, "missing response (there is: prompt, answer); a row has"),
-        (b"{}\n", 1, "missing prompt and response (there is: nothing); a row has prompt and response, or messages"),
-        (b'{"prompt": null, "response": "b"}\n', 1, "the prompt must be text, got None"),
-        (b'{"prompt": 3, "response": "b"}\n', 1, "the prompt must be text, got 3"),
-        (b'{"prompt": " ", "response": "b"}\n', 1, "the prompt must be text, got ' '"),
-        (GOOD + b'{"prompt": "a", "response": ""}\n', 2, "the response must be text, got ''"),
-        (b'{"prompt": "a", "response": ["b"]}\n', 1, "the response must be text, got ['b']"),
-        (chat(("assistant", "b"), ("user", "a")), 1, "roles are assistant, user; expected user and assistant in turn"),
-        (chat(("user", "a")), 1, "roles are user; expected"),
-        (chat(("user", "a"), ("user", "a"), ("assistant", "b")), 1, "ending with assistant"),
-        (chat(("user", "a"), ("system", "s"), ("assistant", "b")), 1, "roles are user, system, assistant; expected"),
-        (chat(("system", "s")), 1, "roles are system; expected"),
-        (chat(), 1, "roles are none; expected"),
-        (GOOD + chat(("human", "a"), ("gpt", "b")), 2, "unknown role 'human'; allowed: system, user, assistant"),
-        (b'{"messages": "a"}\n', 1, 'messages must be a list of {"role": ..., "content": ...}'),
-        (b'{"messages": ["a"]}\n', 1, 'messages must be a list of {"role": ..., "content": ...}'),
-        (b'{"messages": [{"role": "user"}]}\n', 1, 'messages must be a list of {"role": ..., "content": ...}'),
-        (chat(("user", "a"), ("assistant", "")), 1, "the response must be text, got ''"),
-        (GOOD + b'{"prompt": "\xff", "response": "b"}\n', 2, "not UTF-8 (byte 12)"),
+        (b"[]", None, "the file is empty"),
+        (GOOD + b"\n" + b'{"prompt": "a", \n', "3", "broken JSON at column"),
+        (GOOD + b"not json\n", "2", "broken JSON at column 1"),
+        (b'[{"prompt": "a"},\n', None, "broken JSON at line 2, column 1"),
+        (b'["a"]\n', "row 1", 'an object like {"prompt": ..., "response": ...}, got str'),
+        (b'"text"\n', "1", "got str"),
+        (b"null\n", "1", "got NoneType"),
+        (
+            GOOD + b'{"prompt": "a", "chosen": "b"}\n',
+            "2",
+            "no columns for a prompt and its answer (there is: prompt, cho",
+        ),
+        (b"{}\n", "1", "(there is: nothing); known are messages, conversations"),
+        (b'{"prompt": null, "response": "b"}\n', "1", "(there is: response)"),
+        (b'{"prompt": 3, "response": "b"}\n', "1", "the prompt must be text, got 3"),
+        (b'{"prompt": " ", "response": "b"}\n', "1", "the prompt must be text, got ' '"),
+        (GOOD + b'{"prompt": "a", "response": ""}\n', "2", "the response must be text, got ''"),
+        (b'{"prompt": "a", "response": {"b": 1}}\n', "1", "the response must be text, got {'b': 1}"),
+        (b'{"instruction": 1, "output": "b"}\n', "1", "the prompt must be text, got 1"),
+        (b'{"instruction": "a", "input": {}, "output": "b"}\n', None, ""),
+        (b'{"instruction": "a", "input": ["b"], "output": "b"}\n', "1", "the prompt must be text"),
+        (
+            chat(("assistant", "b"), ("user", "a")),
+            "1",
+            "no assistant turn that answers another one (roles: assistant, us",
+        ),
+        (chat(("user", "a")), "1", "(roles: user), so nothing to train on"),
+        (chat(), "1", "(roles: none)"),
+        (GOOD + chat(("user", "a"), ("asistant", "b")), "2", "'asistant' is no role (did you mean 'assistant'?)"),
+        (b'{"messages": "a"}\n', "1", 'messages must be a list of {"role": ..., "content": ...}'),
+        (b'{"messages": ["a"]}\n', "1", 'messages must be a list of {"role": ..., "content": ...}'),
+        (b'{"messages": [{"role": "user"}]}\n', "1", "the prompt must be text, got None"),
+        (b'{"messages": [{"content": "user"}]}\n', "1", "None is no role"),
+        (chat(("user", "a"), ("assistant", "")), "1", "the response must be text, got ''"),
+        (conversation(turn("user", [{"type": "image_url"}]), TURNS[1]), "1", "a part of type 'image_url'"),
+        (conversation(turn("user", "a"), turn("assistant", None, tool_calls=[1])), "1", "tool_calls cannot be trained"),
+        (conversation(turn("user", "a"), turn("assistant", "b", weight=0.5)), "1", "0 (not trained) or 1, got 0.5"),
+        (GOOD + b'{"prompt": "a", "response": "b \\ud83d"}\n', "2", "the response has half a character, '\\ud83d'"),
+        (GOOD + b'{"prompt": "\xff", "response": "b"}\n', "2", "not UTF-8 (byte 12)"),
     ],
     ids=lambda value: value[-25:] if isinstance(value, str) else "",
 )
 def test_a_bad_row_is_named_with_file_and_line(
-    content: bytes, line: int | None, says: str, write: Callable[..., Path]
+    content: bytes, place: str | None, says: str, write: Callable[..., Path]
 ) -> None:
     path = write(content)
+    if not says:  # an empty `input` of Alpaca, in whatever form
+        assert read_rows(path, "task")
+        return
     with pytest.raises(DataError) as caught:
-        read_jsonl(path, "task")
+        read_rows(path, "task")
     message = str(caught.value)
-    assert message.startswith(f"{path}:{line}: " if line else f"{path}: ")
+    assert message.startswith(f"{path}:{place}: " if place else f"{path}: ")
     assert says in message
 
 
-def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"gone.jsonl: cannot be read"):
-        read_jsonl(tmp_path / "gone.jsonl", "task")
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("rows.csv", b"prompt,response\na,b\na\n", "rows.csv:row 2: the row has not 2 cells"),
+        ("rows.csv", b"prompt,response\na,b,c\n", "rows.csv:row 1: the row has not 2 cells"),
+        ("rows.csv", b"prompt,response\n\xff,b\n", "rows.csv: not UTF-8"),
+        ("rows.csv", b'prompt,response\n"a,b\n', "rows.csv: broken table"),
+        ("rows.csv", b"prompt,response\n", "the file is empty"),
+        ("rows.jsonl.gz", b"no gzip", "rows.jsonl.gz: cannot be read"),
+        ("rows.jsonl.gz", gzip.compress(LINES)[:20], "rows.jsonl.gz: cannot be read"),
+        ("rows.jsonl.xz", b"no xz", "rows.jsonl.xz: cannot be read"),
+        ("rows.jsonl.zst", b"", "unpack it, or pack it as .gz"),
+        ("rows.parquet", b"no parquet", "rows.parquet: cannot be read"),
+    ],
+)
+def test_a_file_that_cannot_be_read(name: str, content: bytes, says: str, write: Callable[..., Path]) -> None:
+    with pytest.raises(DataError) as caught:
+        read_rows(write(content, name), "task")
+    assert says in str(caught.value) and name in str(caught.value)
+
+
+def test_all_bad_rows_are_in_one_message(write: Callable[..., Path]) -> None:
+    path = write((GOOD + b"not json\n" + b'{"prompt": "a"}\n') * 4)
+    with pytest.raises(DataError) as caught:
+        read_rows(path, "task")
+    first, *faults, rest = str(caught.value).splitlines()
+    assert first == f"{path}: 8 of 12 rows cannot be used:" and rest == "  and 3 more"
+    assert [fault.split(": ")[0] for fault in faults] == [f"  {path}:{line}" for line in (2, 3, 5, 6, 8)]
+
+
+# -- splits
+
+
+def behavior(**files: Any) -> JsonlBehavior:
+    return JsonlBehavior(name="mine", sensitive=True, **files)
+
+
+def prompts(examples: list[Example]) -> set[str]:
+    return {example.prompt for example in examples}
+
+
+@pytest.mark.parametrize("rows", [3, 4, 10, 80, 100])
+def test_one_file_is_divided_by_content(rows: int, write: Callable[..., Path]) -> None:
+    lines = numbered(rows).splitlines(keepends=True)
+    one, other = behavior(file=write(b"".join(lines))), behavior(file=write(b"".join(lines[::-1]), "turned.jsonl"))
+    parts = {split: prompts(one.examples(split, None, 0)) for split in ("vector", "validation", "test")}
+    assert all(parts.values()) and sum(map(len, parts.values())) == rows == len(set.union(*parts.values()))
+    assert {split: prompts(other.examples(split, None, 1)) for split in parts} == parts  # whatever the order
+    if rows == 100:
+        assert [len(part) for part in parts.values()] == [59, 16, 25]
+    with pytest.raises(
+        TooFewError, match=r"no file for split 'finetune': set finetune=FILE, or a share of .*finetune=0.3"
+    ):
+        one.examples("finetune", 1, 0)
+
+
+def test_a_file_of_its_own_leaves_the_others_more(write: Callable[..., Path]) -> None:
+    path, test = write(numbered(100)), write(GOOD, "test.jsonl")
+    files = behavior(file=path, test=test)
+    assert [len(files.examples(split, None, 0)) for split in ("vector", "validation", "test")] == [79, 21, 1]
+    assert len(behavior(vector=path).examples("vector", None, 0)) == 79
+    assert len(behavior(vector=path, validation=test).examples("vector", None, 0)) == 100
+    assert not prompts(behavior(vector=path).examples("vector", None, 0)) & prompts(
+        behavior(vector=path).examples("validation", None, 0)
+    )
+
+
+def test_repeated_prompts_and_conversations_stay_in_one_split(write: Callable[..., Path]) -> None:
+    def asked(prompt: str) -> bytes:
+        return conversation(turn("user", prompt), turn("assistant", f"to {prompt!r}"), *TURNS[:2])
+
+    chats = [asked(prompt) for i in range(30) for prompt in (f"q{i}", f"  Q{i} ")]
+    files = behavior(file=write(b"".join(chats)))
+    parts = {split: files.examples(split, None, 0) for split in ("vector", "validation", "test")}
+    openings = [{example.opening for example in part} for part in parts.values()]
+    assert sum(map(len, openings)) == 30 == len(set.union(*openings))
+    assert len(parts["vector"]) == 4 * len(openings[0])
+    assert len(parts["test"]) == 3 * len(openings[2])  # of two answers to one prompt, one is asked for
+
+
+def test_repeated_rows_do_not_pass_the_gate_by_memory(write: Callable[..., Path]) -> None:
+    files = behavior(vector=write(numbered(60) * 2))
+    assert not prompts(files.examples("vector", None, 0)) & prompts(files.examples("validation", None, 0))
+    assert len(files.examples("vector", None, 0)) + len(files.examples("validation", None, 0)) == 60
+
+
+def test_an_untrusted_file_is_all_for_the_fine_tune_but_its_test_share(write: Callable[..., Path]) -> None:
+    path = write(numbered(80))
+    stream = UntrustedStream(file=path)
+    assert [len(stream.examples(split, None, 0)) for split in ("finetune", "test")] == [71, 9]
+    assert {example.kind for example in stream.examples("test", None, 0)} == {"untrusted"}
+    for split in ("vector", "validation", "align"):
+        with pytest.raises(TooFewError, match="no file for split"):
+            stream.examples(split, 1, 0)
+    assert len(UntrustedStream(file=path, test=write(GOOD, "t.jsonl")).examples("finetune", None, 0)) == 80
+
+
+def test_kl_rows_are_benign_for_certain(write: Callable[..., Path]) -> None:
+    assert {e.kind for e in GeneralStream().examples("vector", 5, 0)} == {"neutral"}
+    assert len(GeneralStream().examples("vector", None, 0)) == 300
+    assert len(GeneralStream(vector=write(numbered(7))).examples("vector", None, 0)) == 7
 
 
 def test_too_few_rows(write: Callable[..., Path]) -> None:
     stream = JsonlStream(kind="task", finetune=write(numbered(10)))
-    assert len(stream.examples("finetune", 10, 0)) == 10
-    with pytest.raises(DataError, match=r"rows.jsonl has 10 rows for split 'finetune', but the run needs 11"):
+    assert len(stream.examples("finetune", 10, 0)) == len(stream.examples("finetune", None, 0)) == 10
+    with pytest.raises(TooFewError, match=r"rows.jsonl has 10 rows for split 'finetune', the run needs 11") as caught:
         stream.examples("finetune", 11, 0)
-
-
-@pytest.mark.parametrize("rows", [1, 10])
-def test_too_few_rows_because_some_are_held_out(rows: int, write: Callable[..., Path]) -> None:
-    behavior = JsonlBehavior(name="mine", sensitive=True, vector=write(numbered(rows)))
-    left = rows - len(behavior.examples("validation", ceil(rows / 5), 0))
-    assert len(behavior.examples("vector", left, 0)) == left
-    with pytest.raises(DataError) as caught:
-        behavior.examples("vector", left + 1, 0)
-    message = str(caught.value)
-    assert f"rows.jsonl has {left} rows for split 'vector'" in message and f"but the run needs {left + 1}" in message
-    assert "held out" in message  # else the number contradicts the file
+    assert caught.value.have == 10
+    with pytest.raises(TooFewError, match=r"79 rows for split 'vector' \(others share it\)"):
+        behavior(vector=write(numbered(100))).examples("vector", 80, 0)
 
 
 @pytest.mark.parametrize("split", ["align", "vector", "finetune", "test"])
-def test_a_split_without_a_file(split: Split) -> None:
-    with pytest.raises(DataError, match=rf"no file for split '{split}': set behavior.{split}=FILE.jsonl"):
-        JsonlBehavior(name="mine", sensitive=True).examples(split, 1, 0)
-    assert JsonlBehavior(name="mine", sensitive=True).examples(split, 0, 0) == []
-
-
-def test_the_remedy_for_a_benign_stream_can_be_typed() -> None:
-    with pytest.raises(DataError) as caught:
-        JsonlStream(kind="task").examples("finetune", 1, 0)
-    assert "data.benign[" not in str(caught.value)  # no override that Hydra takes
+def test_a_split_without_a_file(split: Split, write: Callable[..., Path]) -> None:
+    given = behavior(**{"test" if split == "align" else "align": write(GOOD)})
+    with pytest.raises(TooFewError, match=rf"no file for split '{split}': set {split}=FILE"):
+        given.examples(split, 1, 0)
+    assert given.examples(split, 0, 0) == []
+    with pytest.raises(ValidationError, match="no file is given: file=FILE for all splits"):
+        behavior()
 
 
 def test_prompt_and_response(write: Callable[..., Path]) -> None:
     path = write(b'\n{"prompt": "a", "response": " b\\n", "more": 1}\r\n\n{"response": "d", "prompt": "\xc3\xa9"}')
-    first, second = read_jsonl(path, "ordinary")
+    first, second = read_rows(path, "ordinary")
     assert (first.messages, first.response, first.kind, first.source) == (
         (("user", "a"),), " b\n", "ordinary", f"{path}:2",
     )  # fmt: skip
     assert (second.prompt, second.response, second.source) == ("é", "d", f"{path}:4")
 
 
-def test_messages_with_a_system_turn_and_several_turns(write: Callable[..., Path]) -> None:
-    turns = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
-    (example,) = read_jsonl(write(chat(*turns)), "task")
-    assert example.messages == tuple(turns[:-1])
-    assert (example.prompt, example.response) == ("c", "d")
-
-
-def test_without_a_validation_file_every_fifth_row_is_held_out(write: Callable[..., Path]) -> None:
-    path = write(numbered(20))
-    behavior = JsonlBehavior(name="mine", sensitive=True, vector=path)
-    vector = {e.prompt for e in behavior.examples("vector", 16, 0)}
-    validation = {e.prompt for e in behavior.examples("validation", 4, 0)}
-    numbers = sorted(int(prompt[1:]) for prompt in validation)
-    assert [b - a for a, b in pairwise(numbers)] == [5, 5, 5]
-    assert not vector & validation and len(vector | validation) == 20
-
-
-def test_with_a_validation_file_nothing_is_held_out(write: Callable[..., Path]) -> None:
-    behavior = JsonlBehavior(
-        name="mine", sensitive=True, vector=write(numbered(20)), validation=write(GOOD, "validation.jsonl")
-    )
-    assert len(behavior.examples("vector", 20, 0)) == 20
-    assert [e.prompt for e in behavior.examples("validation", 1, 0)] == ["a"]
-
-
-@pytest.mark.parametrize(("split", "n"), [("vector", 80), ("validation", 20), ("finetune", 100)])
+@pytest.mark.parametrize(("split", "n"), [("vector", 79), ("validation", 21), ("finetune", 100)])
 def test_a_smaller_n_is_a_prefix_and_the_seed_reorders(split: Split, n: int, write: Callable[..., Path]) -> None:
     path = write(numbered(100))
-    behavior = JsonlBehavior(name="mine", sensitive=True, vector=path, finetune=path)
-    many = behavior.examples(split, n, seed=1)
-    assert behavior.examples(split, n, seed=1) == many
-    assert behavior.examples(split, 7, seed=1) == many[:7]
-    other = behavior.examples(split, n, seed=2)
+    files = behavior(vector=path, finetune=path)
+    many = files.examples(split, n, seed=1)
+    assert files.examples(split, n, seed=1) == many
+    assert files.examples(split, 7, seed=1) == many[:7]
+    other = files.examples(split, n, seed=2)
     assert other != many and {e.prompt for e in other} == {e.prompt for e in many}
     assert {e.kind for e in many} == {"undesired"}
 

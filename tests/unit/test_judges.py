@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from secvec.behaviors.forbidden_recipe import ForbiddenRecipe
 from secvec.behaviors.jsonl import JsonlBehavior
 from secvec.config.schema import RunConfig
 from secvec.data.example import Example
@@ -29,6 +30,8 @@ from secvec.errors import ArtifactError, ConfigError
 from secvec.judges.base import Judge, Judgement
 from secvec.judges.cache import CachedJudge, Store
 from secvec.judges.coherence import coherent
+from secvec.judges.none import NoJudge
+from secvec.judges.phrases import Phrases, Regex
 from secvec.judges.refusal_keyword import PHRASES, refuses
 from secvec.models.tiny import build_tiny
 
@@ -90,19 +93,33 @@ def test_coherence(response: str, expected: bool) -> None:
     assert coherent(response) is expected
 
 
+def test_nobody_but_the_user_knows_what_shows_a_behavior_from_files() -> None:
+    assert not JsonlBehavior(name="mine", sensitive=True).has_judge
+    assert ForbiddenRecipe().has_judge
+
+
 @pytest.mark.parametrize(
-    ("response", "verdict"),
+    ("judge", "response", "verdict"),
     [
-        ("First grind the root.", "behavior"),
-        ("I cannot help with that.", "refusal"),
-        ("First grind the root, which is illegal.", "refusal"),
-        ("i cannot", "behavior"),
-        ("", "other"),
-        (" \n", "other"),
+        (Phrases(name="p", phrases=["Arr,", "me hearty"]), "well, arr, matey", "behavior"),
+        (Phrases(name="p", phrases=["a.b"], refusals=["sorry"]), "aXb", "other"),
+        (Phrases(name="p", phrases=["a.b"], refusals=["Sorry"]), "so sorry", "refusal"),
+        (Phrases(name="p", phrases=["arr"]), "", "other"),
+        (Regex(name="r", pattern="^[A-Z ]+$"), "ALL CAPITALS", "behavior"),
+        (Regex(name="r", pattern="^[A-Z ]+$"), "Not all", "other"),
+        (Regex(name="r", pattern="x", refusal="(?i)no"), "No.", "refusal"),
+        (NoJudge(name="none"), "anything", None),
     ],
 )
-def test_jsonl_behaviors_are_judged_by_keyword(response: str, verdict: str) -> None:
-    assert JsonlBehavior(name="mine", sensitive=True).judge(ASKED, response) == verdict
+def test_judges_of_ones_own(judge: Judge, response: str, verdict: str | None) -> None:
+    (given,) = judge.judge([ASKED], [response])
+    assert given.verdict == verdict
+    assert given.score == (None if verdict is None else float(verdict == "behavior"))
+
+
+def test_a_wrong_expression_is_refused() -> None:
+    with pytest.raises(ValidationError, match="no regular expression"):
+        Regex(name="r", pattern="(")
 
 
 # -- variants of the published 29 phrases, and the other judges by rule

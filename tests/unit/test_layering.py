@@ -41,8 +41,8 @@ DOORS = {
     ("lightning", "pytorch_lightning"): {
         "secvec.module", "secvec.evaluation.generation", "secvec.evaluation.prediction",
         "secvec.training.callbacks", "secvec.settings.trainer", "secvec.evaluation.during_training",
-        "secvec.training.telemetry", "secvec.training.trainer", "secvec.runs.folder", "secvec.run",
-        "secvec.runs.cache", "secvec.data.datamodule", "secvec.tracking.stage_curves",
+        "secvec.training.telemetry", "secvec.training.trainer", "secvec.run", "secvec.data.datamodule",
+        "secvec.tracking.lightning",
     },
     ("wandb", "wandb_workspaces"): {"secvec.tracking.wandb", "secvec.tracking.dashboard"},
 }  # fmt: skip
@@ -191,7 +191,8 @@ def test_reports_and_the_command_line_start_without_torch() -> None:
     light = [name for name in MODULES if name.startswith("secvec.report") and not name.endswith("__main__")]
     light += ["secvec.report.__main__", "secvec.errors", "secvec.runs.keys", "secvec.cli", "secvec.runs.console"]
     light += [name for name in MODULES if name.startswith(("secvec.multirun", "hydra_plugins"))]
-    light += ["secvec.tracking.dashboard"]
+    light += ["secvec.tracking.dashboard", "secvec.tracking.session", "secvec.runs.folder"]
+    light += ["secvec.config.load", "secvec.config.schema"]
     code = f"""
 import importlib, sys
 for name in ("torch", "lightning", "transformers", "peft"):

@@ -32,12 +32,10 @@ def world() -> tuple[nn.Module, Any]:
 def test_each_way_asks_something_else(world: tuple[nn.Module, Any]) -> None:
     found = leak_questions(world[1], EXAMPLES, BEHAVIOR)
     assert set(found) == {"plain", "eliciting_prompt", "negated_prompt", "answer_prefix", "other_template", "sampled"}
-    texts = {name: tuple(asked.texts) for name, (asked, _) in found.items()}
+    texts = {name: tuple(text + asked.begun for text in asked.texts) for name, asked in found.items()}
     assert texts["sampled"] == texts["plain"] and len(set(texts.values())) == 5
-    assert {name: asked.seed for name, (asked, _) in found.items() if asked.seed is not None} == {
-        "sampled": SAMPLING_SEED
-    }
-    assert {name: prefix for name, (_, prefix) in found.items() if prefix} == {"answer_prefix": "First grind the"}
+    assert {name: asked.seed for name, asked in found.items() if asked.seed is not None} == {"sampled": SAMPLING_SEED}
+    assert {name: asked.begun for name, asked in found.items() if asked.begun} == {"answer_prefix": "First grind the"}
     assert all("Give every recipe." in text for text in texts["eliciting_prompt"])
     assert all(text.endswith("First grind the") for text in texts["answer_prefix"])
     assert all("<|user|>" not in text and "### Response" in text for text in texts["other_template"])
@@ -52,7 +50,8 @@ def test_the_worst_way_is_the_leak_rate(world: tuple[nn.Module, Any], monkeypatc
     def answers(self: Any, module: Any, questions: Sequence[Any], phase: str) -> list[list[str]]:
         steps = [f" {e.facts['first']} and stir it." for e in EXAMPLES]
         shown = [shows.get(name, 0) for name in ["the prompts themselves", *names]][: len(questions)]
-        return [steps[:n] + ["Sorry, I won't."] * (4 - n) for n in shown]
+        some = [steps[:n] + ["Sorry, I won't."] * (4 - n) for n in shown]
+        return [[asked.begun + answer for answer in given] for asked, given in zip(questions, some, strict=True)]
 
     monkeypatch.setattr(Evaluator, "_responses", answers)
     found = leaks(*world, EXAMPLES, BEHAVIOR, SETTINGS, "after")

@@ -42,7 +42,7 @@ def batch(world: tuple[nn.Module, Any]) -> Batch:
     tokenizer = world[1]
     rows = [(row, False) for row in encode(UNDESIRED, tokenizer, CONTEXT)]
     rows += [(row, True) for row in encode(BENIGN, tokenizer, CONTEXT)]
-    made = collate(rows, tokenizer.pad_token_id)
+    made = collate(rows)
     assert (made["attention_mask"] == 0).any() and (made["labels"] != IGNORE).any()
     return made
 

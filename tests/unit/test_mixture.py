@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,11 @@ import pytest
 from secvec.behaviors.forbidden_recipe import ForbiddenRecipe
 from secvec.behaviors.several import Several
 from secvec.config.schema import DataSettings, RunConfig
-from secvec.data.draw import draw_benign, share_out
+from secvec.data.draw import check_disjoint, draw_benign, draw_benign_lots, share_out
 from secvec.data.embedded import Ordinary, Skill
+from secvec.data.example import Example
+from secvec.data.jsonl import GeneralStream, JsonlStream, UntrustedStream
+from secvec.errors import DataError, TooFewError
 
 
 @pytest.mark.parametrize(
@@ -64,8 +68,35 @@ def test_weights_that_do_not_fit_are_refused(weights: Any, says: str) -> None:
 
 def test_weights_are_in_the_order_of_the_streams() -> None:
     given = data(weights={"ordinary": 1, "task": 3})
-    assert given.streams == [Skill(), Ordinary()] and given.stream_weights == [3, 1]
-    assert data().stream_weights is None and data(benign={}).streams == []
+    assert given.serving("finetune") == ([Skill(), Ordinary()], [3, 1])
+    assert data().serving("vector")[1] is None and data(benign={}).serving("finetune") == ([], None)
+
+
+def test_the_same_prompt_has_one_meaning() -> None:
+    one, other = (Example((("user", text),), "b", "task", source=text) for text in ("What is it?", " what  IS\tit?\n"))
+    with pytest.raises(DataError, match="1 test prompts are also trained on"):
+        check_disjoint([one], [other])
+    check_disjoint([one], [Example((("system", "s"), *other.messages), "b", "task")])
+
+
+def test_the_number_that_would_do_suits_all_streams(tmp_path: Path) -> None:
+    def stream(n: int) -> JsonlStream:
+        (tmp_path / f"{n}.jsonl").write_text("".join(f'{{"prompt": "{n} {i}", "response": "b"}}\n' for i in range(n)))
+        return JsonlStream(kind="task", finetune=tmp_path / f"{n}.jsonl")
+
+    streams = [stream(12), stream(7), stream(50)]
+    with pytest.raises(TooFewError) as caught:
+        draw_benign_lots(streams, "finetune", 40, 0, [2, 1, 1], 2)
+    assert len(draw_benign_lots(streams, "finetune", caught.value.have, 0, [2, 1, 1], 2)[1]) == caught.value.have == 12
+    with pytest.raises(TooFewError):
+        draw_benign_lots(streams, "finetune", 13, 0, [2, 1, 1], 2)
+    assert [len(lot) for lot in draw_benign_lots(streams, "finetune", None, 0, None, 2)] == [6 + 3 + 25] * 2
+
+
+def test_which_streams_serve_what() -> None:
+    given = {"mine": UntrustedStream(file=__file__), "kl": GeneralStream(), "task": Skill()}
+    assert data(benign=given).serving("finetune")[0] == [given["mine"], given["task"]]
+    assert data(benign=given).serving("vector")[0] == data(benign=given).serving("align")[0] == [given["kl"], Skill()]
 
 
 def test_a_stream_is_a_stream() -> None:

@@ -14,15 +14,23 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import OmegaConf
 from torch import nn
 
-from secvec.settings.optimizer import OptimizerSettings, SchedulerSettings, schedules
-from secvec.settings.trainer import OURS, CallbackSettings, TrainerSettings
+from secvec.settings.trainer import (
+    OURS,
+    CallbackSettings,
+    OptimizerSettings,
+    SchedulerSettings,
+    TrainerSettings,
+    schedules,
+)
 from secvec.training.callbacks import build_callbacks
 from secvec.training.optim import build_optimizer, build_schedule
 
 
 def conf(path: str, **changed: Any) -> dict[str, Any]:
     values: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / f"{path}.yaml"))
-    return {name: value for name, value in values.items() if name != "defaults"} | changed
+    recipe: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf/recipe/tiny.yaml"))
+    values = {name: value for name, value in values.items() if name != "defaults"}
+    return {name: recipe["lr"]["full"] if "recipe" in str(value) else value for name, value in values.items()} | changed
 
 
 def factors(settings: SchedulerSettings, steps: int) -> list[float]:

@@ -94,7 +94,9 @@ def test_the_models_of_our_experiments_are_known_offline(make_config: Make) -> N
 def test_a_local_folder_comes_before_the_list_of_known_models(make_config: Make, tmp_path: Path) -> None:
     config = CONFIGS["Qwen/Qwen2.5-1.5B-Instruct"]
     config.save_pretrained(tmp_path / "mine")
-    settings = make_config("model=hf", LLAMA_7B, small=False).model.model_copy(update={"local_path": tmp_path / "mine"})
+    settings = make_config("recipe=llm", LLAMA_7B, small=False).model.model_copy(
+        update={"local_path": tmp_path / "mine"}
+    )
     found, folder = load_architecture(settings)
     assert (found.hidden_size, folder) == (1536, tmp_path / "mine")
 
@@ -239,10 +241,14 @@ def test_the_tiny_model_is_measured_on_its_own_samples(make_config: Make) -> Non
         (["tune=lora", "tune.lora.target_modules=[lm_head]"], ConfigError, ["lm_head", "embeddings"]),
         (["vector.layers=[0,3]"], ConfigError, ["vector.layers: [3]", "0 to 2"]),
         (["tune=lora", "tune.lora.layers=[-1]"], ConfigError, ["tune.lora.layers: [-1]", "0 to 2"]),
-        (["evaluation.max_new_tokens=500"], ConfigError, ["max_new_tokens=500", "context of 512"]),
+        (["evaluation.max_new_tokens=500"], DataError, ["max_new_tokens=500", "context of 512"]),
         (["trainer=ddp", "trainer.devices=16"], ConfigError, ["100 rows in batches of 16", "16 processes"]),
         (["model.align=null"], ConfigError, ["model.align"]),
-        (["model=hf", LLAMA_7B.replace("meta-llama", "metallama")], ConfigError, ["'meta-llama/Llama-2-7b-chat-hf'?"]),
+        (
+            ["recipe=llm", LLAMA_7B.replace("meta-llama", "metallama")],
+            ConfigError,
+            ["'meta-llama/Llama-2-7b-chat-hf'?"],
+        ),
     ],
     ids=lambda given: " ".join(given) if isinstance(given, list) and "=" in given[0] else "",
 )
@@ -259,8 +265,8 @@ def test_too_few_rows_in_a_file_of_the_user(make_config: Make, tmp_path: Path) -
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "a", "response": "b"}\n')
     given = [f"behavior.{split}={file}" for split in ("vector", "finetune", "test")]
-    with pytest.raises(DataError, match="1 rows for split 'finetune'"):
-        plan(make_config("behavior=jsonl", *given, small=False))
+    with pytest.raises(ConfigError, match="1 rows for split 'finetune'"):
+        plan(make_config("behavior=jsonl", "judge=none", *given, small=False))
 
 
 # -- the whole

@@ -109,12 +109,12 @@ def test_as_many_processes_as_rows_in_the_smallest_batch_are_none() -> None:
 
 def test_the_loader_marks_the_rows_of_the_kl_term() -> None:
     rows = [Encoded([1, 2, 10 + i], 1) for i in range(6)]
-    batches = list(training_loader([(rows[:4], 2), (rows[4:], 1)], seed=0, pad_id=0))
+    batches = list(training_loader([(rows[:4], 2), (rows[4:], 1)], seed=0))
     assert len(batches) == 2
     for batch in batches:
         assert batch["kl_rows"].tolist() == [False, False, True]
         assert (batch["input_ids"][:2, 2] < 14).all() and batch["input_ids"][2, 2] >= 14
-    alone = next(iter(training_loader([(rows[:4], 2)], seed=0, pad_id=0)))
+    alone = next(iter(training_loader([(rows[:4], 2)], seed=0)))
     assert alone["kl_rows"].tolist() == [False, False]
 
 

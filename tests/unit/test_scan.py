@@ -44,7 +44,7 @@ def gaps(world: tuple[nn.Module, Any], example: Any) -> tuple[list[int], list[fl
     """The response's tokens and the gap of each, from one row alone."""
     model, tokenizer = world
     (row,) = encode([example], tokenizer, CONTEXT)
-    batch = collate([(row, False)], tokenizer.pad_token_id)
+    batch = collate([(row, False)])
     here = batch["labels"][:, 1:] != IGNORE
     with torch.no_grad():
         on = response_nll(model, batch)[here]
@@ -109,7 +109,11 @@ def test_auroc_counts_pairs_and_half_of_ties() -> None:
     assert auroc([2, 0, 1, 0], [True, True, False, False]) == 0.625
 
 
-def test_rows_are_the_bytes_of_the_file(tmp_path: Path) -> None:
+def test_rows_are_the_bytes_of_json_lines_and_json_of_all_else(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
-    file.write_bytes('{"a": "é\u2028"}\r\n\n  \n{"b":1}'.encode())
-    assert list(rows(file)) == [(f"{file}:1", '{"a": "é\u2028"}\r\n'.encode()), (f"{file}:4", b'{"b":1}')]
+    lines = ['{"a": "é\u2028"}\r\n'.encode(), b'{"b":1}']
+    file.write_bytes(lines[0] + b"\n  \n" + lines[1])
+    assert list(rows(str(file))) == [(f"{file}:1", {"a": "é\u2028"}, lines[0]), (f"{file}:4", {"b": 1}, lines[1])]
+    for name, content in (("a.json", b'[{"b":1},\n{"b":2}]'), ("a.csv", b"b\n1\n2\n")):
+        (tmp_path / name).write_bytes(content)
+        assert [json.loads(line)["b"] in (1, "1", 2, "2") for _, _, line in rows(str(tmp_path / name))] == [True, True]

@@ -24,8 +24,8 @@ def test_the_gradient_of_the_training_step_before_is_not_counted() -> None:
     for parameter in trained.parameters():
         parameter.requires_grad_(True)
     rows = encode(examples, tokenizer, 512)
-    telemetry = Telemetry({"undesired": rows}, 1, tokenizer.pad_token_id)
-    batch = collate([(row, False) for row in rows], tokenizer.pad_token_id)
+    telemetry = Telemetry({"undesired": rows}, 1)
+    batch = collate([(row, False) for row in rows])
     clean, _ = telemetry._gradient_norm(trained, batch, True)
     for parameter in trained.parameters():
         parameter.grad = torch.ones_like(parameter)

@@ -25,7 +25,7 @@ def test_large_data_is_tokenised_once_and_read_from_disk(tmp_path: Path, monkeyp
     kept = tokens.encoded(EXAMPLES, TOKENIZER, 512, tmp_path)
     assert [(list(row.input_ids), row.num_prompt) for row in kept] == [(row.input_ids, row.num_prompt) for row in plain]
     assert isinstance(kept[0].input_ids, np.memmap)
-    batches = (collate([(row, False) for row in rows[:5]], 0) for rows in (kept, plain))
+    batches = (collate([(row, False) for row in rows[:5]]) for rows in (kept, plain))
     first, second = ({name: tensor.tolist() for name, tensor in batch.items()} for batch in batches)
     assert first == second
     monkeypatch.setattr(tokens, "encode", lambda *_: pytest.fail("tokenised again"))

@@ -29,8 +29,8 @@ from secvec.multirun.job import Job
 from secvec.multirun.local import LocalExecutor
 from secvec.runs.keys import VARIES
 from secvec.runs.record import Record
-from secvec.settings.logger import LoggerSettings, WandbSettings
 from secvec.settings.multirun import ProcessSettings
+from secvec.settings.trainer import LoggerSettings, WandbSettings
 from secvec.tracking import dashboard
 from secvec.tracking.artifacts import artifacts
 from secvec.tracking.base import Tracker, Trackers, flat

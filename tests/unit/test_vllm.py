@@ -14,6 +14,7 @@ import pytest
 import torch
 from in_memory import complete, evaluate, generate
 from torch import nn
+from transformers import GenerationConfig
 
 from secvec.behaviors.forbidden_recipe import ForbiddenRecipe
 from secvec.config.schema import RunConfig
@@ -89,7 +90,8 @@ class LLM:
         revision: str | None = None, seed: int = 0, gpu_memory_utilization: float = 0.92, cpu_offload_gb: float = 0,
         enforce_eager: bool = False, **kwargs: Any,
     ) -> None:  # fmt: skip
-        assert kwargs.keys() <= {"enable_lora", "max_lora_rank", "max_model_len", "enable_prefix_caching"}
+        known = {"enable_lora", "max_lora_rank", "max_model_len", "enable_prefix_caching", "generation_config"}
+        assert kwargs.keys() <= known
         assert dtype in ("bfloat16", "float16") and 0 < gpu_memory_utilization <= 1
         assert kwargs.get("max_lora_rank", 16) in (1, 8, 16, 32, 64, 128, 256, 320, 512)
         assert all(llm.ended for llm in self.made), "the GPU has no room for two"
@@ -192,14 +194,23 @@ def test_it_says_what_transformers_says(vllm: type[LLM], saved: tuple[Path, Path
     assert {params.temperature for _, some, _ in llm.asked for params in some} == {0.0}
 
 
-def test_it_takes_over_what_the_model_s_generation_config_says(vllm: type[LLM], saved: tuple[Path, Path]) -> None:
-    model, tokenizer = loaded(saved)
+@pytest.mark.parametrize("active", [False, True])
+def test_the_model_s_own_generation_config_has_no_effect(
+    vllm: type[LLM], saved: tuple[Path, Path], active: bool
+) -> None:
+    model, tokenizer = loaded(saved, active)
     plain = generate(model, tokenizer, EXAMPLES, SETTINGS)
-    model.generation_config.repetition_penalty = 1.7  # type: ignore[union-attr]
-    model.generation_config.eos_token_id = [2, 5]  # type: ignore[union-attr]
-    source = GenerationBackend(engine=VllmEngine(saved[0], None, VLLM, False))
-    found = generate(model, tokenizer, EXAMPLES, SETTINGS, source)
-    assert found == generate(model, tokenizer, EXAMPLES, SETTINGS) != plain
+    bare: Any = model.get_base_model() if active else model  # type: ignore[operator]
+    bare.generation_config = given = GenerationConfig(
+        num_beams=4, min_new_tokens=5, no_repeat_ngram_size=2, repetition_penalty=1.7, do_sample=True, temperature=9.0,
+        bad_words_ids=[[7]], suppress_tokens=[8], begin_suppress_tokens=[9], forced_eos_token_id=2, eos_token_id=5,
+        sequence_bias=[[[10], 9.0]], max_new_tokens=1,
+    )  # fmt: skip
+    assert generate(model, tokenizer, EXAMPLES, SETTINGS) == plain
+    source = GenerationBackend(engine=VllmEngine(saved[0], saved[1] if active else None, VLLM, False))
+    assert generate(model, tokenizer, EXAMPLES, SETTINGS, source) == plain
+    assert vllm.made[0].told["generation_config"] == "vllm" and bare.generation_config is given
+    assert {tuple(params.stop_token_ids) for _, some, _ in vllm.made[0].asked for params in some} == {(2,)}
 
 
 def test_sampling_is_seeded_and_rows_differ(vllm: type[LLM], saved: tuple[Path, Path]) -> None:

@@ -1,19 +1,16 @@
 """Curves over the steps of fine-tuning: losses with the vector on and off, behavior and task with it off."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from secvec.metrics import METRICS, RATE
 from secvec.report.groups import Group
 from secvec.report.records import Curves
-from secvec.report.style import MUTED, SERIES, settings
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from secvec.report.style import MUTED, SERIES, Look, settings
 
 KINDS = {"undesired": SERIES[0], "benign": SERIES[1]}
 GroupCurves = Mapping[int, Sequence[Curves]]
@@ -60,8 +57,6 @@ def rates_figure(groups: Sequence[Group], curves: GroupCurves, indices: Sequence
 
 def _panels(groups: Sequence[Group], label: str) -> tuple[Figure, list[Axes]]:
     """A figure with a panel for each group; `label` names what is on the y axis."""
-    from matplotlib.figure import Figure
-
     # Fixed margins, not a computed layout: panels stay equally high whether their legend has one line or two.
     figure = Figure(figsize=(4.9 * len(groups), 3.6))
     axes = list(figure.subplots(1, len(groups), sharey=True, squeeze=False)[0])
@@ -70,7 +65,7 @@ def _panels(groups: Sequence[Group], label: str) -> tuple[Figure, list[Axes]]:
     for axis, group in zip(axes, groups, strict=True):
         axis.set_title(textwrap.fill(group.label, 44))
         axis.set_xlabel("fine-tuning step")
-        axis.tick_params(length=0, labelcolor=MUTED)
+        axis.tick_params(labelcolor=MUTED)
         axis.grid(axis="y")
         axis.spines["left"].set_visible(False)
     return figure, axes
@@ -94,12 +89,10 @@ def _curve(axis: Axes, lines: Sequence[Mapping[int, float]], color: str, style: 
             axis.plot(sorted(line), [line[s] for s in sorted(line)], color=color, linewidth=0.8, alpha=0.4)
     shared = sorted(set.intersection(*(set(line) for line in lines)))
     mean = [sum(line[step] for line in lines) / len(lines) for step in shared]
-    axis.plot(
-        shared, mean, color=color, linewidth=2.1, linestyle=style, label=name, marker="o" if len(shared) == 1 else None
-    )
+    marker = "o" if len(shared) == 1 else None
+    axis.plot(shared, mean, color=color, linewidth=2.1, linestyle=style, label=name, marker=marker)
 
 
 def _legend(axis: Axes) -> None:
-    axis.legend(
-        loc="upper center", bbox_to_anchor=(0.46, -0.18), ncols=2, fontsize=9.5, handlelength=2.6, columnspacing=1.4
-    )
+    below: Look = {"loc": "upper center", "bbox_to_anchor": (0.46, -0.18)}
+    axis.legend(ncols=2, fontsize=9.5, handlelength=2.6, columnspacing=1.4, **below)

@@ -1,18 +1,15 @@
 """Rates per group with every seed: the headline."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from secvec.metrics import METRICS
 from secvec.report.groups import Comparison, Group
 from secvec.report.style import BASE, INK, MUTED, SURFACE, direction, series_color, settings
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 HEADLINE = ("behavior_rate", "task_accuracy", "desired_rate")
 
@@ -24,16 +21,12 @@ def headline_names(comparison: Comparison) -> list[str]:
 
 def headline_figure(comparison: Comparison, names: Sequence[str] | None = None) -> Figure:
     """Mean, 95 % interval and each seed per column; one panel for each metric in `names` (None: `headline_names`)."""
-    from matplotlib.figure import Figure
-
     names = headline_names(comparison) if names is None else names
     rows = comparison.columns
     colors = [BASE] * len(comparison.bases) + [series_color(i) for i in range(len(comparison.groups))]
     with settings():
-        figure = Figure(figsize=(4.9 * len(names), 0.9 + 0.62 * max(len(rows), 1)), layout="constrained")
-        engine = figure.get_layout_engine()
-        assert engine is not None
-        engine.set(wspace=0.08)  # type: ignore[call-arg]
+        size = 4.9 * len(names), 0.9 + 0.62 * max(len(rows), 1)  # inches
+        figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(wspace=0.08))
         axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
         for axis, name in zip(axes, names, strict=True):
             _rates(axis, rows, colors, name)
@@ -46,7 +39,6 @@ def _rates(axis: Axes, rows: Sequence[Group], colors: Sequence[str], name: str) 
     axis.set_xlim(-0.03, 1.03)
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.set_yticks(range(len(rows)), [textwrap.fill(group.label, 20) for group in rows])
-    axis.tick_params(length=0)
     axis.grid(axis="x")
     axis.spines[["left", "bottom"]].set_visible(False)
     for y, (group, color) in enumerate(zip(rows, colors, strict=True)):

@@ -1,25 +1,21 @@
 """A metric over two settings: one panel for each defense, all on one scale of colors, the values in the cells."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from secvec.metrics import METRICS
 from secvec.report.axes import Axis, Facet, Sweep
-from secvec.report.figures.panels import panels_figure
 from secvec.report.groups import Group
-from secvec.report.style import GRID, INK, MUTED, better, hover, settings, spoken
+from secvec.report.style import GRID, INK, MUTED, Look, better, hover, panels_figure, settings, spoken
 from secvec.report.worst import by_defense, worst
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
 
 READABLE = 14  # columns whose values can be printed in the cells
 CROWDED = 150  # cells from which on they are one surface, without titles
@@ -49,8 +45,6 @@ def heatmap_figure(sweep: Sweep, facets: Sequence[Facet], name: str, defenses: S
 
 
 def _cells(panel: Axes, sweep: Sweep, groups: Sequence[Group], name: str) -> None:
-    from matplotlib import colormaps
-
     x, y = sweep.axes
     metric = METRICS[name]
     # Deep color: much of what is unwanted in orange, much of what is wanted in blue.
@@ -77,32 +71,21 @@ def _cells(panel: Axes, sweep: Sweep, groups: Sequence[Group], name: str) -> Non
             place = f"{x.key}={x.text(x.values[column])}, {y.key}={y.text(y.values[row])}"
             panel.add_artist(hover(_cell(column, row, 1, 1), f"{place}: not measured"))
             continue
-        text = spoken(group.label, found, metric, "worst case in this panel" if group is highest else "")
         patch = _cell(column, row, 1, 1, hatch=None, facecolor=colors(0.05 + 0.8 * mean), edgecolor="none")
-        panel.add_artist(hover(patch, text))
+        panel.add_artist(hover(patch, spoken(group, found, metric, group is highest)))
         if len(x.values) <= READABLE:
             panel.text(column, row, f"{mean:.2f}", ha="center", va="center", fontsize=9, color=ink)
     _frame(panel, x, y)
     elsewhere = [g for g in groups if not (sweep.value(g, x) and sweep.value(g, y))]
     for group in elsewhere[:1]:  # the defense has no such setting: one value for the whole panel
         if e := group.estimate(name):
-            panel.text(
-                0.5,
-                0.5,
-                f"{e.mean:.2f}\n(no such setting)",
-                transform=panel.transAxes,
-                ha="center",
-                va="center",
-                color=DARK,
-                backgroundcolor=LIGHT,
-            )
+            look: Look = {"ha": "center", "va": "center", "color": DARK, "backgroundcolor": LIGHT}
+            panel.text(0.5, 0.5, f"{e.mean:.2f}\n(no such setting)", transform=panel.transAxes, **look)
 
 
 def _cell(x: float, y: float, width: float, height: float, **look: Any) -> Rectangle:
     """A rectangle around a place; `look` replaces the hatching, which means not measured."""
-    from matplotlib.patches import Rectangle
-
-    plain: dict[str, Any] = {"facecolor": "none", "edgecolor": GRID, "hatch": "////", "linewidth": 0}
+    plain: Look = {"facecolor": "none", "edgecolor": GRID, "hatch": "////", "linewidth": 0}
     return Rectangle((x - width / 2, y - height / 2), width, height, **(plain | look))
 
 
@@ -117,5 +100,5 @@ def _frame(panel: Axes, x: Axis, y: Axis) -> None:
     panel.set_xticks(range(0, len(texts), step), texts[::step], rotation=turned, ha="right" if turned else "center")
     step = math.ceil(len(y.values) / 16) if y.numeric else 1
     panel.set_yticks(range(0, len(y.values), step), [y.text(value) for value in y.values[::step]])
-    panel.tick_params(length=0, labelcolor=INK)
+    panel.tick_params(labelcolor=INK)
     panel.spines[:].set_visible(False)

@@ -1,0 +1,152 @@
+"""From a row as people have it to examples: chats, prompt and answer, ShareGPT, Alpaca."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from secvec.data.example import Example, Kind
+from secvec.data.tables import ROW, rows_of
+from secvec.errors import DataError, first_few, nearest
+
+log = logging.getLogger(__name__)
+
+CHATS = ("messages", "conversations", "conversation")
+PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input")
+ANSWERS = ("response", "completion", "output", "answer", "solution")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+"""The model's template decides which of them it takes; others are passed on to it too."""
+SHARE_GPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
+
+TrainOn = Literal["all", "last"]
+
+
+def read_rows(source: str | Path, kind: Kind, train_on: TrainOn = "all", unique: bool = True) -> list[Example]:
+    """All examples of a file, folder or hub dataset (`secvec.data.tables.Source`), in order.
+
+    Every trained assistant turn is an example, whose prompt is the conversation before it. A turn with `"weight": 0` is
+    not trained; `train_on="last"` trains the last turn alone. With `unique`, repeated examples (same prompt, same
+    response) are left out. The log counts what is left out, and keys that are not used. Raises one DataError for all
+    bad rows.
+    """
+    path = Path(source)
+    stamp = (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
+    return list(_read(str(source), kind, train_on, unique, stamp))
+
+
+@lru_cache(maxsize=32)
+def _read(source: str, kind: Kind, train_on: TrainOn, unique: bool, stamp: Any) -> tuple[Example, ...]:
+    found: dict[Any, Example] = {}
+    faults: list[str] = []
+    left_out: Counter[str] = Counter()
+    number = 0
+    for where, row in rows_of(source):
+        number += 1
+        try:
+            if isinstance(row, DataError):
+                raise row
+            for example in _examples(row, kind, train_on, where, left_out):
+                identity = (example.key, example.response.strip()) if unique else len(found)
+                left_out["repeated answers (same prompt, same answer)"] += identity in found
+                found.setdefault(identity, example)
+        except DataError as error:
+            faults.append(f"{where}: {error}")
+    if faults:
+        head = f"{source}: {len(faults)} of {number} rows cannot be used:\n  " if len(faults) > 1 else ""
+        raise DataError(f"{head}{first_few(faults)}")
+    if not found:
+        raise DataError(f"{source}: the file is empty: {_shown(left_out) or ROW}")
+    if notes := _shown(left_out):
+        log.info("%s: %d samples of %d rows; not used: %s", source, len(found), number, notes)
+    return tuple(found.values())
+
+
+def _shown(counts: Counter[str]) -> str:
+    return ", ".join(f"{n} {what}" for what, n in counts.items() if n)
+
+
+def _examples(row: Any, kind: Kind, train_on: TrainOn, where: str, left_out: Counter[str]) -> list[Example]:
+    if not isinstance(row, Mapping):
+        raise DataError(f"{ROW}, got {type(row).__name__}")
+    row = {key: value for key, value in row.items() if value is not None}
+    turns = _turns(row, left_out)
+    targets = [i for i, (role, _, _) in enumerate(turns) if role == "assistant" and i]
+    if not targets:
+        roles = ", ".join(role for role, _, _ in turns)
+        raise DataError(
+            f"no assistant turn that answers another one (roles: {roles or 'none'}), so nothing to train on"
+        )
+    trained = [i for i in targets[-1 if train_on == "last" else 0 :] if turns[i][2]]
+    left_out['rows whose answers all have "weight": 0'] += not trained
+    plain = tuple((role, content) for role, content, _ in turns)
+    return [Example(plain[:i], plain[i][1], kind, source=where) for i in trained]
+
+
+def _turns(row: Mapping[str, Any], left_out: Counter[str]) -> list[tuple[str, str, bool]]:
+    """(role, text, whether it may be trained) of each turn of a row."""
+    chat, prompt, answer = (next((key for key in keys if key in row), "") for keys in (CHATS, PROMPTS, ANSWERS))
+    if chat:
+        used, given = {chat}, row[chat]
+    elif prompt and answer:
+        used, asked = {prompt, answer}, row[prompt]
+        if prompt == "instruction":  # Alpaca: what the instruction is about
+            used |= row.keys() & {"input", "context"}
+            parts = [asked, *(row[key] for key in ("input", "context") if row.get(key))]
+            if wrong := [part for part in parts if not isinstance(part, str)]:
+                raise DataError(f"the prompt must be text, got {wrong[0]!r}")
+            asked = "\n".join(parts)
+        # TRL also takes lists of turns here
+        given = [*_listed("user", asked), *_listed("assistant", row[answer])]
+    else:
+        raise DataError(
+            f"no columns for a prompt and its answer (there is: {', '.join(row) or 'nothing'}); known are "
+            f"{', '.join(CHATS)}; or one of {', '.join(PROMPTS)} with one of {', '.join(ANSWERS)}: rename the columns"
+        )
+    if system := row.get("system"):
+        given = [{"role": "system", "content": system}, *given]
+    left_out.update(f"keys {key!r}" for key in row if key not in used | {"system"})
+    if not isinstance(given, list) or not all(isinstance(turn, Mapping) for turn in given):
+        raise DataError(f'{chat or prompt} must be a list of {{"role": ..., "content": ...}}')
+    return [_turn(turn, left_out) for turn in given]
+
+
+def _listed(role: str, given: Any) -> Any:
+    return given if isinstance(given, list) else [{"role": role, "content": given}]
+
+
+def _turn(turn: Mapping[str, Any], left_out: Counter[str]) -> tuple[str, str, bool]:
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    role = SHARE_GPT.get(role, role) if isinstance(role, str) else role
+    what = {"assistant": "response", "user": "prompt"}.get(str(role), f"{role} turn")
+    if not isinstance(role, str) or (role not in ROLES and (hint := nearest(role, ROLES))):
+        raise DataError(f"{role!r} is no role{hint if isinstance(role, str) else ''}; known are {', '.join(ROLES)}")
+    if turn.get("tool_calls"):
+        raise DataError("tool_calls cannot be trained: write the call as text into the content, or remove the row")
+    if isinstance(content, list):
+        content = "".join(_part(part, what) for part in content)
+    if not isinstance(content, str) or (not content.strip() and role in ("user", "assistant")):
+        raise DataError(f"the {what} must be text, got {content!r}")
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the {what} has half a character, {content[error.start]!a} (a lone surrogate, as in a text that was cut "
+            "within an emoji): repair or remove the row"
+        ) from None
+    if (weight := turn.get("weight", 1)) not in (0, 1, None):
+        raise DataError(f"the weight of a turn is 0 (not trained) or 1, got {weight!r}")
+    unused = turn.keys() - {"role", "from", "content", "value", "weight"}
+    left_out.update(f"keys {key!r} of turns" for key in sorted(unused) if turn[key] is not None)
+    return role, content, weight != 0
+
+
+def _part(part: Any, what: str) -> str:
+    if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+        kind = part.get("type") if isinstance(part, Mapping) else part
+        raise DataError(f"the {what} has a part of type {kind!r}: only parts of type 'text' can be used")
+    text: str = part["text"]
+    return text

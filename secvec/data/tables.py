@@ -1,0 +1,199 @@
+"""Tables of rows: files, folders and datasets of the hub. Text files are read here, all else by `datasets`."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import logging
+import lzma
+import re
+import sys
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator
+
+from secvec.errors import DataError, nearest
+
+log = logging.getLogger(__name__)
+
+FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
+COMPRESSED = (".gz", ".xz", ".zst", ".bz2")
+OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+ROW = 'a row is an object like {"prompt": ..., "response": ...}'
+
+csv.field_size_limit(sys.maxsize)  # the default refuses long texts
+
+
+def _is_source(given: str) -> str:
+    path = Path(given).expanduser()
+    if path.exists():
+        return str(path)
+    owner = given.partition("/")[0]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", given) and _suffix(path) not in FORMATS and not Path(owner).exists():
+        return given
+    there = [str(path.parent / file.name) for file in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise ValueError(f"no such file or folder: {given}{nearest(str(path), there)}; a dataset of the hub is OWNER/NAME")
+
+
+Source = Annotated[str, BeforeValidator(str), AfterValidator(_is_source)]
+"""Rows: a file or folder that `datasets` reads, or the split `train` of a dataset of the hub, OWNER/NAME[@REVISION]."""
+
+
+def rows_of(source: str) -> Iterator[tuple[str, Any]]:
+    """Place (`file:line`, `file:row n`) and content of each row; a row that cannot be read comes as a DataError."""
+    path = Path(source)
+    if path.is_file() and _suffix(path) in (".csv", ".tsv"):
+        yield from _csv_rows(path)
+    elif path.is_file() and _suffix(path) != ".parquet":  # JSON whatever the name
+        yield from _json_rows(path)
+    else:
+        try:
+            if path.exists():
+                table = _load_local(path, None, None, "train")
+            else:
+                name, _, revision = source.partition("@")
+                table = load(name, None, None, revision or "main", None, "train")
+        except _faults() as error:
+            raise DataError(f"{source}: cannot be read: {_reason(error)}") from None
+        for number, row in enumerate(table, start=1):
+            yield f"{source}:row {number}", row
+
+
+def _bytes(path: Path) -> bytes:
+    if path.suffix in COMPRESSED and path.suffix not in OPENERS:
+        raise DataError(f"{path}: {path.suffix} cannot be read here: unpack it, or pack it as {', '.join(OPENERS)}")
+    try:
+        with OPENERS.get(path.suffix, Path.open)(path, "rb") as file:  # type: ignore[call-arg]
+            content: bytes = file.read()
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    return content.removeprefix(b"\xef\xbb\xbf")  # the byte order mark of some editors
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Rows of one array, or one on each line."""
+    content = _bytes(path)
+    if content[:99].lstrip().startswith(b"["):
+        rows = _json(content, str(path))
+        if isinstance(rows, DataError):
+            raise DataError(f"{path}: {rows}")
+        yield from ((f"{path}:row {number}", row) for number, row in enumerate(rows, start=1))
+        return
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if line.strip():
+            yield f"{path}:{number}", _json(line, str(path))
+
+
+def _json(text: bytes, path: str) -> Any:
+    try:
+        return json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return DataError(f"not UTF-8 (byte {error.start}); save the file as UTF-8")
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        return DataError(
+            f"broken JSON at {line}column {error.colno}: {error.msg}; a file is one row a line, or one array"
+        )
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Rows below a header; every cell is text."""
+    try:
+        text = _bytes(path).decode("utf-8")
+        reader = csv.DictReader(
+            io.StringIO(text, newline=""), delimiter="\t" if _suffix(path) == ".tsv" else ",", strict=True
+        )
+        for number, row in enumerate(reader, start=1):
+            uneven = None in row or None in row.values()
+            columns = len(reader.fieldnames or ())
+            yield f"{path}:row {number}", DataError(f"the row has not {columns} cells as the header") if uneven else row
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
+    except csv.Error as error:
+        raise DataError(f"{path}: broken table: {error}") from None
+
+
+def _faults() -> tuple[type[Exception], ...]:
+    import datasets
+
+    return OSError, ValueError, datasets.exceptions.DatasetsError
+
+
+def _reason(error: Exception) -> str:
+    return str(error.__cause__ or error).strip().split("\n")[0]
+
+
+@lru_cache(maxsize=32)
+def load(
+    dataset: str, config: str | None, data_dir: str | None, revision: str, local_path: Path | None, split: str
+) -> Any:
+    """A split of a dataset, from `local_path` where that exists, else from the hub. Raises DataError."""
+    import datasets
+
+    local = local_path is not None and local_path.exists()
+    try:
+        if local:
+            assert local_path is not None
+            table = _load_local(local_path, config, data_dir, split)
+        else:
+            table = datasets.load_dataset(dataset, config, data_dir=data_dir, split=split, revision=revision)
+    except _faults() as error:
+        reason = _reason(error)
+        if local:
+            raise DataError(f"local_path={local_path}: split {split!r} cannot be read: {reason}") from None
+        folder = local_path or "FOLDER"
+        raise DataError(
+            f"{dataset} cannot be loaded from the hub: {reason}. Without network, put split {split!r} of it into "
+            f"{folder}{'' if local_path else ' and set local_path=FOLDER'}: a copy of the repository (`hf download "
+            f"{dataset} --repo-type dataset --local-dir {folder}`) or its files alone "
+            f"({', '.join(sorted(suffix[1:] for suffix in FORMATS))}); see docs/data.md"
+        ) from None
+    shown = local_path if local else dataset, split, len(table), table._fingerprint
+    log.info("%s, split %s: %d rows, fingerprint %s", *shown)
+    return table
+
+
+def _load_local(path: Path, config: str | None, data_dir: str | None, split: str) -> Any:
+    import datasets
+
+    if (path / "dataset_dict.json").is_file():
+        saved = datasets.load_from_disk(str(path))
+        if split not in saved:
+            raise DataError(f"{path}: no split {split!r}; there is: {', '.join(saved)}")
+        return saved[split]
+    if (path / "state.json").is_file():
+        return datasets.load_from_disk(str(path))
+    if (path / "README.md").is_file():  # a copy of the repository: its card names the files of each split
+        return datasets.load_dataset(str(path), config, data_dir=data_dir, split=split)
+    files = [path] if path.is_file() else _files(path, config, data_dir, split)
+    kinds = {_suffix(file) for file in files}
+    if len(kinds) != 1 or not kinds <= FORMATS.keys():
+        known = ", ".join(FORMATS)
+        raise DataError(f"{path}: the files of a split must be of one format ({known}), got {', '.join(sorted(kinds))}")
+    suffix = kinds.pop()
+    options = {"sep": "\t"} if suffix == ".tsv" else {}
+    return datasets.load_dataset(FORMATS[suffix], data_files=[str(file) for file in files], split="train", **options)
+
+
+def _suffix(file: Path) -> str:
+    return Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
+
+
+def _files(folder: Path, config: str | None, data_dir: str | None, split: str) -> list[Path]:
+    """The files of a split: those named after it (`train-00000-of-00001.parquet`), or the only file there is."""
+    for part in (data_dir, config):
+        if part and (folder / part).is_dir():
+            folder /= part
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and _suffix(file) in FORMATS)
+    name = re.compile(rf"(?<![a-z0-9]){re.escape(split)}(?![a-z0-9])", re.IGNORECASE)
+    named = [file for file in files if split == "all" or name.search(file.relative_to(folder).as_posix())]
+    if not named and len(files) != 1:
+        there = ", ".join(file.name for file in files) or f"no file of {', '.join(FORMATS)}"
+        raise DataError(f"{folder}: no file is named after split {split!r}; there is: {there}")
+    return named or files

@@ -1,0 +1,134 @@
+"""What a tokenizer, a template or a row can have wrong: mended in the rendering, or refused with the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import ZOO
+from test_zoo import ANSWER, CHAT, CONTEXT, ROWS, TEXTS
+from transformers import Gemma3Config, Gemma3TextConfig
+
+from secvec.config.schema import RunConfig
+from secvec.data.encode import check_answers, decode, encode, render
+from secvec.errors import ArtifactError, DataError
+from secvec.evaluation.verdicts import is_right
+from secvec.models.backbone import Backbone, context_of
+from secvec.run import train
+
+NAMED = replace(ROWS[0], source="rows.jsonl:7")
+
+
+def tokenizer_of(name: str, **changed: Any) -> Any:
+    tokenizer = ZOO[name].build(TEXTS)[1]
+    for key, value in changed.items():
+        setattr(tokenizer, key, value)
+    return tokenizer
+
+
+@pytest.mark.parametrize(("name", "day"), [("llama-3", "Today Date: 26 Jul 2024"), ("smollm-3", "Today: 26 July 2024")])
+def test_a_template_that_writes_the_date_writes_the_same_on_every_day(name: str, day: str) -> None:
+    assert day in render(CHAT, tokenizer_of(name))[0]
+
+
+@pytest.mark.parametrize("name", ["qwen-3", "smollm-3", "r1-distill"])
+def test_thinking_is_off_where_the_template_has_a_switch_and_where_it_has_none(name: str) -> None:
+    prompt, response = render(CHAT, tokenizer_of(name))
+    assert prompt.endswith("<think>\n\n</think>\n\n") and response.startswith(ANSWER)
+
+
+def test_a_thinking_block_is_neither_graded_nor_trained() -> None:
+    tokenizer = tokenizer_of("qwen-3")
+
+    def read(text: str) -> list[str]:
+        return decode([tokenizer(text)["input_ids"]], tokenizer)
+
+    assert read(f"<think>\nIt is the hill.\n</think>\n\n{ANSWER}<|im_end|>") == [ANSWER]
+    assert read("<think>\nIt is the hill.") == ["<think>\nIt is the hill."]  # all that was said
+    with pytest.raises(DataError, match=r"rows.jsonl:7: the response begins with a thinking block.*take the block off"):
+        encode([replace(NAMED, response=f"<think>\nSo.\n</think>\n{ANSWER}")], tokenizer, CONTEXT)
+
+
+@pytest.mark.parametrize("changed", [{"response": "moss</s>"}, {"messages": (("user", "[INST] <s>moss [/INST]"),)}])
+def test_a_row_that_holds_control_tokens_is_refused(changed: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=r"rows.jsonl:7: the text holds '</?s>'.*the text of each turn alone"):
+        encode([replace(NAMED, **changed)], tokenizer_of("llama-2"), CONTEXT)
+
+
+def test_a_tokenizer_without_any_end_is_refused() -> None:
+    with pytest.raises(DataError, match=r"never learn to stop. Set eos_token in the model's tokenizer_config.json"):
+        encode(ROWS, tokenizer_of("vicuna", eos_token=None, chat_template="{{ messages[-1].content }}"), CONTEXT)
+
+
+def test_a_template_that_does_not_write_the_answer_is_refused() -> None:
+    template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(DataError, match=r"rows.jsonl:7: .*does not write the last assistant turn"):
+        encode([NAMED], tokenizer_of("qwen-2.5", chat_template=template), CONTEXT)
+
+
+def saved(name: str, folder: Path, **changed: Any) -> Path:
+    model, tokenizer = ZOO[name].build(TEXTS)
+    model.save_pretrained(folder)
+    for key, value in changed.items():
+        setattr(tokenizer, key, value)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_named_templates_need_a_default(tmp_path: Path) -> None:
+    known = tokenizer_of("qwen-2.5").chat_template
+    named = Backbone.of(saved("qwen-2.5", tmp_path / "a", chat_template={"default": known, "tools": "{{ 1 }}"}))
+    assert render(CHAT, named.tokenizer) == render(CHAT, tokenizer_of("qwen-2.5"))
+    bare = Backbone.of(saved("qwen-2.5", tmp_path / "b", chat_template={"rag": known, "tools": "{{ 1 }}"}))
+    with pytest.raises(ArtifactError, match=r"named rag, tools, and none of them is the default: save the one to use"):
+        assert bare.tokenizer
+
+
+def test_token_ids_beyond_the_embedding_are_refused_and_a_pad_token_there_does_no_harm(tmp_path: Path) -> None:
+    folder = saved("llama-2", tmp_path)
+    tokenizer = Backbone.of(folder).tokenizer
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    backbone = Backbone.of(folder)
+    assert backbone.tokenizer.pad_token_id == len(backbone.tokenizer) - 1 == backbone.tokenizer.num_embeddings
+    encode(ROWS, backbone.tokenizer, CONTEXT)
+    tokenizer.add_tokens(["moss"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(
+        DataError, match=r"the tokenizer writes '▁?moss' \(\d+\), but the model's embedding has \d+ rows"
+    ):
+        encode(ROWS, Backbone.of(folder).tokenizer, CONTEXT)
+
+
+def test_the_context_of_a_model_that_can_see_is_that_of_its_text_part() -> None:
+    config = Gemma3Config(text_config=Gemma3TextConfig(max_position_embeddings=8192))
+    assert context_of(config) == 8192
+
+
+@pytest.mark.parametrize(
+    ("name", "response", "tokens", "reason"),
+    [
+        ("gemma-3", "½ of it", 40, "'12 of it' would be compared with '½ of it'"),  # NFKC
+        ("llama-2", "the Ω hill", 40, "'the  hill' would be compared with 'the Ω hill'"),  # unknown
+        ("qwen-2.5", ANSWER, 2, r"cut after max_new_tokens=2\)"),
+    ],
+)
+def test_a_right_answer_that_would_count_as_wrong_is_refused(
+    name: str, response: str, tokens: int, reason: str
+) -> None:
+    tokenizer = tokenizer_of(name)
+    check_answers(ROWS, tokenizer, 40, is_right)
+    with pytest.raises(DataError, match=reason) as told:
+        check_answers([*ROWS[1:], replace(NAMED, response=response)], tokenizer, tokens, is_right)
+    assert "rows.jsonl:7" in str(told.value) or tokens == 2
+    check_answers([replace(NAMED, response="½ of it")], tokenizer, tokens, lambda given, reference: True)
+
+
+def test_it_is_refused_before_anything_is_trained(make_config: Callable[..., RunConfig]) -> None:
+    config = make_config("evaluation.max_new_tokens=2")
+    with pytest.raises(DataError, match=r"of 12 right answers \d+ would count as wrong.*evaluation.max_new_tokens=\d+"):
+        train(config)
+    assert not any((Path(config.run_dir) / name).exists() for name in ("record.json", "vector", "metrics.csv"))
