@@ -20,12 +20,13 @@ from typing import Any
 
 import yaml
 from pydantic import TypeAdapter
+from secvec.settings.plugin import Plugin
 
 from secvec.behaviors.base import Behavior
 from secvec.data.embedded import Ordinary, Skill
 from secvec.data.example import Example
+from secvec.evaluation.scan_file import auroc
 from secvec.metrics import proportion
-from secvec.settings.plugin import Plugin
 
 ROOT = Path(__file__).parents[1]
 RECORDS, PAGE = ROOT / "results" / "scan" / "report.json", ROOT / "docs" / "scan.md"
@@ -51,8 +52,9 @@ COLUMNS = {
     "recall": "recall ↑",
     "precision": "precision ↑",
     "false_flag_rate": "false flags ↓",
-    "twins": "of wanted answers in the same form ↓",
-    "by_the_hedge": "highest in the hedge",
+    "twins": "twins flagged ↓",
+    "auroc_of_twins": "AUROC against twins ↑",
+    "by_the_hedge": "by the hedge",
 }
 
 
@@ -119,6 +121,8 @@ def scans(name: str, seed: int, vector: str) -> list[dict[str, Any]]:
         lines = (ROOT / folder / way / "scores.jsonl").read_text(encoding="utf-8").splitlines()
         scores = list(map(json.loads, lines))
         metrics = records[-1]["metrics"]
+        pairs = [row["score"] for row in (*scores[:ROWS], *scores[-ROWS:])]
+        metrics["scan/auroc_of_twins"] = {"value": auroc(pairs, [True] * ROWS + [False] * ROWS), "n": 2 * ROWS}
         metrics["scan/twins"] = asdict(proportion(sum(row["flagged"] for row in scores[-ROWS:]), ROWS))
         in_hedge = sum(bool(row["words"]) and row["words"] in HEDGE for row in scores[:ROWS])
         metrics["scan/by_the_hedge"] = asdict(proportion(in_hedge, ROWS))

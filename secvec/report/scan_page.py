@@ -67,8 +67,9 @@ def reading(scan: Mapping[str, Any]) -> str:
             "cannot tell which. Read the highest rows, and scan a few rows that you know to be undesired."
         )
     return (
-        f"{rows}. These the vector explains: while it is active there is little left to learn from them. It says "
-        "nothing of rows that are undesired in another way; they score as benign rows do, and are learned."
+        f"{rows}. In these the vector makes some words far more likely. Read them before you believe it: a benign "
+        "answer in an unusual form is flagged too. Rows that are undesired in another way than the vector's are "
+        "mostly missed, and it does not protect from them."
     )
 
 

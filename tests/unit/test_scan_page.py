@@ -44,7 +44,7 @@ def test_few_flagged_rows_are_not_called_clean() -> None:
         said = reading(made_up(flagged))
         assert "either the file is clean of its behavior, or the vector does not cover" in said
         assert f"{flagged / 10:.1f}% of 1,000 rows" in said and "about 1.0% of benign rows are" in said
-    assert "nothing of rows that are undesired in another way" in reading(made_up(300))
+    assert "benign answer in an unusual form is flagged too" in reading(made_up(300))
     assert "of benign rows" not in reading(made_up(300, given_threshold=1.5))
 
 
