@@ -139,7 +139,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
         if not values:
             return "–"
         low, high, mean = min(values), max(values), sum(values) / len(values)
-        return f"{mean:.3f}" if f"{low:.3f}" == f"{high:.3f}" else f"{mean:.3f} ({low:.2f} to {high:.2f})"
+        return f"{mean:.3f}" if f"{low:.3f}" == f"{high:.3f}" else f"{mean:.3f} ({low:.3f} to {high:.3f})"
 
     lines = [f"| vector of | undesired rows | {' | '.join(COLUMNS.values())} |", "| --- " * (2 + len(COLUMNS)) + "|"]
     for name, vector in dict.fromkeys((record["behavior"], record["vector"]) for record in records):
