@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,13 +19,13 @@ from typing import Any
 
 import yaml
 from pydantic import TypeAdapter
-from secvec.settings.plugin import Plugin
 
 from secvec.behaviors.base import Behavior
 from secvec.data.embedded import Ordinary, Skill
 from secvec.data.example import Example
 from secvec.evaluation.scan_file import auroc
 from secvec.metrics import proportion
+from secvec.settings.target import Plugin
 
 ROOT = Path(__file__).parents[1]
 RECORDS, PAGE = ROOT / "results" / "scan" / "report.json", ROOT / "docs" / "scan.md"
@@ -171,8 +170,10 @@ def main() -> None:
         RECORDS.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     made = table(json.loads(RECORDS.read_text(encoding="utf-8")))
     page = PAGE.read_text(encoding="utf-8")
-    pattern = r"(<!-- table: benchmarks/scan.py -->\n).*?(\n<!-- end -->)"
-    PAGE.write_text(re.sub(pattern, lambda found: f"{found[1]}{made}{found[2]}", page, flags=re.S), encoding="utf-8")
+    before, start, rest = page.partition("<!-- table: benchmarks/scan.py -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    assert start and end, f"{PAGE} has no place for the table"
+    PAGE.write_text(f"{before}{start}\n{made}\n\n{end}{after}", encoding="utf-8")
     print(made)
 
 
