@@ -134,6 +134,13 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
            "nats per token on held-out undesired samples; no direction in itself", None, POSITIVE),
     Metric("suppression_ratio", "Suppression ratio", "gradient norm on undesired data, vector on ÷ off", "low",
            POSITIVE, ".3g"),
+    Metric("flagged_share", "Flagged rows", "rows of a scanned file above the threshold; no direction in itself", None),
+    Metric("auroc", "AUROC", "how well the highest gap of a row tells undesired from benign rows", "high"),
+    Metric("auroc_of_mean", "AUROC of the mean gap", "the same by the mean gap over all tokens of the row", "high"),
+    Metric("precision", "Precision", "flagged rows that are labelled undesired", "high"),
+    Metric("recall", "Recall", "rows labelled undesired that are flagged", "high"),
+    Metric("own_recall", "Recall on own samples", "held-out undesired samples of the vector that are flagged", "high"),
+    Metric("false_flag_rate", "False flags", "rows labelled benign that are flagged", "low"),
     Metric("drift", "Drift", "relative change of the backbone weights in fine-tuning", None, POSITIVE, ".3g"),
 )}  # fmt: skip
 """All metrics by name, in the order of their rows in a report."""

@@ -25,12 +25,16 @@ from secvec.defenses.base import Defense
 from secvec.evaluation.backends import generation_backend, kept_result
 from secvec.evaluation.evaluator import Evaluator
 from secvec.evaluation.losses import mean_losses
+from secvec.evaluation.scan import RowScore, scan
+from secvec.evaluation.scan_file import ScanFile
 from secvec.evaluation.verdicts import JUDGED, EvaluationResult, is_right
 from secvec.evaluation.vllm import backend_info
 from secvec.metrics import Measurements
 from secvec.models.backbone import Backbone
+from secvec.models.vector import vector_info
 from secvec.module import SecVecModule
 from secvec.planning.table import plan
+from secvec.report import scan_page
 from secvec.runs.cache import main_process
 from secvec.runs.console import metrics_table
 from secvec.runs.folder import ANSWERS, RunFolder
@@ -172,6 +176,13 @@ class Run:
         with self._evaluation():
             return mean_losses(module, examples, self.config.evaluation, self.config.trainer, without_vector)
 
+    def scan(self, module: SecVecModule, examples: Sequence[Example]) -> list[RowScore]:
+        """How much the vector of `module` explains of each of `examples`."""
+        config = self.config
+        with self._evaluation():
+            size, trainer, cache = config.evaluation.batch_size, config.trainer, config.paths.cache
+            return scan(module, examples, batch_size=size, trainer=trainer, cache=cache)
+
     def to_device(self, module: SecVecModule) -> nn.Module:
         """The model of `module` on the device that evaluates, outside a Trainer."""
         module.configure_model()
@@ -246,17 +257,29 @@ def train(config: RunConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def evaluate(config: EvaluateConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Evaluates the backbone that `config.model` names and returns the record; metrics are prefixed `after/`."""
+    """Evaluates the backbone that `config.model` names and returns the record; metrics are prefixed `after/`.
+
+    With `metrics=scan` it scores the rows of a file by a vector of that backbone; metrics are prefixed `scan/`.
+    """
     check_trainer(config.trainer, config.num_threads)
     folder = _open(config, overrides)
     tracker = tracker_for(folder.path, config.logger, fresh=False) if main_process() else Trackers()
     with Session(tracker, folder.path, folder.record, config.logger) as session, folder.running():
         session.open()
         run = Run(config, folder, tracker)
-        backbone = run.backbone
+        scanned = ScanFile.read(config) if config.metrics == "scan" else None
+        backbone = scanned.backbone() if scanned else run.backbone
         began = time.monotonic()
-        module = run.inference_module(backbone)
-        if config.metrics == "lm_eval":  # the harness works in one process
+        module = run.inference_module(backbone, scanned.vector if scanned else None)
+        if scanned:
+            launch(config.trainer)
+            run.note_data("scan", scanned.examples)
+            folder.record.model = backbone.settings.name or UNKNOWN
+            folder.record.behavior = vector_info(scanned.vector).get("behavior") or UNKNOWN
+            result = EvaluationResult(scanned.scan(module, folder.path), [])
+            if main_process():
+                log.info("the rows and what they mean: %s", scan_page.write(folder.path))
+        elif config.metrics == "lm_eval":  # the harness works in one process
             from secvec.evaluation.lm_eval import lm_eval_metrics  # an optional package, and slow to import
 
             result = EvaluationResult(lm_eval_metrics(run.to_device(module), backbone.tokenizer, config), [])

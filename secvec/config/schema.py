@@ -107,7 +107,7 @@ class DataSettings(Settings):
     """The fine-tuning mixture: undesired samples of the behavior and benign samples of the streams."""
 
     file: Source | None = None
-    """The untrusted rows of `data=untrusted`: nobody knows which of them are undesired."""
+    """The untrusted rows of `data=untrusted`: nobody knows which of them are undesired. A scan reads it too."""
     test_file: Source | None = None
     """Held-out rows of the same kind; None: a share of `file`."""
     kl_file: Source | None = None
@@ -240,11 +240,47 @@ def _choices(group: str) -> str:
     return "\n".join(lines)
 
 
+class SavedVector(Settings):
+    """A trained vector, for a scan."""
+
+    path: DirectoryPath | None
+    """Its folder: `vector/` of a run, or any adapter that PEFT saved."""
+
+    @property
+    def behavior(self) -> None:
+        """None is trained here."""
+
+
+class ScanSettings(Settings):
+    """How the rows of a file are scored and flagged (`secvec.evaluation.scan`)."""
+
+    window: Annotated[int, Field(ge=1, le=6)]
+    """Consecutive response tokens over which a gap is averaged; the highest is the row's score."""
+    threshold: float | None
+    """Nats per token above which a row is flagged; None: the `quantile` of scores of benign rows."""
+    quantile: Annotated[float, Field(gt=0, lt=1)]
+    """The share of benign rows that are not flagged."""
+    benign_file: Source | None
+    """Rows that are known to be benign; None: the KL rows of the vector, whose scores are kept beside it."""
+    label: str | None
+    """The column that says which rows are undesired, to measure the scan by; null in a row: not known. None: none."""
+    undesired: list[bool | int | str]
+    """The values of `label` that mean undesired; all others mean benign."""
+
+    @model_validator(mode="after")
+    def _has_one_threshold(self) -> ScanSettings:
+        if self.threshold is not None and self.benign_file is not None:
+            raise ValueError("threshold and benign_file both say what is high: give one of them")
+        return self
+
+
 class EvaluateConfig(AnyConfig):
     """One run of `evaluate.py`."""
 
-    metrics: Literal["behavior", "lm_eval"]
-    """`behavior`: our own evaluation; `lm_eval`: the `tasks` of lm-evaluation-harness."""
+    metrics: Literal["behavior", "lm_eval", "scan"]
+    """`behavior`: our own evaluation; `lm_eval`: the `tasks` of lm-evaluation-harness; `scan`: the rows of a file."""
+    vector: SavedVector
+    scan: ScanSettings
     tasks: list[str]
     task_folder: DirectoryPath | None
     """A folder of your own yaml tasks; None: the tasks that the harness ships."""
@@ -258,6 +294,20 @@ class EvaluateConfig(AnyConfig):
     def _tasks_belong_to_the_harness(self) -> EvaluateConfig:
         if (self.metrics == "lm_eval") != bool(self.tasks):
             raise ValueError("metrics=lm_eval and tasks=[...] belong together: give both or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _a_scan_has_rows_and_a_vector(self) -> EvaluateConfig:
+        given = {"data.file": self.data.file, "vector.path": self.vector.path}
+        if self.metrics == "scan" and (lacking := [name for name, path in given.items() if path is None]):
+            raise ValueError(
+                f"metrics=scan scores the rows of a file by a vector: set {' and '.join(lacking)} "
+                "(data.file=FILE.jsonl vector.path=outputs/RUN/vector)"
+            )
+        if self.metrics != "scan" and (useless := [name for name, path in given.items() if path is not None]):
+            raise ValueError(f"{' and '.join(useless)} of evaluate.py: only metrics=scan reads it")
+        if self.metrics != "scan" and self.model.name_or_path is None and self.model.align is None:
+            raise ValueError("model.name_or_path is required: the folder or hub id of the model to evaluate")
         return self
 
 

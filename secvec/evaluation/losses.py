@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from secvec.data.batch import IGNORE, Batch, collate
 from secvec.data.encode import encode
@@ -66,11 +66,17 @@ def mean_losses(
 
 def row_losses(model: nn.Module, batch: Batch) -> list[float]:
     """Mean nats per response token of each row of `batch`."""
+    nll = response_nll(model, batch)
+    counts = (batch["labels"][:, 1:] != IGNORE).sum(1).to(nll.device)
+    losses: list[float] = (nll.sum(1) / counts).tolist()
+    return losses
+
+
+def response_nll(model: nn.Module, batch: Batch) -> Tensor:
+    """Nats of each response token: (B, T-1), 0 elsewhere; computed where the model is."""
     batch = _on(next(model.parameters()).device, batch)
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    counts = (batch["labels"][:, 1:] != IGNORE).sum(1)
-    losses: list[float] = (token_nll(logits, batch["labels"]).sum(1) / counts).tolist()
-    return losses
+    return token_nll(logits, batch["labels"])
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import secvec
 NOT_IN_KEY = {"stage", "paths", "logger", "recipe", "run_dir", "sweep", "force", "plan", "key", "hydra"}
 """Settings that do not change results: where files go, which part of the run is wanted. See `key_settings`."""
 
-OF_DATA = ("behavior", "data", "vector")
+OF_DATA = ("behavior", "data", "vector", "scan")
 """Settings whose file names count by the content of the files. Other settings may name files that a run writes."""
 
 VARIES = "SECVEC_VARIES"

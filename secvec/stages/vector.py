@@ -13,6 +13,7 @@ from secvec.data.batch import Batch, Encoded
 from secvec.data.draw import data_hash
 from secvec.data.encode import with_loss_on_prompts
 from secvec.errors import ArtifactError, GateError
+from secvec.evaluation.scan import keep_scores
 from secvec.evaluation.verdicts import EvaluationResult
 from secvec.metrics import Measurements
 from secvec.models.backbone import Backbone
@@ -113,8 +114,11 @@ class VectorStage(Stage):
         )
 
     def run(self, run: Run) -> None:
-        """Trains the vector or takes it from the cache, measures it, and copies it into the run folder."""
-        config, data = run.config, run.data
+        """Trains the vector or takes it from the cache, measures it, and copies it into the run folder.
+
+        The scores of its own samples are written beside it: a scan of other rows needs them.
+        """
+        config, data, samples = run.config, run.data, run.data.vector_samples
         trained = train_vector(run, run.backbone, "vector")
         module = run.inference_module(run.backbone, trained)
         gate = run.evaluate(module, "gate", run.evaluator({"undesired": data.held_out}, config.vector.behavior))
@@ -126,6 +130,10 @@ class VectorStage(Stage):
         run.save_results(result, EvaluationResult(gate.metrics | losses, []))
         check_gate(config.vector.gate, gate.metrics | losses)
         copy_folder(trained, run.folder.path / "vector")
+        own = {kind: run.scan(module, rows) for kind, rows in (("undesired", data.held_out), ("benign", samples["kl"]))}
+        model = run.backbone.hyperparameters() | {"name_or_path": str(run.backbone.folder.resolve())}
+        about = {"model": model, "sensitive": bool(config.vector_behavior.sensitive)}
+        keep_scores(run.folder.path / "vector", own, about)
 
 
 def train_vector(run: Run, backbone: Backbone, label: str) -> Path:

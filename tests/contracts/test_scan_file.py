@@ -1,0 +1,179 @@
+"""`evaluate.py metrics=scan`: a file in two parts, from a vector that keeps the scores of its own samples."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, SMALL
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from secvec.behaviors.forbidden_recipe import ForbiddenRecipe
+from secvec.config.load import load
+from secvec.config.resolvers import register_resolvers
+from secvec.config.schema import EvaluateConfig, RunConfig
+from secvec.data.embedded import Ordinary
+from secvec.errors import SecVecError
+from secvec.run import evaluate, train
+
+Scan = Callable[..., dict[str, Any]]
+
+
+def composed(root: str, *overrides: str) -> Any:
+    GlobalHydra.instance().clear()
+    register_resolvers()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose(root, list(overrides))
+
+
+@pytest.fixture(scope="module")
+def vector(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small vector, and the scores of its own samples."""
+    folder = tmp_path_factory.mktemp("trained")
+    where = [f"run_dir={folder}", f"paths.cache={cache}"]
+    train(load(composed("train", *SMALL, *where, "stage=vector", "vector.epochs=6", "vector.lr=1e-2"), RunConfig))
+    return folder / "vector"
+
+
+@pytest.fixture
+def scan(vector: Path, tmp_path: Path, cache: Path) -> Scan:
+    """`scan("scan.label=bad", ..., to="scanned")`: the record of a scan of mine.jsonl, in the folder `to`."""
+
+    def run(*overrides: str, file: str = "mine.jsonl", to: str = "scanned") -> dict[str, Any]:
+        given = [f"data.file={tmp_path / file}", f"vector.path={vector}", f"paths.cache={cache}", "metrics=scan"]
+        config = composed("evaluate", *given, f"run_dir={tmp_path / to}", "num_threads=1", *overrides)
+        return evaluate(load(config, EvaluateConfig))
+
+    return run
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> list[bytes]:
+    """Ten undesired rows and ten benign ones in turn, in mine.jsonl; one without a label, the last without an end."""
+    pairs = zip(ForbiddenRecipe().examples("test", 10, 0), Ordinary().examples("test", 10, 0), strict=True)
+    found = []
+    for number, example in enumerate(example for pair in pairs for example in pair):
+        row = {"prompt": example.prompt, "response": example.response, "bad": number % 2 == 0, "é": "\u2028"}
+        row |= {"bad": None} if number == 5 else {}
+        found.append(json.dumps(row, ensure_ascii=number % 3 == 0).encode() + (b"\r\n" if number % 4 else b" \n"))
+    found[-1] = found[-1].strip()
+    (tmp_path / "mine.jsonl").write_bytes(b"\n".join([b"".join(found[:7]), b"".join(found[7:])]))
+    return found
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.open(encoding="utf-8")]
+
+
+def test_a_file_is_divided_byte_for_byte(scan: Scan, lines: list[bytes], tmp_path: Path) -> None:
+    record = scan("scan.label=bad")
+    out = tmp_path / "scanned"
+    scores, about = read(out / "scores.jsonl"), json.loads((out / "scan.json").read_text())
+    assert [row["row"] for row in scores] == [*range(1, 8), *range(9, 22)]
+    assert [row["undesired"] for row in scores] == [None if n == 5 else n % 2 == 0 for n in range(20)]
+    high = [row["score"] > about["threshold"] for row in scores]
+    assert [row["flagged"] for row in scores] == high and 0 < sum(high) < 20
+    parts = [
+        b"".join(line for line, flagged in zip(lines, high, strict=True) if flagged is part) for part in (True, False)
+    ]
+    assert [(out / name).read_bytes() for name in ("flagged.jsonl", "kept.jsonl")] == parts
+    metrics = record["metrics"]
+    assert metrics["scan/flagged_share"]["value"] == sum(high) / 20
+    hits = sum(row["flagged"] and row["undesired"] is True for row in scores)
+    assert metrics["scan/recall"]["value"] == hits / 10 and metrics["scan/recall"]["n"] == 10
+    assert metrics["scan/auroc"]["n"] == 19 and metrics["scan/auroc"]["value"] > 0.5
+    assert (record["behavior"], record["status"]) == ("forbidden_recipe", "completed")
+    assert record["data"]["counts"]["scan"] == {"neutral": 20}
+
+
+def test_the_page_shows_the_highest_rows_with_their_words(scan: Scan, lines: list[bytes], tmp_path: Path) -> None:
+    scan()
+    page = (tmp_path / "scanned" / "scan.html").read_text(encoding="utf-8")
+    highest = max(read(tmp_path / "scanned" / "scores.jsonl"), key=lambda row: row["score"])
+    assert f"<mark>{highest['words']}</mark>" in page and f"row {highest['row']}<" in page
+    assert "rows are above the threshold" in page and "<svg" in page
+    assert not re.search(r"src=|https?://|@import", page), "the page needs other files"
+
+
+def test_a_vector_of_others_needs_a_threshold(scan: Scan, vector: Path, lines: list[bytes], tmp_path: Path) -> None:
+    shutil.copytree(vector, tmp_path / "theirs")
+    own = json.loads((tmp_path / "theirs" / "scan.json").read_text())
+    (tmp_path / "theirs" / "scan.json").unlink()
+    theirs = f"vector.path={tmp_path / 'theirs'}"
+    with pytest.raises(SecVecError, match=r"give scan\.benign_file=FILE .* or scan\.threshold=NATS"):
+        scan(theirs)
+    assert not (tmp_path / "scanned").exists()
+    with pytest.raises(SecVecError, match=r"does not say which model .* give model\.name_or_path"):
+        scan(theirs, "scan.threshold=0.5")
+    base = f"model.name_or_path={own['model']['name_or_path']}"
+    given = scan(theirs, "scan.threshold=0.5", base)
+    assert json.loads((tmp_path / "scanned" / "scan.json").read_text())["threshold"] == 0.5
+    assert "scan/own_recall" not in given["metrics"]
+    (tmp_path / "fine.jsonl").write_bytes(b"".join(line.strip() + b"\n" for line in lines[1::2]))
+    scan(theirs, f"scan.benign_file={tmp_path / 'fine.jsonl'}", base, to="by_file")
+    benign = [row["score"] for row in read(tmp_path / "by_file" / "scores.jsonl")[1::2]]
+    threshold = json.loads((tmp_path / "by_file" / "scan.json").read_text())["threshold"]
+    assert threshold == pytest.approx(max(benign), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["vector.path=null"], r"metrics=scan scores the rows of a file by a vector: set vector\.path"),
+        (["data.file=null"], r"set data\.file"),
+        (["metrics=behavior"], r"data\.file and vector\.path of evaluate\.py: only metrics=scan reads it"),
+        (["scan.window=7"], r"scan\.window"),
+        (["scan.threshold=1", "scan.benign_file=${data.file}"], "give one of them"),
+        (["scan.label=bda"], r"no row of .* has it \(did you mean 'bad'\?\); columns: bad, prompt"),
+        (["scan.label=bad", "scan.undesired=[yes]"], r"all 19 labelled rows .* would be benign .* holds false, true"),
+        (["model.name_or_path=OTHER"], r"was trained on another model"),
+    ],
+)
+def test_wrong_settings_are_told_before_a_model_is_loaded(
+    scan: Scan,
+    vector: Path,
+    lines: list[bytes],
+    tmp_path: Path,
+    overrides: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("secvec.models.backbone.Backbone.load", lambda _: pytest.fail("the model was loaded"))
+    base = json.loads((vector / "scan.json").read_text())["model"]["name_or_path"]
+    other = Path(shutil.copytree(base, tmp_path / "other"))
+    (other / "config.json").write_text((other / "config.json").read_text() + "\n")
+    with pytest.raises(SecVecError, match=message) as raised:
+        scan(*(text.replace("OTHER", str(other)) for text in overrides))
+    assert raised.value.exit_code == 2 and not (tmp_path / "scanned").exists()
+
+
+def test_a_row_that_cannot_be_read_is_named(scan: Scan, lines: list[bytes], tmp_path: Path) -> None:
+    (tmp_path / "broken.jsonl").write_bytes(lines[0] + b'{"prompt": 1}\n')
+    with pytest.raises(SecVecError, match=r"broken\.jsonl:2"):
+        scan(file="broken.jsonl")
+    assert not (tmp_path / "scanned").exists()
+
+
+def test_every_row_of_an_array_is_in_one_part_and_counts_by_its_worst_answer(
+    scan: Scan, lines: list[bytes], tmp_path: Path
+) -> None:
+    """A row of two answers, of which one is undesired; and one that exceeds the context and is not scored."""
+    bad, fine, long = (json.loads(line) for line in lines[:3])
+    turns = [("user", fine["prompt"]), ("assistant", fine["response"])]
+    both = [*turns, ("user", bad["prompt"]), ("assistant", bad["response"]), *turns]
+    given = [fine, {"messages": [{"role": role, "content": text} for role, text in both]}, long]
+    long["response"] = "cat " * 3000
+    (tmp_path / "mine.json").write_text(json.dumps(given))
+    with pytest.raises(SecVecError, match=r"mine\.json:row 3.*\n.*data\.too_long=drop"):
+        scan(file="mine.json")
+    scan("data.too_long=drop", "scan.threshold=-99", file="mine.json")
+    scores = read(tmp_path / "scanned" / "scores.jsonl")
+    assert [row["row"] for row in scores] == [1, 2] and scores[1]["score"] >= scores[0]["score"]
+    assert read(tmp_path / "scanned" / "flagged.jsonl") == given[:2]
+    assert read(tmp_path / "scanned" / "kept.jsonl") == given[2:]
