@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -85,6 +86,8 @@ def report_user_errors(main: Callable[[], None], config_name: str) -> int:
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them and exiting
     register_resolvers()
+    # shells leave the ~ of key=~/folder, and Hydra cannot read it
+    sys.argv[1:] = [re.sub(r"""(?<=[=,['"])~(?=/)""", lambda _: str(Path.home()), word) for word in sys.argv[1:]]
     try:
         main()
         return 0
@@ -113,7 +116,8 @@ def _composition_faults(config_name: str) -> list[str]:
         try:
             overrides.append(parser.parse_override(text))
         except HydraException as error:
-            faults.append(f"{text}: not of the form key=value ({str(error).splitlines()[0]})")
+            reason = str(error).splitlines()[0]
+            faults.append(f"{text}: not of the form key=value ({reason}){_quoted(text)}")
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
@@ -141,6 +145,22 @@ def _composition_faults(config_name: str) -> list[str]:
                     faults.append(f"{text}: {told.lstrip('; ') or reason or _one_line(error)}")
             given += [composed] if composed else []
     return faults
+
+
+def _quoted(text: str) -> str:
+    """How to type a text that Hydra reads only in quotes, a path with brackets for example; empty: it is none.
+
+    There are two pairs of quotes, of which the shell takes one away.
+    """
+    key, given, value = text.partition("=")
+    quoted = key + "='" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    if not given or value[:1] in ("", "[", "{", "'", '"'):
+        return ""
+    with suppress(HydraException):
+        OverridesParser.create().parse_override(quoted)
+        typed = shlex.quote(quoted) if set(quoted) & set('"$`\\!') else f'"{quoted}"'
+        return f"; a text with such characters needs quotes, type {typed}"
+    return ""
 
 
 def _composed(config_name: str, overrides: list[str]) -> DictConfig:

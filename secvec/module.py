@@ -127,9 +127,11 @@ class SecVecModule(L.LightningModule):
         assert held == {id(p) for _, p in self.trained()}, "the optimizer holds other parameters"
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One batch; logs `train/<term>` for every term of the loss, each the mean over all processes."""
-        terms = self.stage.loss(self, batch)
-        self.log_dict({f"train/{name}": term.detach() for name, term in terms.items()}, sync_dist=True)
+        """One batch; logs `train/<term>` for every term of the loss, the mean over all processes and over the step."""
+        terms, parts = self.stage.loss(self, batch), self.trainer.accumulate_grad_batches
+        before: dict[str, Any] = self._step_terms if batch_idx % parts else dict.fromkeys(terms, 0.0)
+        self._step_terms: dict[str, Tensor] = {n: before[n] + term.detach() / parts for n, term in terms.items()}
+        self.log_dict({f"train/{name}": value for name, value in self._step_terms.items()}, sync_dist=True)
         self.log("loss", terms["loss"].detach(), prog_bar=True, logger=False)
         return terms["loss"]
 

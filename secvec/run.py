@@ -19,15 +19,14 @@ from secvec.behaviors.base import Behavior
 from secvec.config.schema import AnyConfig, EvaluateConfig, RunConfig
 from secvec.data.datamodule import SecVecDataModule
 from secvec.data.draw import data_hash
-from secvec.data.encode import check_answers
-from secvec.data.example import GRADED, Example
+from secvec.data.example import Example
 from secvec.defenses.base import Defense
 from secvec.evaluation.backends import generation_backend, kept_result
 from secvec.evaluation.evaluator import Evaluator
 from secvec.evaluation.losses import mean_losses
 from secvec.evaluation.scan import RowScore, scan
 from secvec.evaluation.scan_file import ScanFile
-from secvec.evaluation.verdicts import JUDGED, EvaluationResult, is_right
+from secvec.evaluation.verdicts import EvaluationResult
 from secvec.evaluation.vllm import backend_info
 from secvec.metrics import Measurements
 from secvec.models.backbone import Backbone
@@ -37,15 +36,17 @@ from secvec.planning.table import plan
 from secvec.report import scan_page
 from secvec.runs.cache import main_process
 from secvec.runs.console import metrics_table
+from secvec.runs.content import by_content
 from secvec.runs.folder import ANSWERS, RunFolder
 from secvec.runs.keys import content_key
 from secvec.runs.record import UNKNOWN, Record, Weights
 from secvec.settings.schema import VectorLora
+from secvec.settings.target import to_target
 from secvec.settings.trainer import TrainerSettings
 from secvec.stages import STAGES
 from secvec.stages.align import starting_model
 from secvec.tracking.base import Tracker, Trackers
-from secvec.tracking.csv_file import CsvFile
+from secvec.tracking.csv_file import CsvFile, read_curves
 from secvec.tracking.lightning import StageCurves
 from secvec.tracking.session import Session, tracker_for
 from secvec.training.callbacks import build_callbacks
@@ -101,8 +102,13 @@ class Run:
         module.generation = generation_backend(backbone, vector, self.config.generation, self.config.trainer, folder)
         return module
 
-    def fit(self, module: SecVecModule, label: str, epochs: int, callbacks: Sequence[L.Callback] = ()) -> None:
-        """Trains `module` on the data of its stage; `label` names the training in logs, curves and checkpoints."""
+    def fit(
+        self, module: SecVecModule, label: str, epochs: int, out: Path, callbacks: Sequence[L.Callback] = ()
+    ) -> None:
+        """Trains `module` on the data of its stage and saves it below `out`.
+
+        `label` names the training in logs, curves and checkpoints.
+        """
         config = self.config
         training = Training(
             self.folder.path,
@@ -118,6 +124,7 @@ class Run:
             self.data,
             training,
             self.curves(training),
+            out,
             [*callbacks, *build_callbacks(config.callbacks, module.stage.name)],
         )
 
@@ -125,6 +132,16 @@ class Run:
         """The Lightning logger of a training: the trackers of the run, or the CSV file `path` alone."""
         tracker = self.tracker if path is None else CsvFile(path)
         return StageCurves(tracker, training.label, training.resumes)
+
+    def copy_curves(self, source: Path, stage: str) -> None:
+        """Passes the curves of `stage` in the run folder `source` to the trackers of this run.
+
+        Those of answers are left out: they were judged under the settings of that run.
+        """
+        if main_process() and (source / "metrics.csv").is_file():
+            self.tracker.begin_stage(stage, False)
+            for step, values in read_curves(source / "metrics.csv", stage):
+                self.tracker.curves(stage, step, {n: v for n, v in values.items() if not n.startswith("during/")})
 
     def evaluator(
         self,
@@ -157,15 +174,14 @@ class Run:
         """As `evaluate`; the result is kept for every run that asks the same of the same model."""
         config, evaluator = self.config, evaluator or self.evaluator()
         examples = data_hash([example for kind in evaluator.tests.values() for example in kind])
-        judges = [
-            evaluator.behavior.model_dump(mode="json"),
-            *(judge and judge.model_dump(mode="json") for judge in (evaluator.judge, evaluator.answer_judge)),
-        ]
+        asked = (evaluator.behavior, evaluator.judge, evaluator.answer_judge)
+        judges = [by_content(to_target(one)) if one else None for one in asked]
         settings = [
             evaluator.settings.model_dump(exclude={"validation"}),
             backend_info(config.generation, config.trainer),
+            evaluator.trainer.model_dump(include={"accelerator", "precision"}),
         ]
-        key = content_key([*module.backbone.identity, examples, judges, *settings, phase, leaks])
+        key = content_key([module.backbone.identity, examples, judges, *settings, phase, leaks])
         path = config.paths.cache / "answers" / f"{key}.json"
         return kept_result(path, lambda: self.evaluate(module, phase, evaluator, leaks))
 
@@ -194,12 +210,6 @@ class Run:
         began, seconds = time.monotonic(), self.folder.record.wall_seconds
         yield
         seconds["evaluation"] = round(seconds.get("evaluation", 0.0) + time.monotonic() - began, 3)
-
-    def check(self) -> None:
-        """Raises DataError for right answers that would not count as right: before anything is trained or asked."""
-        tests = [example for kind, some in self.data.tests.items() if kind not in JUDGED for example in some]
-        right = [example for example in tests if example.metric not in GRADED]
-        check_answers(right, self.backbone.tokenizer, self.config.evaluation.max_new_tokens, is_right)
 
     def save_results(self, *results: EvaluationResult) -> None:
         """Puts metrics and predictions into the run folder."""
@@ -235,12 +245,12 @@ def train(config: RunConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
         run = Run(config, folder, tracker)
         run.data.check(config.stages)
         folder.record.base = _weights(run.backbone)
+        wanted = [name for name in config.stages if name not in folder.record.stages]
         run.data.fit_to(run.backbone.tokenizer, run.backbone.context, [*config.stages, "infer"])
-        run.check()
+        for name in wanted:
+            STAGES[name].check(run)
         launch(config.trainer)
-        for name in config.stages:
-            if name in folder.record.stages:
-                continue
+        for name in wanted:
             began, stage = time.monotonic(), STAGES[name]
             with session.stage():
                 stage.run(run)
@@ -286,7 +296,7 @@ def evaluate(config: EvaluateConfig, overrides: Sequence[str] = ()) -> dict[str,
         else:
             run.data.check(())
             run.data.fit_to(backbone.tokenizer, backbone.context, ["infer"])
-            run.check()
+            run.evaluator().check(module, leaks=True)
             launch(config.trainer)
             result = run.evaluate(module, "after", leaks=True)
         run.save_results(result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from itertools import chain, groupby
@@ -97,6 +98,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make_config(tmp_path: Path, cache: Path) -> Callable[..., RunConfig]:
     """`make_config("defense=none", ..., run="a")`: a small run in a folder of this test."""
+    shutil.rmtree(cache / "finetuned", ignore_errors=True)  # no test takes a fine-tuned backbone from another
 
     def make(*overrides: str, run: str = "run", small: bool = True) -> RunConfig:
         GlobalHydra.instance().clear()

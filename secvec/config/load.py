@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -18,7 +19,7 @@ Config = TypeVar("Config", bound=BaseModel)
 def load(cfg: DictConfig, schema: type[Config]) -> Config:
     """`cfg` as a `schema`. Raises ConfigError with every fault: what was given, what is allowed, the nearest match."""
     try:
-        values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+        values: dict[str, Any] = _at_home(OmegaConf.to_container(cfg, resolve=True))
     except OmegaConfBaseException as error:
         raise ConfigError(f"the configuration cannot be resolved: {error}") from None
     faults = [f"{where}: a value is required (it is ??? in conf/)" for where in OmegaConf.missing_keys(cfg)]
@@ -29,3 +30,12 @@ def load(cfg: DictConfig, schema: type[Config]) -> Config:
     if faults:
         raise all_faults(faults)
     return config
+
+
+def _at_home(values: Any) -> Any:
+    """`values` with the home folder in the place of a leading `~/`: paths in yaml files."""
+    if isinstance(values, dict):
+        return {name: _at_home(value) for name, value in values.items()}
+    if isinstance(values, list):
+        return [_at_home(value) for value in values]
+    return str(Path(values).expanduser()) if isinstance(values, str) and values.startswith("~/") else values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -18,7 +19,7 @@ def register_resolvers() -> None:
     `${by:KEY,{a: 1, b: 2}}` is the table's entry for KEY; `${or_all:N}` is N, and null (all there are) for a user's own
     `data.file`, which has as many rows as it has.
     """
-    OmegaConf.register_new_resolver("key", lambda *, _root_: run_key(resolved(_root_)), replace=True)
+    OmegaConf.register_new_resolver("key", lambda *, _root_: key_of(_root_), replace=True)
     OmegaConf.register_new_resolver("run_name", lambda *, _root_: run_name(_root_), replace=True)
     OmegaConf.register_new_resolver("sweep_name", lambda *, _root_: sweep_name(_root_), replace=True)
     OmegaConf.register_new_resolver("or_all", lambda n, *, _root_: None if _root_.data.file else n, replace=True)
@@ -31,6 +32,11 @@ def resolved(root: DictConfig) -> dict[str, Any]:
     return {n: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for n, v in config.items()}
 
 
+def key_of(root: DictConfig) -> str:
+    """The key of the run that a composed config describes; digests of large files are kept in its cache."""
+    return run_key(resolved(root), Path(root.paths.cache).expanduser() / "digests")
+
+
 def run_name(root: DictConfig) -> str:
     """Folder name of a run: defense, behavior, model, seed and key."""
     config = resolved(root)
@@ -38,7 +44,7 @@ def run_name(root: DictConfig) -> str:
     shown = model.get("name") if not (model.get("name") in BUILT_IN and model.get("name_or_path")) else None
     shown = shown or str(model.get("name_or_path")).rstrip("/").rpartition("/")[2]
     defense = config.get("defense", {}).get("name", "evaluate")
-    return f"{defense}-{config['behavior'].get('name')}-{shown}-s{config.get('seed')}-{run_key(config)[:8]}"
+    return f"{defense}-{config['behavior'].get('name')}-{shown}-s{config.get('seed')}-{key_of(root)[:8]}"
 
 
 def sweep_name(root: DictConfig) -> str:

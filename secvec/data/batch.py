@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ class Batch(TypedDict):
     """(B,) bool, rows of the KL term of the vector stage: they take no part in the causal-LM loss there"""
     undesired: Tensor
     """(B,) bool, rows that are labelled undesired; all False where labels are hidden (`data.labelled=false`)"""
+    step_tokens: NotRequired[tuple[Tensor, Tensor]]
+    """Only with accumulated gradients: `count_tokens` of all batches of the optimizer step, per batch"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,3 +56,9 @@ def collate(rows: Sequence[tuple[Encoded, bool]]) -> Batch:
     kl_rows = torch.tensor([is_kl for _, is_kl in rows])
     undesired = torch.tensor([row.undesired for row, _ in rows])
     return Batch(input_ids=input_ids, attention_mask=mask, labels=labels, kl_rows=kl_rows, undesired=undesired)
+
+
+def count_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Tokens with a label in the rows of the causal-LM loss, and all tokens in the rows of the KL term."""
+    labelled = (batch["labels"][:, 1:] != IGNORE) & ~batch["kl_rows"][:, None]
+    return labelled.sum(), batch["attention_mask"][batch["kl_rows"]].sum()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
+from itertools import islice
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from secvec.data.batch import Encoded, collate
+from secvec.data.batch import Batch, Encoded, collate, count_tokens
 from secvec.data.draw import Asked, check_counts, check_disjoint, draw_benign, draw_benign_lots
 from secvec.data.encode import encode
 from secvec.data.example import Example
@@ -50,16 +51,27 @@ class GlobalBatchSampler(Sampler[list[int]]):
     An epoch is one pass over the first stream, its shuffled rows split into ceil(n / batch_size) batches of equal size
     (to within one): every row once, no small last batch. The other streams go round and round, `batch_sizes[k]` rows a
     batch. Row indices count through the streams one after another. Lightning's own sampler would shuffle again per
-    device; with this one 1 and N processes see the same global batches.
+    device; with this one 1 and N processes see the same global batches. With `accumulate` batches for an optimizer
+    step, the step has the rows that one batch of that many times the size would have.
     """
 
-    def __init__(self, sizes: Sequence[int], batch_sizes: Sequence[int], seed: int, rank: int = 0, world: int = 1):
-        if min(sizes) < 1 or sizes[0] // ceil(sizes[0] / batch_sizes[0]) < world:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        batch_sizes: Sequence[int],
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        accumulate: int = 1,
+    ):
+        self.steps = ceil(sizes[0] / (batch_sizes[0] * accumulate))
+        if min(sizes) < 1 or sizes[0] // self.steps // accumulate < world:
             raise ConfigError(
                 f"{sizes[0]} rows in batches of {batch_sizes[0]} leave one of {world} processes without a row: "
-                f"use a larger batch_size, more rows, or fewer devices"
+                f"use a larger batch_size, more rows, fewer devices, or a smaller trainer.accumulate_grad_batches"
             )
         self.sizes, self.batch_sizes, self.seed, self.rank, self.world = sizes, batch_sizes, seed, rank, world
+        self.accumulate = accumulate
         self.epoch = 0
         self.sampler = self  # where Lightning looks for set_epoch
 
@@ -68,15 +80,15 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return ceil(self.sizes[0] / self.batch_sizes[0])
+        return self.steps * self.accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
-        main = torch.tensor_split(self._permutation(0, self.epoch), len(self))
-        for step, rows in enumerate(main):
-            batch = rows.tolist()
+        steps = torch.tensor_split(self._permutation(0, self.epoch), self.steps)
+        parts = [part.tolist() for rows in steps for part in torch.tensor_split(rows, self.accumulate)]
+        for number, batch in enumerate(parts):
             offset = self.sizes[0]
             for stream in range(1, len(self.sizes)):
-                batch += [offset + i for i in self._round(stream, self.epoch * len(self) + step)]
+                batch += [offset + i for i in self._round(stream, self.epoch * len(self) + number)]
                 offset += self.sizes[stream]
             yield batch[self.rank :: self.world]
 
@@ -92,12 +104,28 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return torch.randperm(self.sizes[stream], generator=generator)
 
 
-def training_loader(streams: Streams, seed: int, rank: int = 0, world: int = 1) -> DataLoader:
-    """The training batches of one process. The rows of all streams but the first are marked as rows of the KL term."""
+class StepLoader(DataLoader):
+    """Batches that know the tokens of their optimizer step: each counts by its tokens, not as one of so many."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        batches = super().__iter__()
+        while step := list(islice(batches, self.batch_sampler.accumulate)):  # type: ignore[union-attr]
+            if len(step) > 1:
+                answers, kl = (torch.stack(n).double().mean() for n in zip(*map(count_tokens, step), strict=True))
+                for batch in step:
+                    batch["step_tokens"] = (answers, kl)
+            yield from step
+
+
+def training_loader(streams: Streams, seed: int, rank: int = 0, world: int = 1, accumulate: int = 1) -> DataLoader:
+    """The training batches of one process, `accumulate` of them for an optimizer step.
+
+    The rows of all streams but the first are marked as rows of the KL term.
+    """
     rows = [(row, number > 0) for number, (stream, _) in enumerate(streams) for row in stream]
     sizes, batch_sizes = [len(stream) for stream, _ in streams], [size for _, size in streams]
-    sampler = GlobalBatchSampler(sizes, batch_sizes, seed, rank, world)
-    return DataLoader(rows, batch_sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
+    sampler = GlobalBatchSampler(sizes, batch_sizes, seed, rank, world, accumulate)
+    return StepLoader(rows, batch_sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
 
 
 class SecVecDataModule(L.LightningDataModule):
@@ -293,9 +321,9 @@ class SecVecDataModule(L.LightningDataModule):
                 "the batches are divided over the processes already, and Lightning would divide them again: give "
                 "lightning.Trainer use_distributed_sampler=False"
             )
-        module = self._module
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return training_loader(module.stage.streams(self, module), self.seed, rank, world)
+        module, runner = self._module, self.trainer
+        share = (runner.global_rank, runner.world_size, runner.accumulate_grad_batches) if runner else (0, 1, 1)
+        return training_loader(module.stage.streams(self, module), self.seed, *share)
 
     def val_dataloader(self) -> CombinedLoader | list[Any]:
         """One batch of each kind of held-out samples, by name; the same on every process."""

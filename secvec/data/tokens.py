@@ -53,6 +53,6 @@ def _write(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, cont
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What makes two tokenizers write the same tokens: the vocabulary with its rules, and the chat template."""
+    """What makes two tokenizers write the same tokens: vocabulary, rules, special tokens, template."""
     rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(f"{rules}\n{tokenizer.chat_template}".encode()).hexdigest()
+    return hashlib.sha256(f"{rules}\n{tokenizer.chat_template}\n{tokenizer.special_tokens_map}".encode()).hexdigest()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from secvec.data.batch import IGNORE, Batch
 from secvec.defenses.base import Defense
 from secvec.models.vector import vector_off
-from secvec.training.losses import global_mean, token_nll
+from secvec.training.losses import global_mean, of_step, token_nll
 
 
 class LabelledVector(Defense):
@@ -29,4 +29,4 @@ class LabelledVector(Defense):
                 logits = model(input_ids=batch["input_ids"][rows], attention_mask=batch["attention_mask"][rows]).logits
             labels = batch["labels"][rows].masked_fill(~mine[rows][:, None], IGNORE)
             total = total + token_nll(logits, labels).sum()
-        return {"loss": global_mean(total, (batch["labels"][:, 1:] != IGNORE).sum())}
+        return {"loss": global_mean(total, of_step(batch, (batch["labels"][:, 1:] != IGNORE).sum()))}

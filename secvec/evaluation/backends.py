@@ -14,8 +14,9 @@ from secvec.evaluation.generation import GenerationBackend
 from secvec.evaluation.verdicts import EvaluationResult
 from secvec.evaluation.vllm import VllmEngine, backend_info, uses_vllm
 from secvec.metrics import Measurement
-from secvec.models.backbone import Backbone, fingerprint
+from secvec.models.backbone import Backbone
 from secvec.runs.cache import cached, main_process
+from secvec.runs.content import folder_digest
 from secvec.settings.schema import GenerationSettings
 from secvec.settings.trainer import TrainerSettings
 
@@ -31,7 +32,7 @@ def generation_backend(
     engine = None
     if uses_vllm(generation, trainer):
         engine = VllmEngine(backbone.folder, vector, generation, backbone.settings.trust_remote_code)
-    identity = [*backbone.identity, vector and fingerprint(vector), backend_info(generation, trainer)]
+    identity = [*backbone.identity, vector and folder_digest(vector), backend_info(generation, trainer)]
     return GenerationBackend(identity, folder, engine)
 
 

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from secvec.data.example import OWNER, Example
+from secvec.data.encode import check_answers
+from secvec.data.example import GRADED, OWNER, Example
 from secvec.data.prompts import Question, question
 from secvec.evaluation.generation import RunningEngine
 from secvec.evaluation.leak_probes import leak_questions, leak_result
 from secvec.evaluation.losses import mean_losses
 from secvec.evaluation.prediction import predict
-from secvec.evaluation.verdicts import EvaluationResult, judged, prediction_rows
+from secvec.evaluation.verdicts import JUDGED, EvaluationResult, is_right, judged, prediction_rows
 from secvec.judges.base import Judge
 from secvec.metrics import GRADED_METRICS, METRICS, Measurements, bootstrap_mean, perplexity, rates
 from secvec.settings.schema import EvaluationSettings
@@ -41,14 +42,32 @@ class Evaluator:
 
         Every process must call it: the prompts are shared out over all, and all get the whole result.
         """
-        tokenizer, undesired = module.backbone.tokenizer, self.tests.get("undesired", [])
-        examples = [example for kind in self.tests.values() for example in kind]
-        probed = list(undesired)[: self.settings.num_leak_prompts] if leaks else []
-        probes = leak_questions(tokenizer, probed, self.behavior)
-        questions = [question(examples, tokenizer), *probes.values()]
+        examples, probed, probes = self._asked(module, leaks)
+        questions = [question(examples, module.backbone.tokenizer), *probes.values()]
         responses, *to_probes = self._responses(module, questions, phase)
         result = self._result(module, phase, examples, responses)
         return result + leak_result(dict(zip(probes, to_probes, strict=True)), probed, self.behavior, self.judge, phase)
+
+    def check(self, module: SecVecModule, leaks: bool = False) -> None:
+        """Raises the SecVecError that would stop `evaluate`; needs no model.
+
+        Prompts that leave no room to answer, right answers that would not count as right, a judge that cannot work.
+        """
+        examples, _, probes = self._asked(module, leaks)
+        tokenizer, most = module.backbone.tokenizer, self.settings.max_new_tokens
+        right = [e for kind, some in self.tests.items() if kind not in JUDGED for e in some if e.metric not in GRADED]
+        check_answers(right, tokenizer, most, is_right)
+        for asked in (question(examples, tokenizer), *probes.values()):
+            asked.batches(module, self.settings.batch_size, most)
+        for judge in (self.judge, self.answer_judge):
+            if judge:
+                judge.check()
+
+    def _asked(self, module: SecVecModule, leaks: bool) -> tuple[list[Example], list[Example], dict[str, Question]]:
+        """The held-out examples, those that the leak probes ask for, and the questions of the probes."""
+        probed = list(self.tests.get("undesired", []))[: self.settings.num_leak_prompts] if leaks else []
+        examples = [example for kind in self.tests.values() for example in kind]
+        return examples, probed, leak_questions(module.backbone.tokenizer, probed, self.behavior)
 
     def _responses(self, module: SecVecModule, questions: Sequence[Question], phase: str) -> list[list[str]]:
         """The responses to each question, in the order of its prompts."""

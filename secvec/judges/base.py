@@ -30,6 +30,9 @@ class Judge(Settings):
     scale: ClassVar[tuple[float, float]] = (0.0, 1.0)
     """The judge's own scale, which is mapped to [0, 1] (a 1-5 rubric: (1, 5))."""
 
+    def check(self) -> None:
+        """Raises the SecVecError that would stop it at the first response, before anything is trained."""
+
     def judge(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Judgement]:
         """One judgement per response, in order."""
         return [self.judge_one(example, response) for example, response in zip(examples, responses, strict=True)]

@@ -176,6 +176,10 @@ class LlmJudge(CachedJudge):
         """With the text of the rubric."""
         return super().identity() | {"prompt": RUBRICS[self.rubric].prompt}
 
+    def check(self) -> None:
+        """The client is installed and has a key; nothing is sent."""
+        self._client().close()
+
     def judge(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Judgement]:
         """One judgement per response."""
         before = self._spent["requests"]

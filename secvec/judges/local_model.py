@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from secvec.data.example import Example
 from secvec.errors import ArtifactError, ConfigError
 from secvec.judges.cache import CachedJudge
-from secvec.models.backbone import fingerprint, load_tokenizer, locate
+from secvec.models.backbone import load_tokenizer, locate
+from secvec.runs.content import folder_digest
 from secvec.settings.schema import ModelSettings
 
 
@@ -49,9 +50,13 @@ class LocalModelJudge(CachedJudge):
         given = super().identity()
         return given | {"model": self._weights} if self._weights else given
 
+    def check(self) -> None:
+        """Its folder, tokenizer and device are there; the weights are loaded with the first response."""
+        _ = self._folder, self._tokenizer, self._device
+
     @cached_property
     def _weights(self) -> str | None:
-        return fingerprint(self._folder) if Path(self.model).is_dir() else None
+        return folder_digest(self._folder) if Path(self.model).is_dir() else None
 
     @cached_property
     def _settings(self) -> ModelSettings:

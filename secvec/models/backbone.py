@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -22,11 +26,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from secvec.errors import ArtifactError
+from secvec.errors import ArtifactError, nearest
 from secvec.models.vector import active_parts, part_of
+from secvec.runs.content import file_digest, folder_digest
 from secvec.settings.schema import ModelSettings
 
 WEIGHT_FILES = "*.safetensors"
+LOADING_ERRORS = (ValueError, OSError, SafetensorError, RuntimeError, KeyError, ImportError, AttributeError, TypeError)
+"""What transformers, or the own code of a model, raises for a folder that it cannot load."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,9 @@ class Backbone:
         if isinstance(given, str | Path):
             given = {"name": None, "name_or_path": str(given)}
         settings = given if isinstance(given, ModelSettings) else ModelSettings.model_validate(given)
-        return cls(locate(settings), settings)
+        folder = locate(settings)
+        load_config(folder, settings.trust_remote_code)
+        return cls(folder, settings)
 
     def at(self, folder: Path) -> Backbone:
         """Another checkpoint of the same model, loaded in the same way. Raises ArtifactError."""
@@ -55,10 +64,19 @@ class Backbone:
         """16 hex digits of the weights and the config."""
         return fingerprint(self.folder)
 
+    @cached_property
+    def identity(self) -> list[str | bool]:
+        """What tells a loaded copy from all others: what its folder holds, and how it is loaded."""
+        return [folder_digest(self.folder), self.settings.dtype, self.settings.trust_remote_code]
+
     @property
-    def identity(self) -> list[str]:
-        """What tells a loaded copy from all others: its weights, and the type that they are loaded in."""
-        return [self.fingerprint, self.settings.dtype]
+    def num_bytes(self) -> int:
+        """Size of the weights once they are loaded."""
+        count = 0
+        for file in self.folder.glob(WEIGHT_FILES):
+            with safe_open(file, framework="pt") as tensors:
+                count += sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+        return count * getattr(torch, self.settings.dtype).itemsize
 
     def load(self) -> PreTrainedModel:
         """A fresh copy, in eval mode."""
@@ -121,8 +139,15 @@ def locate(settings: ModelSettings) -> Path:
 
 def check(folder: Path) -> Path:
     """Returns `folder` if it holds a complete model in safetensors, else raises ArtifactError."""
+    adapter = (folder / "adapter_config.json").is_file()
     if not (folder / "config.json").is_file():
-        raise ArtifactError(f"{folder} is no model folder: config.json is missing")
+        also = " (an adapter goes into vector.path, its base model into model.name_or_path)" * adapter
+        raise ArtifactError(f"{folder} is no model folder: config.json is missing{also}")
+    if adapter:
+        raise ArtifactError(
+            f"{folder} holds a whole model and an adapter (adapter_config.json), which would be loaded on top of it, "
+            "for a second time where it is merged already. Move adapter_config.json and adapter_model.safetensors away"
+        )
     weights = sorted(folder.glob(WEIGHT_FILES))
     if not weights:
         raise ArtifactError(
@@ -138,27 +163,36 @@ def check(folder: Path) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """16 hex digits of the SHA-256 of weights and config, of a model or an adapter; the path does not matter."""
+    """16 hex digits of the SHA-256 of weights and config, of a model or an adapter: a name for records.
+
+    What is cached is known by `secvec.runs.content.folder_digest`, which counts all that shapes an answer.
+    """
     digest = hashlib.sha256()
     configs = [file for name in ("config.json", "adapter_config.json") if (file := folder / name).is_file()]
     for file in [*configs, *sorted(folder.glob(WEIGHT_FILES))]:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(bytes.fromhex(file_digest(file)))
     return digest.hexdigest()[:16]
 
 
 def load_backbone(folder: Path, settings: ModelSettings) -> PreTrainedModel:
     """Loads the causal LM in `folder`, in eval mode. Raises ArtifactError."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, settings.dtype),
             trust_remote_code=settings.trust_remote_code,
             use_safetensors=True,
             local_files_only=True,
+            output_loading_info=True,
         )
-    except (ValueError, OSError, SafetensorError, RuntimeError) as error:
-        raise ArtifactError(f"{folder} cannot be loaded as a causal LM: {' '.join(str(error).split())[:300]}") from None
+        model, found = loaded
+    except LOADING_ERRORS as error:
+        raise ArtifactError(f"{folder} cannot be loaded as a causal LM: {_one_line(error)}") from None
+    if lacking := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
+        raise ArtifactError(
+            f"{folder}: its weights are not those of {type(model).__name__}, {len(lacking)} would stay random, "
+            f"{lacking[0]} first. Give a model that was saved whole, with its language-model head"
+        )
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
@@ -166,8 +200,42 @@ def load_backbone(folder: Path, settings: ModelSettings) -> PreTrainedModel:
 
 
 def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
-    """The model's config, without its weights."""
-    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    """The config of a causal LM, without its weights. Raises ArtifactError for a model that cannot be trained here."""
+    path = folder / "config.json"
+    try:
+        given = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}): copy it again") from None
+    kind, code = given.get("model_type"), given.get("auto_map") or {}
+    quantized = given.get("quantization_config") or (given.get("text_config") or {}).get("quantization_config")
+    if quantized:
+        raise ArtifactError(
+            f"{path}: the weights are quantized ({quantized.get('quant_method', 'of an unnamed kind')}). Training "
+            "takes whole weights: give the model that it was made from, or save it once after `model.dequantize()`"
+        )
+    if kind not in CONFIG_MAPPING and code and not trust_remote_code:
+        raise ArtifactError(
+            f"{path}: a model of type {kind!r} that brings its own code ({', '.join(sorted(code))}). Read that code, "
+            "then set model.trust_remote_code=true"
+        )
+    if kind not in CONFIG_MAPPING and not code:
+        raise ArtifactError(
+            f"{path}: transformers {transformers.__version__} knows no model_type {kind!r}"
+            f"{nearest(str(kind), CONFIG_MAPPING)}. Install a version that does, or give another model"
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except LOADING_ERRORS as error:
+        raise ArtifactError(f"{path} cannot be read: {_one_line(error)}") from None
+    if "AutoModelForCausalLM" not in code and type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ArtifactError(f"{path}: {kind!r} is no causal LM. Give a model that continues a text, as Llama does")
+    return config
+
+
+def _one_line(error: Exception) -> str:
+    """What went wrong, with our names of settings."""
+    text = " ".join(str(error).split())[:300]
+    return text.replace("`trust_remote_code=True`", "model.trust_remote_code=true")
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -190,11 +258,29 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     return tokenizer
 
 
+def _skeleton(folder: Path, settings: ModelSettings) -> PreTrainedModel:
+    """The model in `folder` without its weights."""
+    config = load_config(folder, settings.trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
+
+
+def check_savable(backbone: Backbone) -> None:
+    """Raises ArtifactError for a model whose weights would not be those of the saved folder under the same names."""
+    try:
+        names = _skeleton(backbone.folder, backbone.settings).state_dict().keys()
+    except LOADING_ERRORS as error:
+        raise ArtifactError(f"{backbone.folder} could not be saved after training: {_one_line(error)}") from None
+    if differ := sorted(names ^ backbone.load().state_dict().keys()):
+        raise ArtifactError(
+            f"{backbone.folder} could not be saved after training: its config does not make the model that is loaded, "
+            f"{len(differ)} weights differ, {differ[0]} first"
+        )
+
+
 def save_backbone(state: Mapping[str, Tensor], like: Path, settings: ModelSettings, folder: Path) -> None:
     """Saves `state` as a Hugging Face folder, with the config and tokenizer of the folder `like`."""
-    config = load_config(like, settings.trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
+    model = _skeleton(like, settings)
     # assign=True uses the tensors of `state` themselves: no copy, no initialisation
     _, unexpected = model.load_state_dict(dict(state), strict=False, assign=True)
     model.tie_weights()

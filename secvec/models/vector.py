@@ -7,11 +7,13 @@ So adapters are switched here by each layer's list of active adapters, and gradi
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
@@ -28,6 +30,16 @@ TASK = "task"
 
 NOT_TARGETS = ("lm_head", "embed_tokens", "wte", "embed_in", "embed_out")
 """Input and output embeddings: many models tie them, and a LoRA on tied weights cannot be merged or removed."""
+
+NOT_SWITCHED = (
+    "bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "arrow_config",
+)
+"""Settings of a LoRA by which it changes the backbone itself, or acts on some tokens only."""
 
 
 def part_of(name: str) -> str:
@@ -60,19 +72,61 @@ def vector_info(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path} is damaged ({error}): copy the vector again, or train it anew") from None
 
 
+def check_adapter(folder: Path) -> None:
+    """Raises ArtifactError for a folder without an adapter, or with one that cannot be switched off exactly."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise ArtifactError(f"{folder} holds no vector (adapter_config.json is missing): train one with stage=vector")
+    try:
+        given = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}): copy the adapter again") from None
+    faults = [
+        f"{name}={given[name]!r}" for name in NOT_SWITCHED if given.get(name) not in (None, "none", False, [], {})
+    ]
+    if given.get("peft_type") != "LORA":
+        faults = [f"peft_type={given.get('peft_type')!r}"]
+    if faults:
+        raise ArtifactError(
+            f"the adapter in {folder} cannot be a vector: {', '.join(faults)}. A vector must leave the backbone's own "
+            "weights and tokens alone, so that nothing of it acts when it is off: a LoRA (rsLoRA, DoRA) without these"
+        )
+
+
 def attach_frozen_vector(model: nn.Module, folder: Path) -> nn.Module:
     """`model` with the vector saved in `folder`: active, frozen, without dropout unless it says `keep_dropout`.
 
-    Raises ArtifactError.
+    Whatever made the adapter: on some tokens the logits with it are those that PEFT gives, and without it those of
+    `model`, to the bit. Raises ArtifactError.
     """
-    if not (folder / "adapter_config.json").is_file():
-        raise ArtifactError(f"{folder} holds no vector (adapter_config.json is missing): train one with stage=vector")
+    check_adapter(folder)
+    bare = _probe(model)
     try:
-        attached = PeftModel.from_pretrained(model, str(folder), adapter_name=VECTOR, is_trainable=False)
-    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            attached = PeftModel.from_pretrained(model, str(folder), adapter_name=VECTOR, is_trainable=False)
+        if missing := [str(one.message) for one in told if "missing adapter keys" in str(one.message)]:
+            raise ValueError(missing[0])  # PEFT goes on with an adapter that does nothing
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ArtifactError(f"the vector in {folder} does not fit this model or is damaged: {reason}") from None
+    if any(VECTOR in layer.lora_embedding_A for layer in _lora_layers(attached)):
+        raise ArtifactError(
+            f"the adapter in {folder} cannot be a vector: it changes the embeddings, and PEFT saves these as a whole. "
+            "Train one without them in target_modules"
+        )
+    theirs = _probe(attached)
     _make_active(attached, [VECTOR])
+    with vector_off(attached):
+        off = _probe(attached)
+    for state, ours, wanted in (("on", _probe(attached), theirs), ("off", off, bare)):
+        if not torch.allclose(ours, wanted, rtol=0, atol=0, equal_nan=True):
+            init = vars(attached.peft_config[VECTOR])["init_lora_weights"]
+            raise ArtifactError(
+                f"the adapter in {folder} cannot be a vector: with it {state} the logits are not those of "
+                f"{'PEFT' if state == 'on' else 'the bare model'}. It changes more than the layers it is added to "
+                f"(init_lora_weights={init!r}): save it as a plain LoRA, or train a vector with stage=vector"
+            )
     for layer in [] if vector_info(folder).get("keep_dropout") else _lora_layers(attached):
         # model.train() would switch dropout on again, and a vector with dropout is a random vector
         layer.lora_dropout[VECTOR] = nn.Identity()
@@ -176,6 +230,17 @@ def _attach(model: nn.Module, name: str, settings: LoraSettings, dropout: float)
 def _make_active(model: nn.Module, names: list[str]) -> None:
     for layer in _lora_layers(model):
         layer._active_adapter = [name for name in names if name in layer.lora_A]
+
+
+@torch.no_grad()
+def _probe(model: Any) -> Tensor:
+    """The logits of `model`, in eval mode, for the first ids of its vocabulary."""
+    training, rows = model.training, model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(1, 17, device=model.device)[None] % rows
+    model.eval()
+    logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    model.train(training)
+    return logits
 
 
 def _lora_layers(model: nn.Module) -> list[LoraLayer]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from secvec.runs.files import atomic_path
+
+Value = TypeVar("Value")
 
 
 def main_process() -> bool:
@@ -23,6 +26,16 @@ def wait_for_all() -> None:
 
     if dist.is_initialized():
         dist.barrier()
+
+
+def from_first(look: Callable[[], Value]) -> Value:
+    """What the first process sees, for all of them: files may change while others look. Every process must call it."""
+    import torch.distributed as dist  # slow to import, and the report needs none of it
+
+    box = [look() if main_process() else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]  # type: ignore[return-value]
 
 
 def cached(path: Path, build: Callable[[Path], None]) -> Path:
@@ -65,7 +78,7 @@ def built_once(path: Path, build: Callable[[Path], None]) -> Path:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """A folder of the cache into the run folder."""
-    if main_process():
+    """A folder of the cache, or of another run, into the run folder."""
+    if main_process() and source != target:
         with atomic_path(target) as out:
             shutil.copytree(source, out)

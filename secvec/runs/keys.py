@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import secvec
+from secvec.runs.content import by_content
 
 NOT_IN_KEY = {"stage", "paths", "logger", "recipe", "run_dir", "sweep", "force", "plan", "key", "hydra"}
 """Settings that do not change results: where files go, which part of the run is wanted. See `key_settings`."""
 
-OF_DATA = ("behavior", "data", "vector", "scan")
-"""Settings whose file names count by the content of the files. Other settings may name files that a run writes."""
+READ = ("behavior", "data", "vector", "scan", "model", "judge", "answer_judge", "task_folder")
+"""Settings whose files and folders count by their content, not by their path. Others may name what a run writes."""
 
 VARIES = "SECVEC_VARIES"
 """Environment variable by which the launcher tells a job the overrides, one per line, that other jobs lack."""
@@ -40,11 +40,13 @@ def key_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def run_key(config: Mapping[str, Any]) -> str:
-    """The key of a run: of the settings that count, and of the data files that they name."""
+def run_key(config: Mapping[str, Any], keep: Path | None = None) -> str:
+    """The key of a run: of the settings that count, and of the content of the files and folders that they name.
+
+    `keep` is the folder where digests of large files are kept.
+    """
     settings = key_settings(config)
-    files = _digests([settings.get(name) for name in OF_DATA])
-    return content_key([settings, files] if files else settings)
+    return content_key({name: by_content(v, keep, name) if name in READ else v for name, v in settings.items()})
 
 
 def _with_floats(content: Any) -> Any:
@@ -53,14 +55,3 @@ def _with_floats(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [_with_floats(value) for value in content]
     return float(content) if isinstance(content, int) and not isinstance(content, bool) else content
-
-
-def _digests(content: Any) -> dict[str, str]:
-    """SHA-256 of every file that `content` names, by path."""
-    if isinstance(content, Mapping | list | tuple):
-        parts = content.values() if isinstance(content, Mapping) else content
-        return {path: digest for part in parts for path, digest in _digests(part).items()}
-    if not isinstance(content, str) or not os.path.isfile(content):  # noqa: PTH113 (Path's raises for a long text)
-        return {}
-    with Path(content).open("rb") as file:
-        return {content: hashlib.file_digest(file, "sha256").hexdigest()}

@@ -129,7 +129,7 @@ class FinetuneSettings(Settings):
 
     epochs: Count
     batch_size: Count
-    """Global: over all devices together."""
+    """Rows of a batch, over all devices together; an optimizer step has `trainer.accumulate_grad_batches` of them."""
     cycles: Count = 1
     """Fine-tunes one after another, each on new samples: `data.num_harmful` and `data.num_benign` count one cycle."""
 

@@ -20,7 +20,7 @@ from secvec.data.encode import encode
 from secvec.data.example import Example, Stream
 from secvec.errors import ConfigError, GateError
 from secvec.metrics import Measurements
-from secvec.models.backbone import Backbone, fingerprint, locate
+from secvec.models.backbone import Backbone, locate
 from secvec.models.tiny import build_tiny
 from secvec.runs.cache import cached
 from secvec.runs.files import atomic_path
@@ -51,11 +51,14 @@ def starting_model(run: Run) -> Backbone:
         return Backbone.of(settings)
     align = settings.align
     examples = align_examples(config, align)
-    source = None if settings.name_or_path is None else fingerprint(locate(settings))
-    optimizer, scheduler = config.optimizer.model_dump(exclude={"lr"}), config.scheduler.model_dump()
-    key = content_key([source, align.model_dump(exclude={"gate"}), data_hash(examples), optimizer, scheduler])
+    source = tiny_texts(config, align, examples) if settings.name_or_path is None else Backbone.of(settings).identity
+    training = [config.optimizer.model_dump(exclude={"lr"}), config.scheduler.model_dump()]
+    training += [config.trainer.alone().model_dump(include={"accelerator", "precision", "gradient_clip_val"})]
+    recipe = align.model_dump(exclude={"gate", "behavior"})
+    key = content_key([source, settings.dtype, recipe, data_hash(examples), *training])
     folder = config.paths.cache / "models" / f"{settings.name}-{key}"
-    backbone = Backbone(cached(folder, lambda out: _train(run, align, examples, out)), settings)
+    work = folder.with_name(f"{folder.name}.part")
+    backbone = Backbone(cached(folder, lambda out: _train(run, examples, work, out)), settings)
     if align.gate is not None:
         _check_gate(run, backbone, align, align.gate)
     return backbone
@@ -84,10 +87,8 @@ def align_examples(config: AnyConfig, align: AlignSettings) -> list[Example]:
     ]
 
 
-def _train(run: Run, align: AlignSettings, examples: Sequence[Example], out: Path) -> None:
-    config, settings = run.config, run.config.model
-    folder = config.paths.cache / "models"
-    work = folder / f"{settings.name}-{content_key([align.model_dump(), data_hash(examples)])}.part"
+def _train(run: Run, examples: Sequence[Example], work: Path, out: Path) -> None:
+    config, settings, align = run.config, run.config.model, run.config.model.align
     start = locate(settings) if settings.name_or_path else _tiny_start(config, align, examples, work / "start")
     backbone = Backbone(start, settings)
     log.info(
@@ -101,8 +102,7 @@ def _train(run: Run, align: AlignSettings, examples: Sequence[Example], out: Pat
     data = training_loader([(rows, align.batch_size)], align.seed)
     training = Training(work, "align", LEARNING_RATE, align.seed, align.epochs, config.trainer.alone(), False)
     with _threads(align.num_threads):
-        fit(module, data, training, run.curves(training, work / "metrics.csv"))
-    module.save(work)
+        fit(module, data, training, run.curves(training, work / "metrics.csv"), work)
     shutil.move(work / "backbone", out)
     shutil.rmtree(work)
 

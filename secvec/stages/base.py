@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from secvec.data.batch import Batch, Encoded
-from secvec.errors import ArtifactError
+from secvec.data.draw import data_hash
+from secvec.models.vector import check_adapter
+from secvec.runs.keys import content_key
 from secvec.settings.schema import VectorLora
 
 if TYPE_CHECKING:
     from secvec.data.datamodule import SecVecDataModule
+    from secvec.data.example import Example
+    from secvec.models.backbone import Backbone
     from secvec.module import SecVecModule
     from secvec.planning.budget import Budget
     from secvec.run import Run
@@ -56,10 +60,7 @@ class Stage(ABC):
             return None
         if not isinstance(vector, str | Path):
             raise ValueError(f"stage={self.name} takes the folder of a trained vector, got the settings of a new one")
-        if not (Path(vector) / "adapter_config.json").is_file():
-            raise ArtifactError(
-                f"{vector} holds no vector (adapter_config.json is missing): train one with stage=vector"
-            )
+        check_adapter(Path(vector))
         return Path(vector)
 
     @abstractmethod
@@ -78,6 +79,13 @@ class Stage(ABC):
         """The streams of training rows, each with its rows per global batch."""
         raise ValueError(f"stage={self.name} trains nothing: it has no training data")
 
+    @abstractmethod
+    def check(self, run: Run) -> None:
+        """Raises what would stop the stage, as far as it can be known; called for all stages before the first trains.
+
+        All samples are drawn, compared and made to fit before (`SecVecDataModule.check` and `fit_to`).
+        """
+
     def save(self, module: SecVecModule, folder: Path) -> None:
         """Writes what was trained below `folder`. Every process must call it; the first one writes."""
         raise ValueError(f"stage={self.name} trains nothing: there is nothing to save")
@@ -89,3 +97,20 @@ class Stage(ABC):
     @abstractmethod
     def run(self, run: Run) -> None:
         """Runs the stage in a run folder: from the artifacts of the stage before to its own, with its metrics."""
+
+
+SHAPING = {"optimizer", "scheduler", "trainer", "num_threads", "callbacks", "seed"}
+"""Settings of a run that shape every training."""
+
+
+def training_key(run: Run, backbone: Backbone, examples: Iterable[Example], recipe: Any) -> str:
+    """The key of a training: of the model, the samples, `recipe` (the stage's own settings, its rate too) and SHAPING.
+
+    Callbacks may stop a training by what they see of the held-out samples, so with any these count too.
+    """
+    config, n = run.config, run.config.evaluation.validation.num_samples
+    seen = run.data.validation(n) if config.callbacks and n else {}
+    held_out = data_hash([example for examples in seen.values() for example in examples])
+    settings = config.model_dump(mode="json", include=SHAPING)
+    del settings["optimizer"]["lr"]
+    return content_key([backbone.identity, data_hash(examples), held_out, recipe, settings])

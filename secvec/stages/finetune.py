@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from secvec.data.batch import Batch, Encoded
-from secvec.data.draw import data_hash
+from secvec.errors import ArtifactError
 from secvec.evaluation.during_training import BehaviorDuringTraining
-from secvec.models.backbone import Backbone, fingerprint, save_backbone
+from secvec.metrics import Measurement
+from secvec.models.backbone import Backbone, check_savable, save_backbone
 from secvec.models.sharding import full_state
 from secvec.models.vector import attach_task, backbone_state, merge_task, save_adapter
-from secvec.runs.cache import built_once, copy_folder, main_process, wait_for_all
-from secvec.runs.files import atomic_path
+from secvec.runs.cache import built_once, copy_folder, from_first, main_process, wait_for_all
+from secvec.runs.content import folder_digest
+from secvec.runs.files import atomic_path, write_atomic
 from secvec.runs.keys import content_key
-from secvec.stages.base import Stage, Workload
+from secvec.settings.target import to_target
+from secvec.stages.base import Stage, Workload, training_key
 from secvec.stages.vector import saved_vector, train_vector
 from secvec.training.telemetry import Telemetry
 
@@ -27,6 +33,8 @@ if TYPE_CHECKING:
     from secvec.module import SecVecModule
     from secvec.planning.budget import Budget
     from secvec.run import Run
+
+log = logging.getLogger(__name__)
 
 REFITTED = "vector-refitted"
 """The last cycle's vector, where each cycle trains its own."""
@@ -89,6 +97,16 @@ class FinetuneStage(Stage):
             saved={"task": ("task", 1), "backbone": ("backbone", 1)},
         )
 
+    def check(self, run: Run) -> None:
+        """The prompts asked meanwhile, a vector that is there already, saving, and room on the disk."""
+        config, backbone, meanwhile = run.config, run.backbone, run.config.evaluation.validation
+        if meanwhile.every_n_steps:
+            run.evaluator(run.data.validation(meanwhile.num_prompts)).check(run.inference_module(backbone))
+        if config.vector.path or "vector" not in config.stages:
+            saved_vector(run)
+        check_savable(backbone)
+        _check_disk(run)
+
     def run(self, run: Run) -> None:
         """Fine-tunes for the cycles that the settings name, and saves what the last one gives.
 
@@ -106,32 +124,84 @@ class FinetuneStage(Stage):
         if config.refits and vector is not None:
             copy_folder(vector, run.folder.path / REFITTED)
         data.cycle = config.finetune.cycles - 1
+        _last_cycle(run, backbone, vector)
+
+
+def _last_cycle(run: Run, backbone: Backbone, vector: Path | None) -> None:
+    """Trains the last cycle in the run folder, or copies what another run of the same training left in its own.
+
+    So a setting that only evaluation reads trains nothing again. The pointer in the cache says where that run is.
+    """
+    config, path, record = run.config, run.folder.path, run.folder.record
+    watched = [config.telemetry, config.evaluation.validation]
+    key = content_key([_key(run, backbone, vector), [one.model_dump() for one in watched]])
+    pointer = config.paths.cache / "finetuned" / f"{key}.json"
+    found = None if config.force else from_first(lambda: _trained(pointer))
+    if found is None:
         telemetry, during = _telemetry(run), _behavior(run)
         module = run.module("finetune", backbone, lr=config.optimizer.lr, vector=vector)
-        run.fit(module, "finetune", config.finetune.epochs, [*telemetry, *during])
-        run.folder.record.ledger = {row.part: [row.parameters, row.trainable, row.active] for row in module.ledger()}
-        module.save(run.folder.path)
-        for callback in telemetry:
-            run.folder.record.metrics |= callback.metrics()
-        run.folder.record.wall_seconds["during"] = round(sum(callback.seconds for callback in during), 3)
+        run.fit(module, "finetune", config.finetune.epochs, path, [*telemetry, *during])
+        record.wall_seconds["during"] = round(sum(callback.seconds for callback in during), 3)
+        found = {
+            "folder": str(path.resolve()),
+            "backbone": folder_digest(path / "backbone"),
+            "ledger": {row.part: [row.parameters, row.trainable, row.active] for row in module.ledger()},
+            "metrics": {k: asdict(v) for callback in telemetry for k, v in callback.metrics().items()},
+        }
+        if main_process():
+            write_atomic(pointer, json.dumps(found) + "\n")
+    elif (source := Path(found["folder"])) != path.resolve():
+        log.info("the same training is in %s: copied", source)
+        for name in ("task", "backbone"):
+            if (source / name).is_dir():
+                copy_folder(source / name, path / name)
+        run.copy_curves(source, "finetune")
+    record.ledger = found["ledger"]
+    record.metrics |= {name: Measurement(**one) for name, one in found["metrics"].items()}
+    wait_for_all()
+
+
+def _check_disk(run: Run) -> None:
+    """Raises ArtifactError where the backbone, and the checkpoints before it, do not fit."""
+    config, size = run.config, run.backbone.num_bytes
+    moments = 2 if "adam" in config.optimizer.target.lower() else 0
+    needed = size + (2 * (1 + moments) * size if config.tune.kind == "full" else 0)
+    there = sum(file.stat().st_size for file in run.folder.path.rglob("*") if file.is_file())
+    free = shutil.disk_usage(run.folder.path).free
+    if needed - there > free:
+        raise ArtifactError(
+            f"{run.folder.path}: the fine-tuned backbone and two checkpoints take up to {needed / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free: free {(needed - there - free) / 1e9:.1f} GB, or set paths.outputs to "
+            "another disk (tune=lora has small checkpoints)"
+        )
+
+
+def _trained(pointer: Path) -> dict[str, Any] | None:
+    """What the pointer says of a training whose backbone is still there as it was; None: there is none."""
+    try:
+        found: dict[str, Any] = json.loads(pointer.read_text(encoding="utf-8"))
+        return found if folder_digest(Path(found["folder"]) / "backbone") == found["backbone"] else None
+    except (OSError, ValueError):
+        return None
 
 
 def _cycle(run: Run, backbone: Backbone, vector: Path | None) -> Backbone:
     """The backbone after a cycle that is not the last, trained or found in the cache."""
-    config, data = run.config, run.data
 
     def train(out: Path) -> None:
-        module = run.module("finetune", backbone, lr=config.optimizer.lr, vector=vector)
-        run.fit(module, f"finetune-{data.cycle + 1}", config.finetune.epochs)
-        module.save(out)
+        module = run.module("finetune", backbone, lr=run.config.optimizer.lr, vector=vector)
+        run.fit(module, f"finetune-{run.data.cycle + 1}", run.config.finetune.epochs, out)
 
-    mixture = data.mixtures[data.cycle]
-    shaping = {"defense", "tune", "optimizer", "scheduler", "trainer", "num_threads", "callbacks", "seed"}
-    settings = config.model_dump(mode="json", include=shaping)
-    sources = [*backbone.identity, vector and fingerprint(vector), config.labelled, settings]
-    shape = [config.finetune.epochs, config.finetune.batch_size, data_hash(mixture["undesired"] + mixture["benign"])]
-    folder = built_once(config.paths.cache / "cycles" / content_key([*sources, *shape]), train)
+    folder = built_once(run.config.paths.cache / "cycles" / _key(run, backbone, vector), train)
     return backbone.at(folder / "backbone")
+
+
+def _key(run: Run, backbone: Backbone, vector: Path | None) -> str:
+    """The key of the training of the present cycle."""
+    config, mixture = run.config, run.data.mixtures[run.data.cycle]
+    recipe = [to_target(config.defense), config.tune.model_dump(), config.labelled, config.optimizer.lr]
+    recipe += [vector and folder_digest(vector), config.finetune.epochs, config.finetune.batch_size]
+    return training_key(run, backbone, mixture["undesired"] + mixture["benign"], recipe)
 
 
 def _telemetry(run: Run) -> list[Telemetry]:

@@ -45,13 +45,18 @@ class InferStage(Stage):
         states = 3 if config.defense.uses_vector else 2
         return Workload(prompts=states * budget.tests + leak_prompts, scored=3 * budget.numbers["test"], models=2)
 
+    def check(self, run: Run) -> None:
+        """The test prompts, those of the leak probes too, the judge, and a backbone that is not trained by this run."""
+        backbone = run.folder.path / "backbone"
+        if "finetune" not in run.config.stages and not backbone.is_dir():
+            raise ArtifactError(
+                f"no fine-tuned backbone in {backbone}: run stage=finetune with the same settings first"
+            )
+        run.evaluator().check(run.inference_module(run.backbone), leaks=True)
+
     def run(self, run: Run) -> None:
         """Evaluates the starting model, then the fine-tuned one without the vector (`after`) and with it (`active`)."""
         folder = run.folder.path
-        if not (folder / "backbone").is_dir():
-            raise ArtifactError(
-                f"no fine-tuned backbone in {folder / 'backbone'}: run stage=finetune with the same settings first"
-            )
         tuned = run.backbone.at(folder / "backbone")
         base = run.inference_module(run.backbone)
         run.save_results(run.evaluate_once(base, "base", leaks=True))

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from secvec.data.batch import Batch, Encoded
-from secvec.data.draw import data_hash
 from secvec.data.encode import with_loss_on_prompts
 from secvec.errors import ArtifactError, GateError
 from secvec.evaluation.scan import keep_scores
@@ -18,13 +17,12 @@ from secvec.evaluation.verdicts import EvaluationResult
 from secvec.metrics import Measurements
 from secvec.models.backbone import Backbone
 from secvec.models.sharding import full_state
-from secvec.models.vector import attach_new_vector, save_adapter, vector_info
+from secvec.models.vector import attach_new_vector, check_adapter, save_adapter, vector_info
 from secvec.runs.cache import built_once, copy_folder, main_process, wait_for_all
 from secvec.runs.files import atomic_path, write_atomic
-from secvec.runs.keys import content_key
 from secvec.settings.messages import checked
 from secvec.settings.schema import GateSettings, VectorLora
-from secvec.stages.base import Stage, Workload
+from secvec.stages.base import Stage, Workload, training_key
 from secvec.training.losses import vector_loss
 
 if TYPE_CHECKING:
@@ -113,6 +111,12 @@ class VectorStage(Stage):
             saved={"vector": ("vector (in the run folder, and in the cache)", 2)},
         )
 
+    def check(self, run: Run) -> None:
+        """The prompts of the gate, the test prompts and the judges."""
+        module = run.inference_module(run.backbone)
+        run.evaluator({"undesired": run.data.held_out}, run.config.vector.behavior).check(module)
+        run.evaluator().check(module)
+
     def run(self, run: Run) -> None:
         """Trains the vector or takes it from the cache, measures it, and copies it into the run folder.
 
@@ -147,14 +151,10 @@ def train_vector(run: Run, backbone: Backbone, label: str) -> Path:
     def train(out: Path) -> None:
         module = run.module("vector", backbone, lr=settings.lr, vector=settings)
         module.behavior_name = behavior
-        run.fit(module, label, settings.epochs)
-        module.save(out)
+        run.fit(module, label, settings.epochs, out)
 
-    sources = [*backbone.identity, settings.model_dump(exclude={"gate", "name"}), data_hash(examples), config.seed]
-    shaping = {"optimizer", "scheduler", "trainer", "num_threads", "callbacks"}
-    training = config.model_dump(mode="json", include=shaping)
-    training["optimizer"].pop("lr")
-    key = content_key([*sources, training])
+    recipe = settings.model_dump(exclude={"gate", "name", "path", "behavior", "split", "num_samples", "num_kl"})
+    key = training_key(run, backbone, examples, recipe)
     return built_once(config.paths.cache / "vectors" / f"{behavior}-{key}", train) / "vector"
 
 
@@ -167,6 +167,7 @@ def saved_vector(run: Run) -> Path | None:
         raise ArtifactError(
             f"no vector in {folder}: run stage=vector with the same settings first, or give vector.path=FOLDER"
         )
+    check_adapter(folder)
     trained_on = vector_info(folder).get("backbone")
     if trained_on not in (None, run.backbone.fingerprint):
         raise ArtifactError(

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from secvec.runs.files import write_atomic
@@ -41,3 +42,11 @@ class CsvFile(Tracker):
             with self.path.open(newline="", encoding="utf-8") as stream:
                 rows = [row for row in list(csv.reader(stream))[1:] if row and wanted(row)]
         write_atomic(self.path, "\n".join(",".join(row) for row in [HEADER, *rows]) + "\n")
+
+
+def read_curves(path: Path, stage: str) -> list[tuple[int, dict[str, float]]]:
+    """The curves of `stage` in a metrics.csv: values by name, after each optimizer step."""
+    with path.open(newline="", encoding="utf-8") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["stage"] == stage]
+    steps = groupby(rows, lambda row: int(row["step"]))
+    return [(step, {row["metric"]: float(row["value"]) for row in some}) for step, some in steps]

@@ -2,12 +2,14 @@
 
 import json
 import os
+import urllib.error
+import urllib.request
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from secvec.errors import ConfigError
+from secvec.errors import ConfigError, nearest
 from secvec.metrics import Better, metric_of
 from secvec.runs.files import write_atomic
 from secvec.runs.keys import NOT_IN_KEY, VARIES
@@ -19,6 +21,10 @@ SUMMARY: dict[Better | None, str] = {"low": "min,last", "high": "max,last", "zer
 """The summary that W&B keeps of a curve, by its better direction."""
 
 
+MODES = ("online", "offline", "disabled")
+PROJECT = "secvec"
+"""The default of `logger.wandb.project` in conf/."""
+CONNECT_SECONDS = 10
 NO_LOSSES = ("learning_rate", "gradient_norm", "tokens_per_second", "epoch")
 """Curves of a training that are neither better high nor low."""
 
@@ -35,21 +41,23 @@ class Wandb(Tracker):
         self.defined: set[str] = set()
 
     def open(self, record: Record) -> None:
-        """Begins or resumes the W&B run. Raises ConfigError for `offline=false` without an account."""
+        """Begins or resumes the W&B run. Raises ConfigError for `offline=false` without an account or a network."""
         import wandb  # slow to import
 
-        settings = self.settings
-        if not settings.offline and not wandb.login(prompt=False, verify=False):
+        project, entity, mode = self.account()
+        if mode == "online" and not wandb.login(prompt=False, verify=False):
             raise ConfigError(
                 "logger.wandb.offline=false sends the run to Weights & Biases, but no API key is known here: run "
                 "`wandb login` or set WANDB_API_KEY, or leave logger.wandb.offline=true (`wandb sync` sends it later)"
             )
+        if mode == "online":
+            check_network(wandb.setup().settings.base_url)
         self.run = wandb.init(
-            project=settings.project,
-            entity=settings.entity,
-            mode="offline" if settings.offline else "online",
+            project=project,
+            entity=entity,
+            mode=mode,  # type: ignore[arg-type]
             dir=self.folder.resolve(),  # W&B may find the service of an outer process, in another working folder
-            id=run_id(self.folder, record.key, self.fresh),
+            id=None if mode == "disabled" else run_id(self.folder, record.key, self.fresh),
             resume="allow",
             name=run_name(record),
             group=record.config.get("sweep"),
@@ -57,6 +65,15 @@ class Wandb(Tracker):
             config=searchable(record.config) | {"run": {"key": record.key, "commit": record.commit}},
             tags=[record.behavior, record.defense, record.model],
         )
+
+    def account(self) -> tuple[str, str | None, str]:
+        """Project, entity and mode. W&B's own variables count where a setting has its default. Raises ConfigError."""
+        settings, given = self.settings, os.environ
+        mode = given.get("WANDB_MODE", "offline") if settings.offline else "online"
+        if mode not in MODES:
+            raise ConfigError(f"WANDB_MODE={mode}{nearest(mode, MODES)}: it is one of {', '.join(MODES)}")
+        project = given.get("WANDB_PROJECT") if settings.project == PROJECT else None
+        return project or settings.project, settings.entity or given.get("WANDB_ENTITY"), mode
 
     def curves(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Logs `STAGE/NAME` over `STAGE/step`."""
@@ -92,7 +109,7 @@ class Wandb(Tracker):
             json.dump(facts, stream, indent=1, default=str)
         for file in artifact.files:
             sent.add_file(str(file))
-        if artifact.used and not self.settings.offline:
+        if artifact.used and self.account()[2] == "online":
             self.run.use_artifact(sent)
         else:
             self.run.log_artifact(sent)
@@ -102,6 +119,19 @@ class Wandb(Tracker):
         self.run.summary.update({"status": record.status, **({"error": record.error} if record.error else {})})
         self.run.summary.update({f"wall_seconds/{name}": value for name, value in record.wall_seconds.items()})
         self.run.finish(exit_code=0 if record.status == "completed" else 1)
+
+
+def check_network(url: str) -> None:
+    """Raises ConfigError where W&B cannot be reached; its own client tries for minutes."""
+    try:
+        urllib.request.urlopen(url, timeout=CONNECT_SECONDS).close()
+    except urllib.error.HTTPError:
+        return  # it answers
+    except OSError as error:
+        raise ConfigError(
+            f"Weights & Biases cannot be reached at {url} ({error}): set logger.wandb.offline=true, and send the run "
+            "later with `wandb sync`"
+        ) from None
 
 
 def better(name: str) -> Better | None:

@@ -8,16 +8,24 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from secvec.data.batch import Batch
+from secvec.errors import ConfigError
 from secvec.settings.trainer import CallbackSettings
 
 
 def build_callbacks(settings: Mapping[str, CallbackSettings], stage: str) -> list[L.Callback]:
-    """A new object of each callback of `stage`: callbacks have a state, and every training needs a fresh one."""
-    return [callback.build() for callback in settings.values() if stage in callback.stages]
+    """A new object of each callback of `stage`: callbacks have a state, and every training needs a fresh one.
+
+    Raises ConfigError for one that would change how many batches a step has: a batch knows the tokens of its step.
+    """
+    built = [callback.build() for callback in settings.values() if stage in callback.stages]
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in built):
+        raise ConfigError("callbacks: GradientAccumulationScheduler: set trainer.accumulate_grad_batches instead")
+    return built
 
 
 class TrainingMetrics(L.Callback):

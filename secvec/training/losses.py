@@ -21,20 +21,31 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def global_mean(total: Tensor, count: Tensor) -> Tensor:
-    """sum / count over all processes, such that averaging the gradients over processes gives the gradient of it."""
+    """sum / count over all processes, such that averaging the gradients over processes gives the gradient of it.
+
+    `count` may be that of the optimizer step: see `of_step`.
+    """
     count = count.detach().to(torch.float64)
     world = 1
     if dist.is_available() and dist.is_initialized():
         world = dist.get_world_size()
         dist.all_reduce(count)
-    return total * (world / count.clamp(min=1)).to(total.dtype)
+    return total * (world / count.masked_fill(count == 0, 1)).to(total.dtype)
+
+
+def of_step(batch: Batch, own: Tensor, term: int = 0) -> Tensor:
+    """`own`, the tokens of a term of the loss in this batch; with accumulated gradients, those of its step per batch.
+
+    So a gradient that is accumulated over several batches is that of one large batch. `term` 1 is the KL term.
+    """
+    return batch["step_tokens"][term] if "step_tokens" in batch else own
 
 
 def response_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Causal-LM loss on the response tokens, in nats per token."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     nll = token_nll(logits, batch["labels"])
-    return global_mean(nll.sum(), (batch["labels"][:, 1:] != IGNORE).sum())
+    return global_mean(nll.sum(), of_step(batch, (batch["labels"][:, 1:] != IGNORE).sum()))
 
 
 def vector_loss(model: nn.Module, batch: Batch, kl_weight: float) -> dict[str, Tensor]:
@@ -47,7 +58,7 @@ def vector_loss(model: nn.Module, batch: Batch, kl_weight: float) -> dict[str, T
     kl_rows = batch["kl_rows"]
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     labels = batch["labels"].masked_fill(kl_rows[:, None], IGNORE)
-    ce = global_mean(token_nll(logits, labels).sum(), (labels[:, 1:] != IGNORE).sum())
+    ce = global_mean(token_nll(logits, labels).sum(), of_step(batch, (labels[:, 1:] != IGNORE).sum()))
     if kl_weight == 0:
         return {"loss": ce, "ce": ce.detach()}
     rows = kl_rows.clone()
@@ -59,5 +70,5 @@ def vector_loss(model: nn.Module, batch: Batch, kl_weight: float) -> dict[str, T
     kl = F.kl_div(
         logits[rows].float().log_softmax(-1), base.float().log_softmax(-1), log_target=True, reduction="none"
     ).sum(-1)
-    kl = global_mean((kl * mask).sum(), mask.sum())
+    kl = global_mean((kl * mask).sum(), of_step(batch, mask.sum(), 1))
     return {"loss": ce + kl_weight * kl, "ce": ce.detach(), "kl": kl.detach()}

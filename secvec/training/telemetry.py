@@ -56,9 +56,22 @@ class Telemetry(L.Callback):
         if trainer.global_step % self.every_n_steps == 0:
             self._probe(trainer, module)
 
+    def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
+        """Before the last checkpoint: a run that goes on from it trains no more, and knows the record's numbers."""
+        if trainer.current_epoch + 1 == trainer.max_epochs:
+            self._probe(trainer, module)
+
     def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
         """The last point is where the record's numbers come from."""
         self._probe(trainer, module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"last": self.last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        self.last = state_dict["last"]
 
     def _probe(self, trainer: L.Trainer, module: SecVecModule) -> None:
         if trainer.global_step == self._probed:

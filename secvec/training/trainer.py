@@ -8,6 +8,8 @@ import os
 import shutil
 import signal
 import time
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,10 +25,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from secvec.errors import ConfigError, DivergedError
+from secvec.errors import ArtifactError, ConfigError, DivergedError
 from secvec.models.backbone import LedgerRow
 from secvec.models.sharding import local_shard
-from secvec.runs.cache import main_process
+from secvec.runs.cache import from_first, main_process
 from secvec.runs.console import table
 from secvec.settings.trainer import TrainerSettings
 from secvec.training.callbacks import TrainingMetrics
@@ -55,26 +57,46 @@ class Training:
         return self.folder / "checkpoints" / self.label
 
     @property
+    def kept(self) -> list[Path]:
+        """What an earlier try left, the newest first."""
+        return [file for name in ("last.ckpt", "before.ckpt") if (file := self.checkpoints / name).is_file()]
+
+    @property
     def resumes(self) -> bool:
         """Whether an earlier try left a checkpoint."""
-        return (self.checkpoints / "last.ckpt").is_file()
+        return bool(self.kept)
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that is whole; None: there is none. Raises ArtifactError if none of them is."""
+        kept = self.kept
+        for file in kept:
+            if _is_whole(file):
+                return file
+            log.warning("%s is cut short or damaged: not used", file)
+        if kept:
+            raise ArtifactError(
+                f"{self.label} cannot go on: {' and '.join(map(str, kept))} cut short or damaged, by a crash or a "
+                f"full disk. Remove the folder {self.checkpoints}, and the training begins anew"
+            )
+        return None
 
 
 def fit(
-    module: L.LightningModule,
+    module: Any,
     data: L.LightningDataModule | DataLoader,
     training: Training,
     logger: Logger,
+    out: Path,
     callbacks: Sequence[L.Callback] = (),
 ) -> None:
-    """Trains `module`; a training that was cut off goes on from its last whole epoch.
+    """Trains `module` and saves it below `out`; a training that was cut off goes on from its last whole epoch.
 
-    Raises DivergedError as soon as the loss is no number, and at the end for weights that are none.
+    Its checkpoints go only when the result is saved. Raises DivergedError as soon as the loss is no number, and after
+    an epoch for weights that are none; ArtifactError for checkpoints that are cut short.
     """
     L.seed_everything(training.seed, verbose=False)
-    checkpoints, resumes = training.checkpoints, training.resumes
-    last = checkpoints / "last.ckpt"
-    keep = ModelCheckpoint(
+    checkpoints, last = training.checkpoints, from_first(training.newest)
+    keep = LastTwo(
         checkpoints,
         filename="last",
         save_top_k=1,
@@ -88,10 +110,11 @@ def fit(
     progress = [] if arguments.get("enable_progress_bar") is False else [StageProgress(training.label)]
     ours = [TrainingMetrics(), ShowLedger(training.label), StopWhenDiverged(training), *progress, keep]
     runner = L.Trainer(**arguments, logger=logger, callbacks=[*ours, *callbacks], default_root_dir=training.folder)
-    if resumes:
+    if last:
         log.info("%s: going on from the last whole epoch (%s)", training.label, last)
     with interruptible(runner):
-        runner.fit(module, data, ckpt_path=str(last) if resumes else None, weights_only=True if resumes else None)
+        runner.fit(module, data, ckpt_path=last and str(last), weights_only=True if last else None)
+    module.save(out)
     runner.strategy.barrier()
     if main_process():
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -138,6 +161,25 @@ def device_of(settings: TrainerSettings) -> str:
     return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
 
+class LastTwo(ModelCheckpoint):
+    """Keeps `last.ckpt`, and the one before it for the case that a crash cuts the last one short."""
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+        """Makes room: the disk never holds more than two."""
+        last = Path(self.dirpath or "") / "last.ckpt"
+        if main_process() and last.is_file():
+            last.replace(last.with_name("before.ckpt"))
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a checkpoint of torch, a zip file, has all its parts with the right checksums."""
+    try:
+        with zipfile.ZipFile(file) as parts:
+            return parts.testzip() is None
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error):
+        return False
+
+
 class StageProgress(TQDMProgressBar):
     """The stage's name, epoch, rate and time left; readable in a pipe too."""
 
@@ -173,8 +215,8 @@ class StopWhenDiverged(L.Callback):
         if not math.isfinite(value):
             raise self._diverged(trainer, f"the loss is {value}")
 
-    def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
-        """The last step has no loss after it."""
+    def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
+        """The last step has no loss after it. No checkpoint is made of such weights: Lightning saves it after this."""
         bad = sum(float((~local_shard(p).isfinite()).sum()) for _, p in module.trained())
         bad = float(trainer.strategy.reduce(torch.tensor(bad, device=module.device), reduce_op="sum"))
         if bad:

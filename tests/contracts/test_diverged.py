@@ -56,7 +56,7 @@ def test_weights_after_the_last_step_are_looked_at_too(weight: float, stops: boo
     """No loss comes after it."""
     module = SimpleNamespace(device="cpu", trained=lambda: [("w", torch.nn.Parameter(torch.tensor([0.0, weight])))])
     with pytest.raises(DivergedError, match=r"no finite numbers .*vector\.lr") if stops else nullcontext():
-        STOP.on_train_end(trainer(reduce=lambda count, reduce_op: count), module)
+        STOP.on_train_epoch_end(trainer(reduce=lambda count, reduce_op: count), module)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_every_stage_and_cycle_names_its_rate(
 ) -> None:
     found: list[Training] = []
     monkeypatch.setattr(run, "fit", lambda module, data, training, *rest: found.append(training))
-    run_of(make_config()).fit(SimpleNamespace(stage=STAGES[stage]), label, 1)  # type: ignore[arg-type]
+    run_of(make_config()).fit(SimpleNamespace(stage=STAGES[stage]), label, 1, Path())  # type: ignore[arg-type]
     with pytest.raises(DivergedError, match=f"stage {label} diverged.*Lower {rate}"):
         StopWhenDiverged(found[0]).on_before_backward(
             trainer(reduce=lambda loss, reduce_op: loss),

@@ -89,9 +89,10 @@ def test_the_vector_stage_leaves_the_backbone_and_the_finetune_stage_the_vector(
     assert weights(folder / "backbone").keys() == before.keys()
 
 
-def test_stage_by_stage_is_the_whole(make_config: Make) -> None:
+def test_stage_by_stage_is_the_whole(make_config: Make, cache: Path) -> None:
     whole, single = make_config(run="whole"), make_config(run="single")
     train(whole)
+    shutil.rmtree(cache / "finetuned")  # the backbone is trained again
     for stage in ("vector", "finetune", "infer"):
         record = train(single.model_copy(update={"stage": stage}))
     assert same(weights(Path(whole.run_dir) / "backbone"), weights(Path(single.run_dir) / "backbone"))
@@ -151,7 +152,8 @@ def test_a_seed_reproduces_a_run_bit_for_bit(make_config: Make, tmp_path: Path, 
     runs = [make_config(f"defense={defense}", f"paths.cache={cache}", run=name) for name in ("a", "b")]
     records = []
     for config in runs:
-        shutil.rmtree(cache / "vectors", ignore_errors=True)  # the vector is trained each time
+        for kept in ("vectors", "finetuned"):  # trained each time
+            shutil.rmtree(cache / kept, ignore_errors=True)
         records.append(train(config))
     assert same(weights(Path(runs[0].run_dir) / "backbone"), weights(Path(runs[1].run_dir) / "backbone"))
     assert records[0]["metrics"] == records[1]["metrics"]

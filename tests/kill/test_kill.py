@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +49,7 @@ def test_the_same_command_goes_on(
 ) -> None:
     undisturbed = make_config(*LONG, run="undisturbed")
     train(undisturbed)
+    shutil.rmtree(cache / "finetuned")  # the backbone is trained again
     folder = tmp_path / "cut"
     process = start(folder, cache)
     last = folder / "checkpoints" / "finetune" / "last.ckpt"

@@ -36,7 +36,7 @@ from secvec.tracking.artifacts import artifacts
 from secvec.tracking.base import Tracker, Trackers, flat
 from secvec.tracking.csv_file import CsvFile
 from secvec.tracking.session import Session, prediction_rows
-from secvec.tracking.wandb import Wandb, better, run_id, run_name
+from secvec.tracking.wandb import PROJECT, Wandb, better, run_id, run_name
 
 
 class Heard(Tracker):
@@ -240,6 +240,53 @@ def test_online_without_an_account_is_an_error_that_asks_nothing(
     with pytest.raises(ConfigError, match=r"wandb login.*logger\.wandb\.offline=true"):
         Wandb(tmp_path, wandb_settings(offline=False), False).open(record())
     assert asked == [{"prompt": False, "verify": False}]
+
+
+def test_without_a_network_it_says_so_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wandb, "login", lambda **how: True)
+    closed = SimpleNamespace(settings=SimpleNamespace(base_url="http://127.0.0.1:9"))
+    monkeypatch.setattr(wandb, "setup", lambda: closed)
+    monkeypatch.setattr(wandb, "init", lambda **how: pytest.fail("went on"))
+    with pytest.raises(ConfigError, match=r"cannot be reached at .*set logger\.wandb\.offline=true"):
+        Wandb(tmp_path, wandb_settings(offline=False), False).open(record())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("variables", "settings", "account"),
+    [
+        ({}, {}, ("secvec", None, "offline")),
+        ({"WANDB_MODE": "disabled"}, {}, ("secvec", None, "disabled")),
+        ({"WANDB_MODE": "disabled"}, {"offline": False}, ("secvec", None, "online")),
+        ({"WANDB_PROJECT": "p", "WANDB_ENTITY": "e"}, {}, ("p", "e", "offline")),
+        ({"WANDB_PROJECT": "p", "WANDB_ENTITY": "e"}, {"project": "q", "entity": "f"}, ("q", "f", "offline")),
+    ],
+)
+def test_its_own_variables_count_where_a_setting_has_its_default(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    settings: dict[str, Any],
+    account: tuple[str, str | None, str],
+) -> None:
+    for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_ENTITY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    changed = wandb_settings().model_copy(update={"project": PROJECT} | settings)
+    assert Wandb(tmp_path, changed, False).account() == account
+
+
+def test_a_disabled_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    tracker = Wandb(tmp_path, wandb_settings(), False)
+    tracker.open(record())
+    tracker.curves("vector", 1, {"train/loss": 1.0})
+    tracker.close(record())
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    with pytest.raises(ConfigError, match="did you mean 'offline'"):
+        tracker.open(record())
 
 
 # -- artifacts

@@ -1,0 +1,76 @@
+"""What files and folders hold, as SHA-256, wherever they lie and whenever they were written. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from secvec.runs.files import write_atomic
+
+OF_MODELS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py", "additional_chat_templates/*.jinja")
+"""Files of a model or an adapter that shape what it says: weights, configs, tokenizer, templates, its own code."""
+NAMES_FOLDERS = ("path", "folder", "model", "dataset")
+"""Parts of the names of settings that may name a folder. Elsewhere a word that is also a folder's name is a word."""
+LARGE = 64 * 2**20
+"""Bytes from which on a digest is kept: a smaller file is read again, and then no change can be missed."""
+SETTLED = 2e9
+"""Nanoseconds since its last change after which a file's times tell a further change."""
+
+_digests: dict[str, str] = {}
+
+
+def file_digest(file: Path, keep: Path | None = None) -> str:
+    """SHA-256 of a file. That of a large one is kept in this process and in the folder `keep`, until the file changes.
+
+    A file is known by its path, size, inode and times; ctime is one that no program can set back.
+    """
+    stat = file.stat()
+    settled = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > SETTLED
+    if stat.st_size < LARGE or not settled:
+        return _read(file)
+    known = [str(file.resolve()), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+    mark = hashlib.sha256(repr(known).encode()).hexdigest()
+    kept = keep / mark[:32] if keep else None
+    if mark not in _digests:
+        _digests[mark] = kept.read_text() if kept and kept.is_file() else _read(file)
+    if kept and not kept.is_file():
+        write_atomic(kept, _digests[mark])
+    return _digests[mark]
+
+
+def folder_digest(folder: Path, keep: Path | None = None) -> str:
+    """SHA-256 of the names and contents of the files that count: in a model's folder OF_MODELS, elsewhere all.
+
+    Hidden files and Markdown never count.
+    """
+    model = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+    files = {file for pattern in (OF_MODELS if model else ("**/*",)) for file in folder.glob(pattern)}
+    names = {file.relative_to(folder).as_posix(): file for file in files if file.is_file() and file.suffix != ".md"}
+    seen = {name: file_digest(file, keep) for name, file in names.items() if not f"/{name}".count("/.")}
+    return hashlib.sha256(repr(sorted(seen.items())).encode()).hexdigest()
+
+
+def by_content(settings: Any, keep: Path | None = None, name: str = "") -> Any:
+    """`settings` with what they name, files and folders, in the place of the paths; `name` is that of the setting."""
+    if isinstance(settings, Mapping):
+        return {key: by_content(value, keep, str(key)) for key, value in settings.items()}
+    if isinstance(settings, list | tuple):
+        return [by_content(value, keep, name) for value in settings]
+    if isinstance(settings, str | Path) and settings and len(str(settings)) < 4096 and "\0" not in str(settings):
+        path = Path(settings).expanduser() if str(settings).startswith("~/") else Path(settings)
+        try:
+            if path.is_file():
+                return file_digest(path, keep)
+            if any(word in name for word in NAMES_FOLDERS) and path.is_dir():
+                return folder_digest(path, keep)
+        except OSError:  # a text that no file can be called by
+            pass
+    return settings
+
+
+def _read(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,143 @@
+"""Work that is done is not thrown away by a fault after it, and not done again for what only evaluation reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import run_of
+
+from secvec import run as runs
+from secvec.config.schema import RunConfig
+from secvec.errors import ArtifactError, ConfigError, DataError
+from secvec.module import SecVecModule
+from secvec.run import train
+from secvec.stages import finetune
+from secvec.training.trainer import Training
+from tests.contracts.test_stages import same, weights
+
+Make = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def labels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The trainings that begin."""
+    begun: list[str] = []
+    fit = runs.fit
+    monkeypatch.setattr(
+        runs,
+        "fit",
+        lambda module, data, training, *rest: (begun.append(training.label), fit(module, data, training, *rest)),
+    )
+    return begun
+
+
+def kept(folder: Path) -> Training:
+    return Training(folder, "finetune", "optimizer.lr", 0, 1, None)  # type: ignore[arg-type]
+
+
+def test_a_result_that_could_not_be_saved_is_not_trained_again(
+    make_config: Make, labels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make_config("defense=none", "stage=finetune", run="whole")
+    record = train(whole)
+    assert not (Path(whole.run_dir) / "checkpoints").exists()
+    cut = make_config("defense=none", "stage=finetune", run="cut")
+    (Path(cut.paths.cache) / "finetuned").rename(Path(cut.paths.cache) / "aside")
+
+    def full(self: SecVecModule, folder: Path) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(SecVecModule, "save", full)
+        train(cut)
+    files = kept(Path(cut.run_dir)).kept
+    assert [file.name for file in files] == ["last.ckpt", "before.ckpt"]
+
+    monkeypatch.setattr(SecVecModule, "training_step", lambda *_: pytest.fail("trained again"))
+    again = train(cut)
+    assert same(weights(Path(cut.run_dir) / "backbone"), weights(Path(whole.run_dir) / "backbone"))
+    assert again["metrics"] == record["metrics"] and "drift" in again["metrics"]
+    assert not (Path(cut.run_dir) / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("damage", [b"", "half", "middle"])
+def test_a_cut_checkpoint_is_not_used(make_config: Make, monkeypatch: pytest.MonkeyPatch, damage: Any) -> None:
+    whole, cut = (make_config("defense=none", "stage=finetune", run=name) for name in ("whole", "cut"))
+    train(whole)
+    (Path(cut.paths.cache) / "finetuned").rename(Path(cut.paths.cache) / f"aside-{damage!r}")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="cut off"):
+        patch.setattr(SecVecModule, "save", lambda *_: (_ for _ in ()).throw(OSError("cut off")))
+        train(cut)
+    last, before = kept(Path(cut.run_dir)).kept
+
+    def spoil(file: Path) -> None:
+        content = file.read_bytes()
+        middle = len(content) // 2
+        changed = content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
+        file.write_bytes({b"": b"", "half": content[:middle], "middle": changed}[damage])
+
+    spoil(last)
+    old = before.read_bytes()
+    spoil(before)
+    with pytest.raises(ArtifactError, match=rf"{last} and {before} cut short .*Remove the folder {last.parent}"):
+        train(cut)
+    before.write_bytes(old)
+    train(cut)  # from the epoch before
+    assert same(weights(Path(cut.run_dir) / "backbone"), weights(Path(whole.run_dir) / "backbone"))
+
+
+def test_what_only_evaluation_reads_trains_nothing_again(make_config: Make, labels: list[str]) -> None:
+    first = make_config("telemetry.every_n_steps=3", run="first")
+    record = train(first)
+    assert labels[-1] == "finetune"
+    labels.clear()
+    other = make_config("telemetry.every_n_steps=3", "evaluation.max_new_tokens=7", "evaluation.num_prompts=5", run="b")
+    again = train(other)
+    assert not labels and other.key != first.key
+    assert same(weights(Path(other.run_dir) / "backbone"), weights(Path(first.run_dir) / "backbone"))
+    assert again["ledger"] == record["ledger"] and again["metrics"]["drift"] == record["metrics"]["drift"]
+    curves = [(Path(config.run_dir) / "metrics.csv").read_text().splitlines() for config in (first, other)]
+    trained, copied = ([row for row in some if row.startswith("finetune,")] for some in curves)
+    assert copied and copied == [row for row in trained if ",during/" not in row]
+
+    (Path(first.run_dir) / "backbone" / "config.json").write_text("{}")  # it is no more what it was
+    train(make_config("telemetry.every_n_steps=3", "evaluation.max_new_tokens=6", run="c"))
+    assert labels == ["finetune"]
+    train(make_config("telemetry.every_n_steps=3", "optimizer.lr=2e-4", run="d"))
+    assert labels == ["finetune"] * 2
+
+
+def test_all_is_checked_before_the_vector_is_trained(
+    make_config: Make, labels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Faults of the stages that follow; nothing of the run is left."""
+    run_of(make_config()).backbone  # noqa: B018
+    labels.clear()
+    key = "judge=llm", "judge.model=m", "judge.base_url=https://example.org/v1", "judge.api_key_env=NO_SUCH_KEY"
+    for number, (given, error, says) in enumerate(
+        [
+            (["evaluation.max_new_tokens=500"], DataError, "the prompt has"),
+            (["data.num_harmful=100000"], DataError, "100000"),
+            (key, ConfigError, "NO_SUCH_KEY"),
+        ]
+    ):
+        config = make_config("vector.lr=0.0023", *given, run=f"run{number}")
+        with pytest.raises(error, match=says):
+            train(config)
+        assert not labels and not Path(config.run_dir).exists()
+    config = make_config("vector.lr=0.0023", run="disk")
+    monkeypatch.setattr(finetune.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
+    with pytest.raises(ArtifactError, match=r"take up to \d+\.\d GB, and 0\.0 GB are free"):
+        train(config)
+    assert not labels and not Path(config.run_dir).exists()
+
+
+def test_the_record_says_what_was_wrong_with_a_pointer_that_cannot_be_read(tmp_path: Path) -> None:
+    for content in ("", "{", json.dumps({"folder": str(tmp_path), "backbone": "x"})):
+        (tmp_path / "pointer").write_text(content)
+        assert finetune._trained(tmp_path / "pointer") is None

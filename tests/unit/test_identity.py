@@ -1,0 +1,102 @@
+"""What shapes a result is in every key, and nothing else is: each part of a folder changed, in place and in a copy."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from secvec.models.backbone import Backbone
+from secvec.models.tiny import build_tiny
+from secvec.runs import content
+from secvec.runs.content import file_digest, folder_digest
+from secvec.runs.keys import run_key
+
+SHAPES = (
+    "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "chat_template.jinja", "modeling_own.py", "additional_chat_templates/tool_use.jinja",
+)  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model folder whose name has a dot."""
+    made = tmp_path / "Qwen2.5-0.5B"
+    for part in build_tiny(["a word or two"] * 20, 0):
+        part.save_pretrained(made)
+    for name in SHAPES:
+        (made / name).parent.mkdir(exist_ok=True)
+        (made / name).touch()
+    (made / "README.md").write_text("about")
+    return made
+
+
+def keys(folder: Path) -> list[object]:
+    settings = {"model": {"name_or_path": str(folder)}, "vector": {"path": str(folder)}, "task_folder": str(folder)}
+    alone = [run_key({name: value}) for name, value in settings.items()]
+    return [folder_digest(folder), *alone, run_key({"judge": {"model": str(folder)}})]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_changed_part_is_another_identity(folder: Path, tmp_path: Path, name: str, copied: bool) -> None:
+    before, identity = keys(folder), Backbone.of(folder).identity
+    changed = Path(shutil.copytree(folder, tmp_path / "copy")) if copied else folder
+    content, stat = (changed / name).read_bytes(), (changed / name).stat()
+    (changed / name).write_bytes(content[:-1] + bytes([(content or b" ")[-1] ^ 1]))
+    os.utime(changed / name, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert not set(map(str, before)) & set(map(str, keys(changed)))
+    if name.endswith(("generation_config.json", "jinja", "py")):
+        assert Backbone.of(changed).identity != identity
+
+
+def test_what_does_not_matter_is_not_in_it(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "elsewhere"))
+    (copy / "README.md").write_text("other")
+    (copy / ".cache").mkdir()
+    (copy / ".cache" / "notes").write_text("hidden")
+    (copy / "checkpoint-3").mkdir()
+    (copy / "checkpoint-3" / "model.safetensors").write_text("an older state")
+    os.utime(copy / "config.json", (1, 1))
+    assert keys(copy) == keys(folder)
+    assert Backbone.of(copy).identity == Backbone.of(folder).identity
+
+
+def test_data_files_and_task_folders_count_by_content(tmp_path: Path) -> None:
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "utils.data.txt").write_text("a")
+    (tmp_path / "rows.jsonl").write_text("a")
+    settings = {"data": {"benign": [{"file": str(tmp_path / "rows.jsonl")}]}, "task_folder": str(tmp_path / "tasks")}
+    before = run_key(settings)
+    for file in ("rows.jsonl", "tasks/utils.data.txt"):
+        (tmp_path / file).write_text("b")
+        assert run_key(settings) != before
+        (tmp_path / file).write_text("a")
+    assert run_key(settings) == before
+
+
+def test_a_word_that_is_also_a_folder_is_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = run_key({"vector": {"split": "vector"}})
+    (tmp_path / "vector").mkdir()
+    assert run_key({"vector": {"split": "vector"}}) == before
+
+
+def test_a_large_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(content, "LARGE", 1)
+    monkeypatch.setattr(content, "SETTLED", -1e9)  # as if it had been written long ago
+    file, keep, reads = tmp_path / "weights", tmp_path / "keep", list[Path]()
+    read: Callable[[Path], str] = content._read
+    monkeypatch.setattr(content, "_read", lambda path: reads.append(path) or read(path))
+    file.write_text("one")
+    first = file_digest(file, keep)
+    assert file_digest(file) == first and len(reads) == 1
+    content._digests.clear()  # another process
+    assert file_digest(file, keep) == first and len(reads) == 1
+    stat = file.stat()
+    file.write_text("two")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the same size and time of change
+    assert file_digest(file, keep) != first and len(reads) == 2
