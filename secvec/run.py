@@ -50,7 +50,7 @@ from secvec.tracking.csv_file import CsvFile, read_curves
 from secvec.tracking.lightning import StageCurves
 from secvec.tracking.session import Session, tracker_for
 from secvec.training.callbacks import build_callbacks
-from secvec.training.trainer import Training, check_trainer, device_of, fit, launch
+from secvec.training.trainer import Training, check_trainer, device_of, device_type, fit, launch
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +179,7 @@ class Run:
         settings = [
             evaluator.settings.model_dump(exclude={"validation"}),
             backend_info(config.generation, config.trainer),
-            evaluator.trainer.model_dump(include={"accelerator", "precision"}),
+            [device_type(evaluator.trainer), evaluator.trainer.precision],
         ]
         key = content_key([module.backbone.identity, examples, judges, *settings, phase, leaks])
         path = config.paths.cache / "answers" / f"{key}.json"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from collections.abc import Callable
 from itertools import chain, groupby
@@ -31,6 +30,9 @@ ROOT = Path(__file__).parent.parent
 
 # A script's `&` has SIGINT ignored, by us and by all that we start, and then no test of an interruption can pass.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+SHARED = ("models", "vectors", "cycles", "answers", "tokens")
+"""Parts of the cache that all tests share."""
 
 # The whole method in seconds: enough to run every line of it, not enough to show the effect.
 SMALL = [
@@ -87,18 +89,28 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where small bases, vectors and answers are cached: one folder for all workers, which wait for each other."""
     own = tmp_path_factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared-cache"
-    folder.mkdir(exist_ok=True)
+    for part in SHARED:
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path: Path, shared_cache: Path) -> Path:
+    """`paths.cache` of a test. No test takes a fine-tuned backbone from another: what would it test?"""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    for part in SHARED:
+        (folder / part).symlink_to(shared_cache / part)
     return folder
 
 
 @pytest.fixture
 def make_config(tmp_path: Path, cache: Path) -> Callable[..., RunConfig]:
     """`make_config("defense=none", ..., run="a")`: a small run in a folder of this test."""
-    shutil.rmtree(cache / "finetuned", ignore_errors=True)  # no test takes a fine-tuned backbone from another
 
     def make(*overrides: str, run: str = "run", small: bool = True) -> RunConfig:
         GlobalHydra.instance().clear()

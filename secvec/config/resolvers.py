@@ -34,7 +34,8 @@ def resolved(root: DictConfig) -> dict[str, Any]:
 
 def key_of(root: DictConfig) -> str:
     """The key of the run that a composed config describes; digests of large files are kept in its cache."""
-    return run_key(resolved(root), Path(root.paths.cache).expanduser() / "digests")
+    cache = OmegaConf.select(root, "paths.cache")
+    return run_key(resolved(root), Path(cache).expanduser() / "digests" if cache else None)
 
 
 def run_name(root: DictConfig) -> str:

@@ -27,7 +27,7 @@ from secvec.runs.files import atomic_path
 from secvec.runs.keys import content_key
 from secvec.settings.schema import BaseGateSettings
 from secvec.stages.base import Workload
-from secvec.training.trainer import Training, fit
+from secvec.training.trainer import Training, device_type, fit
 
 if TYPE_CHECKING:
     from secvec.behaviors.base import Behavior
@@ -53,7 +53,8 @@ def starting_model(run: Run) -> Backbone:
     examples = align_examples(config, align)
     source = tiny_texts(config, align, examples) if settings.name_or_path is None else Backbone.of(settings).identity
     training = [config.optimizer.model_dump(exclude={"lr"}), config.scheduler.model_dump()]
-    training += [config.trainer.alone().model_dump(include={"accelerator", "precision", "gradient_clip_val"})]
+    training += [config.trainer.alone().model_dump(include={"precision", "gradient_clip_val"})]
+    training += [device_type(config.trainer)]
     recipe = align.model_dump(exclude={"gate", "behavior"})
     key = content_key([source, settings.dtype, recipe, data_hash(examples), *training])
     folder = config.paths.cache / "models" / f"{settings.name}-{key}"

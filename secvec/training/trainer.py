@@ -161,6 +161,11 @@ def device_of(settings: TrainerSettings) -> str:
     return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
 
+def device_type(settings: TrainerSettings) -> str:
+    """`cpu` or `cuda`: `trainer.accelerator=auto` is the same as the one that it finds."""
+    return device_of(settings).partition(":")[0]
+
+
 class LastTwo(ModelCheckpoint):
     """Keeps `last.ckpt`, and the one before it for the case that a crash cuts the last one short."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,7 +48,7 @@ def test_a_result_that_could_not_be_saved_is_not_trained_again(
     record = train(whole)
     assert not (Path(whole.run_dir) / "checkpoints").exists()
     cut = make_config("defense=none", "stage=finetune", run="cut")
-    (Path(cut.paths.cache) / "finetuned").rename(Path(cut.paths.cache) / "aside")
+    shutil.rmtree(Path(cut.paths.cache) / "finetuned")
 
     def full(self: SecVecModule, folder: Path) -> None:
         raise OSError("No space left on device")
@@ -69,7 +70,7 @@ def test_a_result_that_could_not_be_saved_is_not_trained_again(
 def test_a_cut_checkpoint_is_not_used(make_config: Make, monkeypatch: pytest.MonkeyPatch, damage: Any) -> None:
     whole, cut = (make_config("defense=none", "stage=finetune", run=name) for name in ("whole", "cut"))
     train(whole)
-    (Path(cut.paths.cache) / "finetuned").rename(Path(cut.paths.cache) / f"aside-{damage!r}")
+    shutil.rmtree(Path(cut.paths.cache) / "finetuned")
     with monkeypatch.context() as patch, pytest.raises(OSError, match="cut off"):
         patch.setattr(SecVecModule, "save", lambda *_: (_ for _ in ()).throw(OSError("cut off")))
         train(cut)
@@ -96,7 +97,8 @@ def test_what_only_evaluation_reads_trains_nothing_again(make_config: Make, labe
     record = train(first)
     assert labels[-1] == "finetune"
     labels.clear()
-    other = make_config("telemetry.every_n_steps=3", "evaluation.max_new_tokens=7", "evaluation.num_prompts=5", run="b")
+    asked = ["evaluation.max_new_tokens=30", "evaluation.num_prompts=5"]
+    other = make_config("telemetry.every_n_steps=3", *asked, run="b")
     again = train(other)
     assert not labels and other.key != first.key
     assert same(weights(Path(other.run_dir) / "backbone"), weights(Path(first.run_dir) / "backbone"))
@@ -106,7 +108,7 @@ def test_what_only_evaluation_reads_trains_nothing_again(make_config: Make, labe
     assert copied and copied == [row for row in trained if ",during/" not in row]
 
     (Path(first.run_dir) / "backbone" / "config.json").write_text("{}")  # it is no more what it was
-    train(make_config("telemetry.every_n_steps=3", "evaluation.max_new_tokens=6", run="c"))
+    train(make_config("telemetry.every_n_steps=3", "evaluation.max_new_tokens=31", run="c"))
     assert labels == ["finetune"]
     train(make_config("telemetry.every_n_steps=3", "optimizer.lr=2e-4", run="d"))
     assert labels == ["finetune"] * 2
@@ -121,8 +123,8 @@ def test_all_is_checked_before_the_vector_is_trained(
     key = "judge=llm", "judge.model=m", "judge.base_url=https://example.org/v1", "judge.api_key_env=NO_SUCH_KEY"
     for number, (given, error, says) in enumerate(
         [
-            (["evaluation.max_new_tokens=500"], DataError, "the prompt has"),
-            (["data.num_harmful=100000"], DataError, "100000"),
+            (["evaluation.max_new_tokens=500"], DataError, "exceed the model.s context"),
+            (["data.num_benign=100000"], ConfigError, "data.num_benign"),
             (key, ConfigError, "NO_SUCH_KEY"),
         ]
     ):

@@ -33,10 +33,10 @@ def composed(root: str, *overrides: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def vector(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def vector(shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small vector, and the scores of its own samples."""
     folder = tmp_path_factory.mktemp("trained")
-    where = [f"run_dir={folder}", f"paths.cache={cache}"]
+    where = [f"run_dir={folder}", f"paths.cache={shared_cache}"]
     train(load(composed("train", *SMALL, *where, "stage=vector", "vector.epochs=6", "vector.lr=1e-2"), RunConfig))
     return folder / "vector"
 

@@ -84,7 +84,7 @@ def test_infer_and_evaluate_alone_use_all_processes(
     """They begin with no training that would have started the other processes."""
     one = make_config("defense=none", run="one")
     train(one)
-    devices = [f"trainer={strategy}", "trainer.accelerator=cpu", "trainer.devices=2"]
+    devices = [f"trainer={strategy}", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
     two = tmp_path / "two"
     two.mkdir()
     shutil.copytree(Path(one.run_dir) / "backbone", two / "backbone")  # what stage=finetune leaves

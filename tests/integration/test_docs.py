@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,8 @@ def make_files(command: str, config_dir: str | None, name: str) -> None:
     for file in re.findall(r"=([\w./-]+\.jsonl)", command):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_text("")
+    if "experiment=pirate" in command:
+        subprocess.run([sys.executable, ROOT / "examples" / "pirate.py", "data/pirate"], check=True)
     for folder in re.findall(r"([\w./-]+RUN/backbone)", command):  # of the built-in model
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / "config.json").write_text('{"secvec_recipe": "tiny"}')

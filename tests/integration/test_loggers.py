@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -15,10 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from secvec.config.schema import AnyConfig, EvaluateConfig, RunConfig
 from secvec.errors import GateError
 from secvec.run import evaluate, train
+from secvec.settings.conf import CONF
 from secvec.tracking.base import flat
 from secvec.tracking.dashboard import as_json
 from secvec.training.callbacks import TrainingMetrics
@@ -214,6 +217,7 @@ def test_every_training_shows_rate_gradient_speed_and_epoch(make_config: Callabl
 def test_showing_them_changes_nothing(make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     shown, hidden = make_config("defense=none", run="a"), make_config("defense=none", run="b")
     train(shown)
+    shutil.rmtree(Path(shown.paths.cache) / "finetuned")  # else it is copied
     for hook in ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end"):
         monkeypatch.setattr(TrainingMetrics, hook, lambda *_: None)
     train(hidden)
@@ -257,6 +261,7 @@ def test_an_evaluation_is_tracked_like_a_run(make_config: Callable[..., RunConfi
     base = Path(config.run_dir) / "backbone"
     shared = config.model_dump(include=AnyConfig.model_fields.keys() - {"logger", "model", "run_dir"})
     own = {"metrics": "behavior", "tasks": [], "task_folder": None, "num_fewshot": None, "limit": None}
+    own |= {"vector": {"path": None}, "scan": yaml.safe_load((CONF / "evaluate.yaml").read_text("utf-8"))["scan"]}
     given = {**shared, **own, "chat_template": False, "run_dir": str(tmp_path / "asked")}
     given |= {name: getattr(config, name) for name in ("behavior", "data", "judge")}
     model = {**config.model.model_dump(exclude={"align"}), "name_or_path": str(base), "name": "base"}

@@ -17,7 +17,7 @@ def test_the_message_shows_what_to_type_and_that_is_read(name: str, tmp_path: Pa
     assert told.returncode == 2 and "Traceback" not in told.stderr
     typed = told.stderr.strip().rpartition("needs quotes, type ")[2]
     (argument,) = shlex.split(typed)
-    read = run_command("train.py", "model=hf", argument, "+plan=true", cwd=tmp_path)
+    read = run_command("train.py", "recipe=tiny", "model=hf", argument, "+plan=true", cwd=tmp_path)
     assert read.returncode == 2 and f"model.name_or_path={tmp_path / name}: no" in read.stderr
 
 
@@ -34,7 +34,8 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path) -> None:
     yaml = tmp_path / "my" / "experiment" / "here.yaml"
     yaml.parent.mkdir(parents=True)
     yaml.write_text("# @package _global_\nmodel:\n  local_path: ~/model\n")
-    common = ["model=hf", "paths.outputs=~/out", "paths.cache=~/cache", "stage=infer", "evaluation.num_prompts=2"]
+    common = ["recipe=tiny", "model=hf", "paths.outputs=~/out", "paths.cache=~/cache"]
+    common += ["stage=infer", "evaluation.num_prompts=2"]
     for given in (["model.name_or_path=~/model"], ["experiment=here", "model.name_or_path=owner/name"]):
         command = ["--config-dir=my", *common, *given]
         done = run_command("train.py", *command, cwd=tmp_path, env={"HOME": str(home)})

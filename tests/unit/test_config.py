@@ -123,7 +123,7 @@ def test_the_main_configs_compose_and_validate(root: str, tmp_path: Path) -> Non
     config = by_hydra(root=root, with_hydra=True)
     assert config.hydra.launcher._target_ == "hydra_plugins.process_launcher.ProcessLauncher"
     assert run_name(config) in OmegaConf.to_container(config.hydra.run, resolve=True)["dir"]  # type: ignore[index,call-overload]
-    model = ["model.name_or_path=some/folder"] * (root == "evaluate")  # a scan finds it by the vector
+    model = ["recipe=llm", "model.name_or_path=some/folder"] * (root == "evaluate")  # a scan finds it by the vector
     config = by_hydra(*stand_ins(composed(root=root), tmp_path), *model, root=root)
     assert type(load(config, ROOTS[root])) is ROOTS[root]
 

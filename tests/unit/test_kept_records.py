@@ -78,7 +78,7 @@ def test_what_is_no_list_of_records_is_named(kept: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(
-    "folder", sorted({path.parent for path in (ROOT / "results").rglob("report.json")}), ids=lambda found: found.name
+    "folder", sorted({path.parent for path in (ROOT / "results").rglob("report.md")}), ids=lambda found: found.name
 )
 def test_every_table_in_results_says_what_its_records_say(folder: Path, tmp_path: Path) -> None:
     assert main([str(folder), "--to", str(tmp_path)]) == 0
