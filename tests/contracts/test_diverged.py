@@ -82,7 +82,7 @@ def test_every_stage_and_cycle_names_its_rate(
 
 
 def test_so_does_the_alignment(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    config = make_config("model.align.lr=1e30", f"paths.cache={tmp_path / 'cache'}")
+    config = make_config("model.align.lr=1e30", f"paths.cache={tmp_path / 'own'}")
     with pytest.raises(DivergedError, match=r"stage align diverged.*Lower model\.align\.lr"):
         run_of(config).backbone  # noqa: B018
-    assert not list((tmp_path / "cache" / "models").glob("*/config.json"))
+    assert not list((tmp_path / "own" / "models").glob("*/config.json"))
