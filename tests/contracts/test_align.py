@@ -54,3 +54,9 @@ def test_a_base_that_is_not_aligned_well_is_refused_and_kept(
     measured.write_text(json.dumps(probe))
     with pytest.raises(GateError, match=r"shows the behavior on 50\.0% of 8 held-out prompts"):
         run_of(make_config(own, gate(0.02, 0.0))).backbone  # noqa: B018
+
+
+def test_a_base_is_that_of_one_precision(make_config: Callable[..., RunConfig]) -> None:
+    folders = [run_of(make_config(f"trainer.precision={one}")).backbone.folder for one in ("32-true", "bf16-mixed")]
+    weights = [(folder / "model.safetensors").read_bytes() for folder in folders]
+    assert folders[0] != folders[1] and weights[0] != weights[1]
