@@ -53,8 +53,7 @@ def starting_model(run: Run) -> Backbone:
     examples = align_examples(config, align)
     source = tiny_texts(config, align, examples) if settings.name_or_path is None else Backbone.of(settings).identity
     training = [config.optimizer.model_dump(exclude={"lr"}), config.scheduler.model_dump()]
-    training += [config.trainer.alone().model_dump(include={"precision", "gradient_clip_val"})]
-    training += [device_type(config.trainer)]
+    training += [config.trainer.model_dump(include={"precision", "gradient_clip_val"}), device_type(config.trainer)]
     recipe = align.model_dump(exclude={"gate", "behavior"})
     key = content_key([source, settings.dtype, recipe, data_hash(examples), *training])
     folder = config.paths.cache / "models" / f"{settings.name}-{key}"

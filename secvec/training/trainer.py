@@ -162,7 +162,7 @@ def device_of(settings: TrainerSettings) -> str:
 
 
 def device_type(settings: TrainerSettings) -> str:
-    """`cpu` or `cuda`: `trainer.accelerator=auto` is the same as the one that it finds."""
+    """`cpu` or `cuda`, for keys: `trainer.accelerator=auto` counts as the device that it finds."""
     return device_of(settings).partition(":")[0]
 
 

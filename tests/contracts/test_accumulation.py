@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 from conftest import run_of
-from safetensors.torch import load_file
-from torch import Tensor
 
 from secvec.config.schema import RunConfig
 from secvec.data.datamodule import GlobalBatchSampler
 from secvec.errors import ConfigError
 from secvec.run import train
 from secvec.training.callbacks import build_callbacks
+from tests.contracts.test_stages import weights
 
 EXACT = [
     "trainer.precision=64-true",
@@ -25,10 +24,6 @@ EXACT = [
     "vector.lr=0.5",
     "vector.kl_weight=0.37",
 ]
-
-
-def trained(config: RunConfig, part: str) -> dict[str, Tensor]:
-    return load_file(next((Path(config.run_dir) / part).glob("*.safetensors")))
 
 
 @pytest.mark.parametrize("defense", ["none", "labelled_vector"])
@@ -44,8 +39,8 @@ def test_small_batches_accumulated_are_one_large_batch(make_config: Callable[...
         for stage in ["vector", "finetune"][-len(parts) :]:
             train(config.model_copy(update={"stage": stage}))
     for part in parts:
-        ours, theirs = trained(small, part), trained(large, part)
-        start = load_file(next(base.folder.glob("*.safetensors")))
+        ours, theirs = (weights(Path(config.run_dir) / part) for config in (small, large))
+        start = weights(base.folder)
         apart = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
         assert apart < 1e-9, part
         if part == "backbone":

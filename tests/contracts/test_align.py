@@ -14,6 +14,7 @@ from secvec.data.embedded import Ordinary
 from secvec.errors import GateError
 from secvec.models.backbone import fingerprint
 from secvec.models.tiny import build_tiny
+from tests.contracts.test_stages import same, weights
 
 
 def test_given_weights_are_aligned_in_the_cache_and_stay_as_they_are(
@@ -58,5 +59,4 @@ def test_a_base_that_is_not_aligned_well_is_refused_and_kept(
 
 def test_a_base_is_that_of_one_precision(make_config: Callable[..., RunConfig]) -> None:
     folders = [run_of(make_config(f"trainer.precision={one}")).backbone.folder for one in ("32-true", "bf16-mixed")]
-    weights = [(folder / "model.safetensors").read_bytes() for folder in folders]
-    assert folders[0] != folders[1] and weights[0] != weights[1]
+    assert folders[0] != folders[1] and not same(*map(weights, folders))

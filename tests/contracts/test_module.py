@@ -13,7 +13,6 @@ import pytest
 import torch
 from conftest import ROOT
 from lightning.pytorch.callbacks import ModelCheckpoint
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -34,6 +33,7 @@ from secvec.settings.schema import (
     ValidationSettings,
 )
 from secvec.stages import STAGES
+from tests.contracts.test_stages import same, weights
 
 LORA: dict[str, Any] = {"r": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 ADAMW: dict[str, Any] = {"_target_": "torch.optim.AdamW", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
@@ -66,14 +66,6 @@ def logits(module: SecVecModule) -> Tensor:
     module.configure_model()
     with torch.no_grad():
         return module.model.eval()(input_ids=IDS).logits
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    return load_file(next(folder.glob("*.safetensors")))
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from secvec.data.batch import IGNORE, collate
 from secvec.data.encode import with_loss_on_prompts
 from secvec.run import train
 from secvec.stages.align import align_examples
+from tests.contracts.test_stages import same, weights
 
 Make = Callable[..., RunConfig]
 DEPARTURES = ("dropout", "no_kl", "prompt_loss", "attack_data", "retest")
@@ -33,16 +34,11 @@ def vector_of(make_config: Make) -> Callable[..., Path]:
     return make
 
 
-def weights(folder: Path) -> bytes:
-    """Without the config, which names the base's folder."""
-    return (folder / "adapter_model.safetensors").read_bytes()
-
-
 @pytest.mark.parametrize(
     "variant", [*(f"vector={name}" for name in DEPARTURES), "defense=refitted_vector", "vector.keep_dropout=true"]
 )
 def test_a_variant_is_another_vector_or_is_it_not(vector_of: Callable[..., Path], variant: str) -> None:
-    alike = weights(vector_of()) == weights(vector_of(variant))
+    alike = same(weights(vector_of()), weights(vector_of(variant)))
     assert alike == (not variant.startswith("vector="))
 
 
@@ -61,7 +57,7 @@ def test_the_retest_is_all_departures_together_on_any_vector(make_config: Make) 
 
 def test_a_vector_of_weights_of_another_type_is_another_one(vector_of: Callable[..., Path]) -> None:
     """The backbone is the same on disk, but not as it was loaded for the training."""
-    assert weights(vector_of()) != weights(vector_of("model.dtype=bfloat16"))
+    assert not same(weights(vector_of()), weights(vector_of("model.dtype=bfloat16")))
 
 
 def test_dropout_goes_on_in_the_frozen_vector_only_where_it_is_asked_for(make_config: Make) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from secvec.config.schema import RunConfig
 from secvec.run import train
+from tests.contracts.test_stages import weights
 
 # AdamW divides a gradient by its own size, so it turns rounding noise in tiny gradients into whole steps; a large eps
 # keeps the comparison about the strategies. float64 where the strategy can (FSDP2 under Lightning cannot).
@@ -65,15 +66,13 @@ def test_two_processes_compute_what_one_does(
         assert {f.name for f in (two / artifact).iterdir()} == {
             f.name for f in (Path(one.run_dir) / artifact).iterdir()
         }
-        ours, theirs = (
-            load_file(next((folder / artifact).glob("*.safetensors"))) for folder in (Path(one.run_dir), two)
-        )
+        ours, theirs = (weights(folder / artifact) for folder in (Path(one.run_dir), two))
         assert ours.keys() == theirs.keys()
         for name in ours:
             assert ours[name].shape == theirs[name].shape
             torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=tolerance)
-    moved = load_file(next((two / "backbone").glob("*.safetensors")))
-    start = load_file(next(run_of(one).backbone.folder.glob("*.safetensors")))
+    moved = weights(two / "backbone")
+    start = weights(run_of(one).backbone.folder)
     assert max((moved[name] - start[name]).abs().max() for name in moved) > 100 * tolerance  # it did move
 
 

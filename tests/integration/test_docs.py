@@ -87,7 +87,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", [*PAGES, *YAML], ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_are_named_exist(page: Path) -> None:
     names = re.findall(
-        r"`((?:secvec|conf|tests|hydra_plugins|sweeps|benchmarks|docs)/[\w./-]*)`", page.read_text("utf-8")
+        r"`((?:secvec|conf|tests|hydra_plugins|sweeps|benchmarks|docs|examples)/[\w./-]*)`", page.read_text("utf-8")
     )
     made = [name for name in names if any(plugin in name for plugin in MADE_IN_A_PAGE)]
     assert not [name for name in names if name not in made and not (ROOT / name).exists()]

@@ -76,11 +76,10 @@ def stand_ins(config: DictConfig, tmp_path: Path) -> list[str]:
         **{f"data.benign.{name}": stream for name, stream in config.data.benign.items()},
     }
     missing += [f"{key}.file" for key, rows in own.items() if "file" in rows]
-    plain = {part: OmegaConf.to_container(config[part]) for part in ("behavior", "data")}
-    named = {f"{part}.{field}": path for part, fields in plain.items() for field, path in fields.items()}  # type: ignore[union-attr]
-    missing += [key for key, path in named.items() if str(path).endswith(".jsonl")]  # of an experiment on own files
+    for part in ("behavior", "data"):  # of an experiment on own files
+        files = config[part].items_ex(resolve=False)
+        missing += [f"{part}.{field}" for field, path in files if str(path).endswith(".jsonl")]
     lists = {"judge.phrases"}
-    missing = list(dict.fromkeys(missing))
     given = {key.replace("[", ".").replace("]", ""): f"[{file}]" if key in lists else file for key in missing}
     others = {"model.name_or_path"} & given.keys() or config.model.name_or_path
     needed = ["recipe=small_llm"] if others and config.recipe.name == "auto" else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shutil
 from pathlib import Path
 
@@ -78,9 +79,17 @@ def test_what_is_no_list_of_records_is_named(kept: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(
-    "folder", sorted({path.parent for path in (ROOT / "results").rglob("report.md")}), ids=lambda found: found.name
+    "folder",
+    sorted({path.parent for path in (ROOT / "results").rglob("report.json")} - {ROOT / "results" / "scan"}),
+    ids=lambda found: found.name,
 )
 def test_every_table_in_results_says_what_its_records_say(folder: Path, tmp_path: Path) -> None:
     assert main([str(folder), "--to", str(tmp_path)]) == 0
     shown = sections(folder / "report.md")
     assert shown == sections(tmp_path / "report.md") and "Results" in shown
+
+
+def test_the_table_of_the_scans_says_what_their_records_say() -> None:
+    scan = runpy.run_path(str(ROOT / "benchmarks" / "scan.py"))
+    made = scan["table"](json.loads(scan["RECORDS"].read_text(encoding="utf-8")))
+    assert made.count("\n") > 20 and f"-->\n\n{made}\n\n<!-- end" in scan["PAGE"].read_text(encoding="utf-8")
