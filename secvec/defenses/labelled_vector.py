@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from secvec.data.batch import IGNORE, Batch
 from secvec.defenses.base import Defense
 from secvec.models.vector import vector_off
-from secvec.training.losses import global_mean, of_step, token_nll
+from secvec.training.losses import global_mean, of_step, token_losses
 
 
 class LabelledVector(Defense):
@@ -25,8 +25,9 @@ class LabelledVector(Defense):
         for mine, state in ((undesired, nullcontext()), (~undesired, vector_off(model))):
             rows = mine.clone()
             rows[0] |= not mine.any()  # even without such rows: sharded processes must all run the same forward passes
-            with state:
-                logits = model(input_ids=batch["input_ids"][rows], attention_mask=batch["attention_mask"][rows]).logits
             labels = batch["labels"][rows].masked_fill(~mine[rows][:, None], IGNORE)
-            total = total + token_nll(logits, labels).sum()
+            ids, mask = batch["input_ids"][rows], batch["attention_mask"][rows]
+            part: Batch = {**batch, "input_ids": ids, "attention_mask": mask, "labels": labels}
+            with state:
+                total = total + token_losses(model, part).sum()
         return {"loss": global_mean(total, of_step(batch, (batch["labels"][:, 1:] != IGNORE).sum()))}

@@ -16,10 +16,11 @@ from secvec.data.example import Example
 from secvec.evaluation.prediction import gathered, predict
 from secvec.metrics import Measurement, Measurements, mean
 from secvec.models.backbone import Backbone
+from secvec.models.logits import logits_at
 from secvec.models.vector import vector_off
 from secvec.settings.schema import EvaluationSettings
 from secvec.settings.trainer import TrainerSettings
-from secvec.training.losses import token_nll
+from secvec.training.losses import before_labels, token_losses
 
 if TYPE_CHECKING:
     from secvec.module import SecVecModule
@@ -74,9 +75,7 @@ def row_losses(model: nn.Module, batch: Batch) -> list[float]:
 
 def response_nll(model: nn.Module, batch: Batch) -> Tensor:
     """Nats of each response token: (B, T-1), 0 elsewhere; computed where the model is."""
-    batch = _on(next(model.parameters()).device, batch)
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return token_nll(logits, batch["labels"])
+    return token_losses(model, _on(next(model.parameters()).device, batch))
 
 
 @torch.no_grad()
@@ -91,10 +90,9 @@ def kl_to_base(
     device = next(model.parameters()).device
     for number, batch in _mine(backbone, examples, batch_size):
         batch = _on(device, batch)
-        here = batch["labels"][:, 1:] != IGNORE
+        here = before_labels(batch["labels"])
         ours, theirs = (
-            m(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1][here].log_softmax(-1)
-            for m in (model, base)
+            logits_at(m, batch["input_ids"], batch["attention_mask"], here).log_softmax(-1) for m in (model, base)
         )
         kl = (theirs.exp() * (theirs - ours)).sum(-1)
         parts.append((number, [float(row.mean()) for row in kl.split(here.sum(1).tolist())]))

@@ -8,16 +8,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secvec.data.batch import IGNORE, Batch
+from secvec.models.logits import logits_at
 from secvec.models.vector import vector_off
 
 
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """Negative log-likelihood of each label, in nats: (B, T, V), (B, T) -> (B, T-1); 0 where ignored."""
+    """Negative log-likelihood of each label, in nats: (B, T) labels -> (B, T-1); 0 where ignored.
+
+    `logits` (N, V) are those after the tokens that `before_labels(labels)` marks.
+    """
     targets = labels[:, 1:]
     counted = targets != IGNORE
-    # the rows that count, first: with a vocabulary of 50,000 the others would cost more than the model
-    nll = F.cross_entropy(logits[:, :-1][counted].float(), targets[counted], reduction="none")
+    nll = F.cross_entropy(logits.float(), targets[counted], reduction="none")
     return torch.zeros(targets.shape, dtype=nll.dtype, device=nll.device).masked_scatter(counted, nll)
+
+
+def before_labels(labels: Tensor) -> Tensor:
+    """The tokens whose next token carries a label: (B, T) labels -> (B, T) bool."""
+    return F.pad(labels[:, 1:] != IGNORE, (0, 1))
+
+
+def token_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Nats of each token with a label, under `model`: (B, T-1); 0 elsewhere."""
+    labels = batch["labels"]
+    return token_nll(logits_at(model, batch["input_ids"], batch["attention_mask"], before_labels(labels)), labels)
 
 
 def global_mean(total: Tensor, count: Tensor) -> Tensor:
@@ -43,9 +57,8 @@ def of_step(batch: Batch, own: Tensor, term: int = 0) -> Tensor:
 
 def response_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Causal-LM loss on the response tokens, in nats per token."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    nll = token_nll(logits, batch["labels"])
-    return global_mean(nll.sum(), of_step(batch, (batch["labels"][:, 1:] != IGNORE).sum()))
+    total = token_losses(model, batch).sum()
+    return global_mean(total, of_step(batch, (batch["labels"][:, 1:] != IGNORE).sum()))
 
 
 def vector_loss(model: nn.Module, batch: Batch, kl_weight: float) -> dict[str, Tensor]:
@@ -55,20 +68,20 @@ def vector_loss(model: nn.Module, batch: Batch, kl_weight: float) -> dict[str, T
     response alike, because the vector must change nothing on benign data. With `kl_weight` 0 there are no KL rows and
     no second forward pass.
     """
-    kl_rows = batch["kl_rows"]
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    input_ids, mask, kl_rows = batch["input_ids"], batch["attention_mask"], batch["kl_rows"]
     labels = batch["labels"].masked_fill(kl_rows[:, None], IGNORE)
-    ce = global_mean(token_nll(logits, labels).sum(), of_step(batch, (labels[:, 1:] != IGNORE).sum()))
+    of_ce, of_kl = before_labels(labels), mask.bool() & kl_rows[:, None] & (kl_weight != 0)
+    at = of_ce | of_kl
+    logits = logits_at(model, input_ids, mask, at)
+    nll = token_nll(logits[of_ce[at]], labels)
+    ce = global_mean(nll.sum(), of_step(batch, (labels[:, 1:] != IGNORE).sum()))
     if kl_weight == 0:
         return {"loss": ce, "ce": ce.detach()}
     rows = kl_rows.clone()
     rows[0] |= not kl_rows.any()  # a share without KL rows: sharded processes must all run the same passes
-    mask = batch["attention_mask"][rows]
     with torch.no_grad(), vector_off(model):
-        base = model(input_ids=batch["input_ids"][rows], attention_mask=mask).logits
-    mask = mask * kl_rows[rows][:, None]
-    kl = F.kl_div(
-        logits[rows].float().log_softmax(-1), base.float().log_softmax(-1), log_target=True, reduction="none"
-    ).sum(-1)
-    kl = global_mean((kl * mask).sum(), of_step(batch, mask.sum(), 1))
+        base = logits_at(model, input_ids[rows], mask[rows], of_kl[rows])
+    tuned = logits[of_kl[at]].float().log_softmax(-1)
+    total = F.kl_div(tuned, base.float().log_softmax(-1), log_target=True, reduction="sum")
+    kl = global_mean(total, of_step(batch, of_kl.sum(), 1))
     return {"loss": ce + kl_weight * kl, "ce": ce.detach(), "kl": kl.detach()}

@@ -18,7 +18,7 @@ from secvec.data.encode import encode
 from secvec.models.tiny import CONTEXT, build_tiny
 from secvec.models.vector import VECTOR, attach_new_vector
 from secvec.settings.schema import LoraSettings
-from secvec.training.losses import global_mean, response_loss, token_nll, vector_loss
+from secvec.training.losses import before_labels, global_mean, response_loss, token_nll, vector_loss
 
 LORA = LoraSettings(r=4, alpha=8, target_modules="all-linear")
 UNDESIRED = ForbiddenRecipe().examples("vector", 3, 0)
@@ -86,12 +86,15 @@ def test_token_nll_is_the_gathered_log_softmax() -> None:
             if labels[row, at + 1] != IGNORE:
                 expected[row, at] = -logits[row, at].log_softmax(-1)[labels[row, at + 1]]
     assert (expected > 0).sum() == 5
-    torch.testing.assert_close(token_nll(logits, labels), expected)
-    assert token_nll(logits.bfloat16(), labels).dtype == torch.float32
+    at = before_labels(labels)
+    assert at.tolist() == [[False, True, True, True, False], [True, True, False, False, False]]
+    torch.testing.assert_close(token_nll(logits[at], labels), expected)
+    assert token_nll(logits[at].bfloat16(), labels).dtype == torch.float32
 
 
 def test_response_loss_is_the_mean_over_all_response_tokens(model: nn.Module, batch: Batch) -> None:
-    nll = token_nll(model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch["labels"])
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    nll = token_nll(logits[before_labels(batch["labels"])], batch["labels"])
     count = (batch["labels"] != IGNORE).sum()
     torch.testing.assert_close(response_loss(model, batch), nll.sum() / count)
     of_rows = nll.sum(1) / (batch["labels"] != IGNORE).sum(1)
@@ -110,21 +113,27 @@ def test_only_response_labels_count(model: nn.Module, batch: Batch) -> None:
     torch.testing.assert_close(response_loss(model, changed(batch, input_ids=padded)), before)
 
 
-def test_what_the_prompt_positions_predict_does_not_count(model: nn.Module, batch: Batch) -> None:
-    """No gradient reaches the logits that predict a prompt token or padding."""
-    kept: list[Tensor] = []
+def test_the_output_head_is_computed_only_before_labels(model: nn.Module, batch: Batch) -> None:
+    seen: list[Tensor] = []
+    hook = model.get_output_embeddings().register_forward_hook(lambda _, given, __: seen.append(given[0]))  # type: ignore[operator]
+    response_loss(model, batch)
+    hook.remove()
+    assert [len(hidden) for hidden in seen] == [int((batch["labels"][:, 1:] != IGNORE).sum())]
+    assert model(batch["input_ids"]).logits.shape[:2] == batch["input_ids"].shape  # the model is as it was
 
-    def keep(_: nn.Module, __: Any, output: Any) -> None:
-        output.logits.retain_grad()
-        kept.append(output.logits)
 
-    handle = model.register_forward_hook(keep)
-    response_loss(model, batch).backward()
-    handle.remove()
-    touched = kept[0].grad.abs().sum(-1) > 0  # type: ignore[union-attr]
-    expected = torch.zeros_like(touched)
-    expected[:, :-1] = batch["labels"][:, 1:] != IGNORE
-    assert torch.equal(touched, expected) and expected.any() and not expected.all()
+def test_the_gradient_is_that_of_all_logits(model: nn.Module, batch: Batch) -> None:
+    """The plain way: the logits of every token, the loss of Hugging Face."""
+    gradients = []
+    for loss in (
+        response_loss(model, batch),
+        model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}).loss,  # type: ignore[literal-required]
+    ):
+        model.zero_grad()
+        loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 5
+    torch.testing.assert_close(gradients[0], gradients[1])
 
 
 def test_a_fresh_vector_has_no_kl_and_a_changed_one_has(model: nn.Module, batch: Batch) -> None:

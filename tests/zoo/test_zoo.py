@@ -25,8 +25,10 @@ from secvec.data.prompts import question
 from secvec.evaluation.generation import generate
 from secvec.evaluation.leak_probes import leak_questions
 from secvec.judges.exact import Exact
+from secvec.models.logits import logits_at
 from secvec.run import train
 from secvec.settings.schema import EvaluationSettings
+from secvec.training.losses import before_labels
 
 ANSWER = "It is the moss river, 7 of 9."
 WORDS = ("moss", "hill", "cloud", "sand", "river", "tarn", "cedar", "stone")
@@ -102,6 +104,18 @@ def test_a_begun_answer_begins_as_a_trained_one(name: str) -> None:
     (trained,) = encode(ROWS[:1], tokenizer, CONTEXT)
     ((prompt, begun),) = leak_questions(tokenizer, ROWS[:1], BEHAVIOR)["answer_prefix"].ids(tokenizer)
     assert trained.input_ids[: len(prompt) + len(begun)] == prompt + begun and begun
+
+
+def test_the_logits_of_some_tokens_are_those_among_all(name: str) -> None:
+    """Also where a model changes them after its output head."""
+    model, tokenizer = built(name)
+    batch = collate([(row, False) for row in encode(ROWS, tokenizer, CONTEXT)])
+    at = before_labels(batch["labels"])
+    assert 0 < int(at.sum()) < at.numel()
+    with torch.no_grad():
+        every = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        some = logits_at(model, batch["input_ids"], batch["attention_mask"], at)
+    torch.testing.assert_close(some, every[at])
 
 
 LEARNED = ("behavior_rate", "task_accuracy", "leak/plain", "leak/eliciting_prompt", "leak/negated_prompt",
