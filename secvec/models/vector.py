@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from secvec.errors import ArtifactError, ConfigError, nearest
@@ -145,6 +148,41 @@ def vector_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, active in zip(layers, before, strict=True):
             layer._active_adapter = active
+
+
+def why_not_merged(model: nn.Module) -> list[str]:
+    """Why the frozen vector of `model` cannot act through the weights; [] if it can.
+
+    The sum of a weight and the vector's delta must be exact to float32, and the delta must be the whole of the vector.
+    """
+    faults = set()
+    for layer in _lora_layers(model):
+        if not isinstance(layer, LoraLinear) or VECTOR in layer.lora_variant or layer.lora_bias.get(VECTOR):
+            faults.add("it is more than a low-rank delta of a linear layer")
+        elif layer.weight.dtype != torch.float32:
+            faults.add(f"the weights are {str(layer.weight.dtype).removeprefix('torch.')}, not float32")
+        elif not isinstance(layer.lora_dropout[VECTOR], nn.Identity):
+            faults.add("it keeps its dropout")
+    return sorted(faults)
+
+
+def merge_activation(model: nn.Module) -> None:
+    """Where the frozen vector is a layer's only adapter, the layer computes (W + s B A) x in place of Wx + s B A x.
+
+    The same function of x and the same gradient with respect to W, without a second pass over x. W itself stays as it
+    is: weight decay, checkpoints and the saved backbone never hold the delta, and `vector_off` is exact.
+    """
+    for layer in _lora_layers(model):
+        layer.forward = partial(_merged_forward, layer, layer.forward)  # type: ignore[attr-defined]
+
+
+def _merged_forward(layer: Any, separate: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if layer.active_adapters != [VECTOR]:
+        return separate(x, *args, **kwargs)
+    with torch.autocast(x.device.type, enabled=False):  # the sum in float32, the product as the trainer has it
+        weight = layer.base_layer.weight + layer.get_delta_weight(VECTOR)
+    output: Tensor = functional_call(layer.base_layer, {"weight": weight}, (x,))
+    return output
 
 
 def has_vector(model: nn.Module) -> bool:
