@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from secvec.errors import ArtifactError, nearest
+from secvec.models.packing import enable_packing
 from secvec.models.vector import active_parts, part_of
 from secvec.runs.content import file_digest, folder_digest
 from secvec.settings.schema import ModelSettings
@@ -67,7 +68,8 @@ class Backbone:
     @cached_property
     def identity(self) -> list[str | bool]:
         """What tells a loaded copy from all others: what its folder holds, and how it is loaded."""
-        return [folder_digest(self.folder), self.settings.dtype, self.settings.trust_remote_code]
+        settings = self.settings
+        return [folder_digest(self.folder), settings.dtype, settings.trust_remote_code, settings.packing]
 
     @property
     def num_bytes(self) -> int:
@@ -100,7 +102,7 @@ class Backbone:
 
     def hyperparameters(self) -> dict[str, Any]:
         """Plain values from which `of` makes it again."""
-        fields = {"name", "revision", "trust_remote_code", "dtype", "gradient_checkpointing"}
+        fields = {"name", "revision", "trust_remote_code", "dtype", "gradient_checkpointing", "packing"}
         return self.settings.model_dump(mode="json", include=fields) | {"name_or_path": str(self.folder)}
 
 
@@ -196,6 +198,8 @@ def load_backbone(folder: Path, settings: ModelSettings) -> PreTrainedModel:
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
+    if settings.packing:
+        enable_packing(model)
     return model
 
 

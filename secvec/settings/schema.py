@@ -56,6 +56,8 @@ class ModelSettings(Settings):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights. Mixed precision is `trainer.precision`."""
     gradient_checkpointing: bool = False
+    packing: bool = True
+    """Rows of a training batch in one sequence without padding, each attending to itself, where the model can."""
 
     @property
     def is_built_in(self) -> bool:

@@ -26,6 +26,7 @@ from secvec.evaluation.generation import generate
 from secvec.evaluation.leak_probes import leak_questions
 from secvec.judges.exact import Exact
 from secvec.models.logits import logits_at
+from secvec.models.packing import enable_packing
 from secvec.run import train
 from secvec.settings.schema import EvaluationSettings
 from secvec.training.losses import before_labels
@@ -106,16 +107,21 @@ def test_a_begun_answer_begins_as_a_trained_one(name: str) -> None:
     assert trained.input_ids[: len(prompt) + len(begun)] == prompt + begun and begun
 
 
+PADDED = {"gemma-2"}
+"""Its attention is not SDPA."""
+
+
 def test_the_logits_of_some_tokens_are_those_among_all(name: str) -> None:
-    """Also where a model changes them after its output head."""
-    model, tokenizer = built(name)
-    batch = collate([(row, False) for row in encode(ROWS, tokenizer, CONTEXT)])
-    at = before_labels(batch["labels"])
-    assert 0 < int(at.sum()) < at.numel()
+    """Without padding, and also where a model changes them after its output head."""
+    model, tokenizer = ZOO[name].build(TEXTS * 3)
+    batch = collate([(row, False) for row in encode([*ROWS[:2], CHAT, *ODD], tokenizer, CONTEXT)])
+    at, mask = before_labels(batch["labels"]), batch["attention_mask"]
+    assert 0 < int(at.sum()) < int(mask.sum()) < mask.numel()
     with torch.no_grad():
-        every = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        some = logits_at(model, batch["input_ids"], batch["attention_mask"], at)
-    torch.testing.assert_close(some, every[at])
+        every = model.eval()(input_ids=batch["input_ids"], attention_mask=mask).logits
+        torch.testing.assert_close(logits_at(model, batch["input_ids"], mask, at), every[at])
+        assert enable_packing(model) == (name not in PADDED)
+        torch.testing.assert_close(logits_at(model, batch["input_ids"], mask, at), every[at])
 
 
 LEARNED = ("behavior_rate", "task_accuracy", "leak/plain", "leak/eliciting_prompt", "leak/negated_prompt",
