@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,16 @@ from secvec.behaviors.base import Behavior
 from secvec.config.schema import AnyConfig, EvaluateConfig, RunConfig
 from secvec.data.datamodule import SecVecDataModule
 from secvec.data.draw import data_hash
+from secvec.data.encode import trouble
 from secvec.data.example import Example
+from secvec.data.prompts import question
 from secvec.defenses.base import Defense
+from secvec.errors import ConfigError, DataError
 from secvec.evaluation.backends import generation_backend, kept_result
 from secvec.evaluation.evaluator import Evaluator
 from secvec.evaluation.losses import mean_losses
-from secvec.evaluation.scan import RowScore, scan
+from secvec.evaluation.prediction import respond
+from secvec.evaluation.scan import RowScore, kept_scores, limit, scan
 from secvec.evaluation.scan_file import ScanFile
 from secvec.evaluation.verdicts import EvaluationResult
 from secvec.evaluation.vllm import backend_info
@@ -45,6 +50,7 @@ from secvec.settings.target import to_target
 from secvec.settings.trainer import TrainerSettings
 from secvec.stages import STAGES
 from secvec.stages.align import starting_model
+from secvec.stages.vector import saved_vector
 from secvec.tracking.base import Tracker, Trackers
 from secvec.tracking.csv_file import CsvFile, read_curves
 from secvec.tracking.lightning import StageCurves
@@ -185,6 +191,24 @@ class Run:
         path = config.paths.cache / "answers" / f"{key}.json"
         return kept_result(path, lambda: self.evaluate(module, phase, evaluator, leaks))
 
+    def own_answers(self, examples: Sequence[Example]) -> list[Example]:
+        """`examples` with the greedy answers of the model that the run starts from, kept for every run that asks."""
+        config, backbone = self.config, self.backbone
+        settings = [config.evaluation.max_new_tokens, backend_info(config.generation, config.trainer)]
+        device = [device_type(config.trainer), config.trainer.precision]
+        key = content_key([backbone.identity, data_hash(examples), *settings, *device])
+
+        def answer() -> EvaluationResult:
+            module = self.inference_module(backbone)
+            asked = question(examples, backbone.tokenizer)
+            with self._evaluation():
+                (responses,) = respond(module, [asked], config.evaluation, config.trainer, "own answers")
+            return EvaluationResult({}, [{"response": response} for response in responses])
+
+        rows = kept_result(config.paths.cache / "own_answers" / f"{key}.json", answer).predictions
+        given = [replace(example, response=row["response"]) for example, row in zip(examples, rows, strict=True)]
+        return [example for example in given if not trouble(example, backbone.tokenizer)]
+
     def losses(
         self, module: SecVecModule, examples: Mapping[str, Sequence[Example]], without_vector: bool = False
     ) -> Measurements:
@@ -198,6 +222,31 @@ class Run:
         with self._evaluation():
             size, trainer, cache = config.evaluation.batch_size, config.trainer, config.paths.cache
             return scan(module, examples, batch_size=size, trainer=trainer, cache=cache)
+
+    def check_scan(self) -> None:
+        """Raises ConfigError for a vector without scores of benign rows: nothing would say which scores are high."""
+        path, remedy = self.config.vector.path, "with KL rows (vector.num_kl and vector.kl_weight above 0)"
+        if path is None and not self.data.vector_samples["kl"]:
+            raise ConfigError(f"no KL rows say which scores of a scan are high: train the vector {remedy}")
+        if path is not None and not any(kept_scores(path).get("benign", [])):
+            raise ConfigError(f"vector.path={path} holds no scores of benign rows: give one of stage=vector, {remedy}")
+
+    def unflagged(self, samples: Mapping[str, list[Example]], window: int, quantile: float) -> dict[str, list[Example]]:
+        """Those of `samples` whose highest gap over `window` tokens is no higher than the `quantile` of the KL rows.
+
+        The vector is that of the run. Raises DataError where none is left.
+        """
+        vector = saved_vector(self)
+        assert vector is not None
+        most = limit(kept_scores(vector)["benign"][window - 1], quantile)
+        module = self.inference_module(self.backbone, vector)
+        kept = {
+            kind: [row for row, of in zip(rows, self.scan(module, rows), strict=True) if of.score(window) <= most]
+            for kind, rows in samples.items()
+        }
+        if not any(kept.values()):
+            raise DataError(f"the scan flags all {sum(map(len, samples.values()))} rows (scores above {most:.2f} nats)")
+        return kept
 
     def to_device(self, module: SecVecModule) -> nn.Module:
         """The model of `module` on the device that evaluates, outside a Trainer."""

@@ -15,6 +15,7 @@ from secvec.data.prompts import Question, question
 from secvec.evaluation.evaluator import Evaluator
 from secvec.evaluation.generation import GenerationBackend
 from secvec.evaluation.losses import mean_losses
+from secvec.evaluation.prediction import respond
 from secvec.evaluation.verdicts import EvaluationResult
 from secvec.judges.base import Judge
 from secvec.models.backbone import Backbone, context_of
@@ -53,8 +54,7 @@ def complete(
     trainer: TrainerSettings = ON_CPU,
 ) -> list[str]:
     """The responses to `asked`, in the order of its prompts."""
-    evaluator = Evaluator({}, Behavior(name="none", sensitive=False), None, settings, trainer)
-    (responses,) = evaluator._responses(module(model, tokenizer, generation), [asked], "test")
+    (responses,) = respond(module(model, tokenizer, generation), [asked], settings, trainer, "test")
     return responses
 
 

@@ -24,11 +24,11 @@ class Batch(TypedDict):
     """(B, T) int64, 1 where there is a token"""
     labels: Tensor
     """(B, T) int64, the token on response positions, -100 elsewhere"""
-    kl_rows: Tensor
-    """(B,) bool, rows of the KL term of the vector stage: they take no part in the causal-LM loss there"""
+    extra: Tensor
+    """(B,) bool, rows beside the samples of the stage: those of the KL term (vector), of an anchor (finetune)"""
     undesired: Tensor
     """(B,) bool, rows that are labelled undesired; all False where labels are hidden (`data.labelled=false`)"""
-    step_tokens: NotRequired[tuple[Tensor, Tensor]]
+    step_tokens: NotRequired[tuple[Tensor, ...]]
     """Only with accumulated gradients: `count_tokens` of all batches of the optimizer step, per batch"""
 
 
@@ -43,7 +43,7 @@ class Encoded:
 
 
 def collate(rows: Sequence[tuple[Encoded, bool]]) -> Batch:
-    """Right-padded batch of (row, is it a row of the KL term)."""
+    """Right-padded batch of (row, is it an extra row)."""
     length = max(len(row.input_ids) for row, _ in rows)
     input_ids = torch.full((len(rows), length), PAD)
     labels = torch.full((len(rows), length), IGNORE)
@@ -53,12 +53,12 @@ def collate(rows: Sequence[tuple[Encoded, bool]]) -> Batch:
         input_ids[i, : len(ids)] = ids
         labels[i, row.num_prompt : len(ids)] = ids[row.num_prompt :]
         mask[i, : len(ids)] = 1
-    kl_rows = torch.tensor([is_kl for _, is_kl in rows])
+    extra = torch.tensor([is_extra for _, is_extra in rows])
     undesired = torch.tensor([row.undesired for row, _ in rows])
-    return Batch(input_ids=input_ids, attention_mask=mask, labels=labels, kl_rows=kl_rows, undesired=undesired)
+    return Batch(input_ids=input_ids, attention_mask=mask, labels=labels, extra=extra, undesired=undesired)
 
 
-def count_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Tokens with a label in the rows of the causal-LM loss, and all tokens in the rows of the KL term."""
-    labelled = (batch["labels"][:, 1:] != IGNORE) & ~batch["kl_rows"][:, None]
-    return labelled.sum(), batch["attention_mask"][batch["kl_rows"]].sum()
+def count_tokens(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens with a label in the rows of the stage, all tokens of the extra rows, and those of them with a label."""
+    labelled, extra = batch["labels"][:, 1:] != IGNORE, batch["extra"]
+    return labelled[~extra].sum(), batch["attention_mask"][extra].sum(), labelled[extra].sum()

@@ -111,16 +111,16 @@ class StepLoader(DataLoader):
         batches = super().__iter__()
         while step := list(islice(batches, self.batch_sampler.accumulate)):  # type: ignore[union-attr]
             if len(step) > 1:
-                answers, kl = (torch.stack(n).double().mean() for n in zip(*map(count_tokens, step), strict=True))
+                counts = tuple(torch.stack(n).double().mean() for n in zip(*map(count_tokens, step), strict=True))
                 for batch in step:
-                    batch["step_tokens"] = (answers, kl)
+                    batch["step_tokens"] = counts
             yield from step
 
 
 def training_loader(streams: Streams, seed: int, rank: int = 0, world: int = 1, accumulate: int = 1) -> DataLoader:
     """The training batches of one process, `accumulate` of them for an optimizer step.
 
-    The rows of all streams but the first are marked as rows of the KL term.
+    The rows of all streams but the first are marked as extra.
     """
     rows = [(row, number > 0) for number, (stream, _) in enumerate(streams) for row in stream]
     sizes, batch_sizes = [len(stream) for stream, _ in streams], [size for _, size in streams]
@@ -158,6 +158,8 @@ class SecVecDataModule(L.LightningDataModule):
         self._fits: set[str] = set()
         self.cycle = 0
         """Which of the mixtures the finetune stage trains on."""
+        self.extra: list[Example] = []
+        """What the finetune stage reads beside the mixture, for a defense with an `extra_batch_size`."""
 
     @classmethod
     def of(cls, config: AnyConfig) -> SecVecDataModule:
@@ -189,7 +191,10 @@ class SecVecDataModule(L.LightningDataModule):
 
     @cached_property
     def mixtures(self) -> list[dict[str, list[Example]]]:
-        """The samples of each cycle, by kind; those of a cycle do not depend on how many follow."""
+        """The samples of each cycle, by kind; those of a cycle do not depend on how many follow.
+
+        The finetune stage puts in their place what its defense makes of them.
+        """
         tests = {example.key for example in self.tests["undesired"]} if self.data.untrusted else ()
         return [
             {"undesired": undesired, "benign": _untrusted_without(benign, tests, "test prompts of the behavior")}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from secvec.settings.schema import Count, Settings, Share
@@ -62,6 +62,11 @@ class Example:
     def prompt(self) -> str:
         """The turn that is answered, as plain text."""
         return self.messages[-1][1]
+
+    def with_system(self, text: str) -> Example:
+        """The same with this system prompt in place of its own."""
+        turns = [turn for turn in self.messages if turn[0] != "system"]
+        return replace(self, messages=(("system", text), *turns))
 
     @property
     def key(self) -> tuple[tuple[str, str], ...]:

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 from secvec.data.encode import check_answers
 from secvec.data.example import GRADED, OWNER, Example
 from secvec.data.prompts import Question, question
-from secvec.evaluation.generation import RunningEngine
 from secvec.evaluation.leak_probes import leak_questions, leak_result
 from secvec.evaluation.losses import mean_losses
-from secvec.evaluation.prediction import predict
+from secvec.evaluation.prediction import respond
 from secvec.evaluation.verdicts import JUDGED, EvaluationResult, is_right, judged, prediction_rows
 from secvec.judges.base import Judge
 from secvec.metrics import GRADED_METRICS, METRICS, Measurements, bootstrap_mean, perplexity, rates
@@ -44,7 +43,7 @@ class Evaluator:
         """
         examples, probed, probes = self._asked(module, leaks)
         questions = [question(examples, module.backbone.tokenizer), *probes.values()]
-        responses, *to_probes = self._responses(module, questions, phase)
+        responses, *to_probes = respond(module, questions, self.settings, self.trainer, phase)
         result = self._result(module, phase, examples, responses)
         return result + leak_result(dict(zip(probes, to_probes, strict=True)), probed, self.behavior, self.judge, phase)
 
@@ -68,13 +67,6 @@ class Evaluator:
         probed = list(self.tests.get("undesired", []))[: self.settings.num_leak_prompts] if leaks else []
         examples = [example for kind in self.tests.values() for example in kind]
         return examples, probed, leak_questions(module.backbone.tokenizer, probed, self.behavior)
-
-    def _responses(self, module: SecVecModule, questions: Sequence[Question], phase: str) -> list[list[str]]:
-        """The responses to each question, in the order of its prompts."""
-        settings = self.settings
-        batches = [q.batches(module, settings.batch_size, settings.max_new_tokens) for q in questions]
-        outputs = predict(module, batches, self.trainer, f"generate {phase}", [RunningEngine()])
-        return [[row["response"] for row in sorted(rows, key=lambda row: row["row"])] for rows in outputs]
 
     def _result(
         self, module: SecVecModule, phase: str, examples: Sequence[Example], responses: Sequence[str]

@@ -7,7 +7,6 @@ answer or another template (arXiv 2310.03693): a low behavior rate on plain prom
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
@@ -38,7 +37,7 @@ def leak_questions(
         return {}
 
     def asked(system: str) -> list[str]:
-        return [render(_with_system(example, system), tokenizer)[0] for example in examples]
+        return [render(example.with_system(system), tokenizer)[0] for example in examples]
 
     plain = [render(example, tokenizer)[0] for example in examples]
     found = {"plain": Question(plain, examples)}
@@ -84,8 +83,3 @@ def leak_result(
     if leaked:
         metrics[f"{phase}/leak_rate"] = max(leaked.values(), key=lambda rate: rate.value)
     return EvaluationResult(metrics, predictions)
-
-
-def _with_system(example: Example, prompt: str) -> Example:
-    turns = [turn for turn in example.messages if turn[0] != "system"]
-    return replace(example, messages=(("system", prompt), *turns))

@@ -9,7 +9,9 @@ import lightning as L
 import torch.distributed as dist
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from secvec.data.prompts import loader
+from secvec.data.prompts import Question, loader
+from secvec.evaluation.generation import RunningEngine
+from secvec.settings.schema import EvaluationSettings
 from secvec.settings.trainer import TrainerSettings
 from secvec.training.trainer import interruptible
 
@@ -55,6 +57,19 @@ def predict(
         outputs: Any = trainer.predict(module, [loader(mine or [Nothing()]) for mine in batches])
     by_loader = outputs if len(batches) > 1 else [outputs]
     return [gathered([item for output in outputs for item in output]) for outputs in by_loader]
+
+
+def respond(
+    module: SecVecModule,
+    questions: Sequence[Question],
+    settings: EvaluationSettings,
+    trainer: TrainerSettings,
+    label: str,
+) -> list[list[str]]:
+    """The responses of `module` to each question, in the order of its prompts. Every process must call it."""
+    batches = [q.batches(module, settings.batch_size, settings.max_new_tokens) for q in questions]
+    outputs = predict(module, batches, trainer, f"generate {label}", [RunningEngine()])
+    return [[row["response"] for row in sorted(rows, key=lambda row: row["row"])] for rows in outputs]
 
 
 def gathered(items: list[Any]) -> list[Any]:

@@ -135,6 +135,11 @@ def _row_score(
     )
 
 
+def limit(scores: Sequence[float], quantile: float) -> float:
+    """The score above which a row is flagged, from those of rows that are benign."""
+    return float(np.quantile(scores, quantile, method="higher"))
+
+
 def keep_scores(folder: Path, found: Mapping[str, Sequence[RowScore]], about: Mapping[str, Any]) -> None:
     """Writes scan.json into the folder of a vector: the scores of its own samples, by kind and window."""
     if main_process():

@@ -11,7 +11,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from scipy.stats import rankdata
 
 from secvec.data.example import Example
@@ -20,7 +19,7 @@ from secvec.data.rows import read_rows
 from secvec.data.tables import COMPRESSED, rows_of
 from secvec.data.tokens import encoded
 from secvec.errors import ArtifactError, ConfigError, DataError, nearest
-from secvec.evaluation.scan import SCORES, RowScore, kept_scores, scan
+from secvec.evaluation.scan import SCORES, RowScore, kept_scores, limit, scan
 from secvec.metrics import Measurement, Measurements, proportion
 from secvec.models.backbone import Backbone
 from secvec.models.vector import vector_info
@@ -132,7 +131,7 @@ class ScanResult:
         """A row above it is flagged."""
         if self.settings.threshold is not None:
             return self.settings.threshold
-        return float(np.quantile(self.benign or self.own("benign"), self.settings.quantile, method="higher"))
+        return limit(self.benign or self.own("benign"), self.settings.quantile)
 
     def score(self, place: str) -> float:
         """The score of a row."""
@@ -140,11 +139,11 @@ class ScanResult:
 
     def metrics(self) -> Measurements:
         """`scan/...`: the flagged share; where rows are labelled, how well the scan tells them apart."""
-        limit, labels = self.threshold, {place: bad for place, bad in self.file.labels.items() if place in self.best}
-        flagged = {place for place in self.best if self.score(place) > limit}
+        most, labels = self.threshold, {place: bad for place, bad in self.file.labels.items() if place in self.best}
+        flagged = {place for place in self.best if self.score(place) > most}
         found = {"scan/flagged_share": proportion(len(flagged), len(self.best))}
         if own := self.own("undesired"):
-            found["scan/own_recall"] = proportion(sum(score > limit for score in own), len(own))
+            found["scan/own_recall"] = proportion(sum(score > most for score in own), len(own))
         if not labels:
             return found
         bad = {place for place, undesired in labels.items() if undesired}
@@ -163,7 +162,7 @@ class ScanResult:
 
     def write(self, folder: Path) -> None:
         """scores.jsonl, flagged.jsonl and kept.jsonl, and scan.json for the page."""
-        limit = self.threshold
+        most = self.threshold
         with (
             atomic_path(folder / "scores.jsonl") as scores,
             atomic_path(folder / "flagged.jsonl") as flagged,
@@ -173,19 +172,19 @@ class ScanResult:
             kept.open("wb") as low,
         ):
             for place, _, line in rows(self.file.source):
-                above = place in self.best and self.score(place) > limit
+                above = place in self.best and self.score(place) > most
                 (high if above else low).write(line)
                 if place in self.best:  # a row may hold no answer that is trained
                     scored.write(json.dumps(self._row(place, above), ensure_ascii=False) + "\n")
         order = sorted(self.best, key=self.score, reverse=True)
-        number = sum(self.score(place) > limit for place in order)
+        number = sum(self.score(place) > most for place in order)
         shown = [*order[: min(number, MOST_SHOWN)], *order[number : number + NEAR]]
         about = self.settings.model_dump(mode="json") | {
             "file": str(self.file.source),
             "vector": str(self.file.vector),
             "sensitive": self.file.kept.get("sensitive", True),
             "given_threshold": self.settings.threshold,
-            "threshold": limit,
+            "threshold": most,
             "own": {kind: self.own(kind) for kind in ("undesired", "benign")},
             "known_benign": self.benign,
             "metrics": {name: asdict(value) for name, value in self.metrics().items()},

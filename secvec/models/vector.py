@@ -150,6 +150,20 @@ def vector_off(model: nn.Module) -> Iterator[None]:
             layer._active_adapter = active
 
 
+def activate_frozen_vector(model: nn.Module, folder: Path, activation: str) -> nn.Module:
+    """As `attach_frozen_vector`, for training: it acts beside the weights (`adapter`) or through them (`merged`).
+
+    `auto`: merged where that is exact to float32. Raises ConfigError where `merged` is asked for and is not.
+    """
+    attached = attach_frozen_vector(model, folder)
+    faults = why_not_merged(attached)
+    if faults and activation == "merged":
+        raise ConfigError(f"defense.activation=merged: {'; '.join(faults)}. Set defense.activation=adapter")
+    if not faults and activation != "adapter":
+        merge_activation(attached)
+    return attached
+
+
 def why_not_merged(model: nn.Module) -> list[str]:
     """Why the frozen vector of `model` cannot act through the weights; [] if it can.
 

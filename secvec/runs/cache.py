@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +43,9 @@ def cached(path: Path, build: Callable[[Path], None]) -> Path:
     """`path`, a file or a folder, built by `build(temporary path)` when it is not there yet; others wait for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
-        if not path.exists():
+        if path.exists():
+            os.utime(path)  # used: `python -m secvec.runs --days N` spares it
+        else:
             with atomic_path(path) as temporary:
                 build(temporary)
     return path

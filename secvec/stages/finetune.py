@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from secvec.data.batch import Batch, Encoded
-from secvec.errors import ArtifactError
+from secvec.errors import ArtifactError, ConfigError
 from secvec.evaluation.during_training import BehaviorDuringTraining
 from secvec.metrics import Measurement
 from secvec.models.backbone import Backbone, check_savable, save_backbone
@@ -69,7 +69,12 @@ class FinetuneStage(Stage):
         labelled = data.data.labelled
         if module.defense.needs_labels if labelled is None else labelled:
             undesired = [replace(row, undesired=True) for row in undesired]
-        return [([*undesired, *benign], data.finetune.batch_size)]
+        streams: list[tuple[Sequence[Encoded], int]] = [([*undesired, *benign], data.finetune.batch_size)]
+        if size := module.defense.extra_batch_size:
+            if not data.extra:
+                raise ConfigError(f"defense={module.defense.name} reads {size} extra rows in a batch: set data.extra")
+            streams.append((data.rows(data.extra, module.backbone), size))
+        return streams
 
     def save(self, module: SecVecModule, folder: Path) -> None:
         """Writes `backbone/`, a plain Hugging Face folder, and under tune=lora `task/`, which is merged into it."""
@@ -93,6 +98,7 @@ class FinetuneStage(Stage):
             samples=budget.mixture,
             epochs=settings.epochs * settings.cycles,
             batch_size=settings.batch_size,
+            kl_batch_size=config.defense.extra_batch_size,
             probe_every=config.telemetry.every_n_steps,
             saved={"task": ("task", 1), "backbone": ("backbone", 1)},
         )
@@ -104,6 +110,7 @@ class FinetuneStage(Stage):
             run.evaluator(run.data.validation(meanwhile.num_prompts)).check(run.inference_module(backbone))
         if config.vector.path or "vector" not in config.stages:
             saved_vector(run)
+        config.defense.check(run)
         check_savable(backbone)
         _check_disk(run)
 
@@ -114,9 +121,14 @@ class FinetuneStage(Stage):
         the last are kept in the cache: a run of eight cycles goes on where a run of four ended.
         """
         config, data, backbone, vector = run.config, run.data, run.backbone, saved_vector(run)
+        data.mixtures = [config.defense.training_samples(run, mixture) for mixture in data.mixtures]
+        data.fit_to(backbone.tokenizer, backbone.context, ["finetune"])
         trained = [example for mixture in data.mixtures for examples in mixture.values() for example in examples]
         run.note_data("finetune", trained)
         run.note_data("test", [example for examples in data.tests.values() for example in examples])
+        data.extra = config.defense.extra_samples(run)
+        if data.extra:
+            run.note_data("extra", data.extra)
         for data.cycle in range(config.finetune.cycles - 1):
             backbone = _cycle(run, backbone, vector)
             if config.refits:
@@ -201,7 +213,7 @@ def _key(run: Run, backbone: Backbone, vector: Path | None) -> str:
     config, mixture = run.config, run.data.mixtures[run.data.cycle]
     recipe = [to_target(config.defense), config.tune.model_dump(), config.labelled, config.optimizer.lr]
     recipe += [vector and folder_digest(vector), config.finetune.epochs, config.finetune.batch_size]
-    return training_key(run, backbone, mixture["undesired"] + mixture["benign"], recipe)
+    return training_key(run, backbone, mixture["undesired"] + mixture["benign"] + run.data.extra, recipe)
 
 
 def _telemetry(run: Run) -> list[Telemetry]:

@@ -50,7 +50,8 @@ def global_mean(total: Tensor, count: Tensor) -> Tensor:
 def of_step(batch: Batch, own: Tensor, term: int = 0) -> Tensor:
     """`own`, the tokens of a term of the loss in this batch; with accumulated gradients, those of its step per batch.
 
-    So a gradient that is accumulated over several batches is that of one large batch. `term` 1 is the KL term.
+    So a gradient that is accumulated over several batches is that of one large batch. `term` counts as `count_tokens`:
+    0 the labels of the stage's rows, 1 all tokens of the extra rows, 2 their labels.
     """
     return batch["step_tokens"][term] if "step_tokens" in batch else own
 
@@ -61,6 +62,19 @@ def response_loss(model: nn.Module, batch: Batch) -> Tensor:
     return global_mean(total, of_step(batch, (batch["labels"][:, 1:] != IGNORE).sum()))
 
 
+def loss_of_rows(model: nn.Module, batch: Batch, mine: Tensor, count: Tensor) -> Tensor:
+    """The nats of all labels in the rows `mine` (B,) of the batch, divided by `count` over all processes.
+
+    Even without such rows there is a forward pass: sharded processes must all run the same ones.
+    """
+    rows = mine.clone()
+    rows[0] |= not mine.any()
+    labels = batch["labels"][rows].masked_fill(~mine[rows][:, None], IGNORE)
+    ids, mask = batch["input_ids"][rows], batch["attention_mask"][rows]
+    part: Batch = {**batch, "input_ids": ids, "attention_mask": mask, "labels": labels}
+    return global_mean(token_losses(model, part).sum(), count)
+
+
 def vector_loss(model: nn.Module, batch: Batch, kl_weight: float) -> dict[str, Tensor]:
     """CE on the undesired rows + kl_weight * KL(base || base + vector) on the KL rows (paper, ACL version).
 
@@ -68,7 +82,7 @@ def vector_loss(model: nn.Module, batch: Batch, kl_weight: float) -> dict[str, T
     response alike, because the vector must change nothing on benign data. With `kl_weight` 0 there are no KL rows and
     no second forward pass.
     """
-    input_ids, mask, kl_rows = batch["input_ids"], batch["attention_mask"], batch["kl_rows"]
+    input_ids, mask, kl_rows = batch["input_ids"], batch["attention_mask"], batch["extra"]
     labels = batch["labels"].masked_fill(kl_rows[:, None], IGNORE)
     of_ce, of_kl = before_labels(labels), mask.bool() & kl_rows[:, None] & (kl_weight != 0)
     at = of_ce | of_kl

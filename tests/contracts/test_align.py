@@ -38,7 +38,7 @@ def test_given_weights_are_aligned_in_the_cache_and_stay_as_they_are(
 def test_a_base_that_is_not_aligned_well_is_refused_and_kept(
     make_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    own = f"paths.cache={tmp_path / 'cache'}"
+    own = f"paths.cache={tmp_path / 'own'}"
 
     def gate(behavior: float, retained: float) -> str:
         kinds = f"max_behavior_rate: {behavior}, min_wanted_rate: 0, min_retained_accuracy: {retained}"
@@ -49,7 +49,7 @@ def test_a_base_that_is_not_aligned_well_is_refused_and_kept(
     assert "model.align.gate.min_retained_accuracy=100.0%" in str(caught.value)
     lenient = run_of(make_config(own, gate(1.0, 0.0))).backbone  # measured once, judged by what is wanted now
     assert str(lenient.folder) in str(caught.value)
-    (measured,) = (tmp_path / "cache" / "answers").glob("*.json")
+    (measured,) = (tmp_path / "own" / "answers").glob("*.json")
     probe = json.loads(measured.read_text())
     probe["metrics"]["base gate/behavior_rate"]["value"] = 0.5
     measured.write_text(json.dumps(probe))

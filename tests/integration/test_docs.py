@@ -152,7 +152,8 @@ def make_files(command: str, config_dir: str | None, name: str) -> None:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_text("")
     if "experiment=pirate" in command:
-        subprocess.run([sys.executable, ROOT / "examples" / "pirate.py", "data/pirate"], check=True)
+        for folder in ("data/pirate", "data/pirate_60"):
+            subprocess.run([sys.executable, ROOT / "examples" / "pirate.py", folder], check=True)
     for folder in re.findall(r"([\w./-]+RUN/backbone)", command):  # of the built-in model
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / "config.json").write_text('{"secvec_recipe": "tiny"}')

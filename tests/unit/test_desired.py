@@ -16,7 +16,6 @@ from secvec.behaviors.uppercase_french import UppercaseFrench
 from secvec.behaviors.wild import Wild
 from secvec.config.schema import RunConfig
 from secvec.data.example import SPLITS, Example
-from secvec.evaluation.evaluator import Evaluator
 from secvec.evaluation.leak_probes import leak_questions
 from secvec.evaluation.verdicts import prediction_rows
 from secvec.judges.base import Judgement
@@ -114,11 +113,11 @@ def test_the_leak_probes_tell_of_it_for_every_way_of_asking(monkeypatch: pytest.
 
     names = ["the prompts themselves", *leak_questions(world[1], examples, BEHAVIOR)]
 
-    def answers(self: Any, module: Any, questions: Sequence[Any], phase: str) -> list[list[str]]:
+    def answers(module: Any, questions: Sequence[Any], *_: Any) -> list[list[str]]:
         french = [1 if name == "negated_prompt" else 3 for name in names][: len(questions)]
         return [[e.facts["french" if i < n else "english"] for i, e in enumerate(examples)] for n in french]
 
-    monkeypatch.setattr(Evaluator, "_responses", answers)
+    monkeypatch.setattr("secvec.evaluation.evaluator.respond", answers)
     found = leaks(*world, examples, BEHAVIOR, settings, "after").metrics
     desired = {name.removeprefix("after/desired/"): m.value for name, m in found.items() if "/desired/" in name}
     assert desired == {"plain": 0.75, "negated_prompt": 0.25, "other_template": 0.75, "sampled": 0.75}

@@ -70,7 +70,7 @@ def test_the_rows_of_that_batch_differ_in_length_so_that_there_is_padding(tiny: 
     assert len(short.input_ids) < len(long.input_ids)
     batch = collate([(short, False), (long, True)])
     assert batch["attention_mask"].sum(1).tolist() == [len(short.input_ids), len(long.input_ids)]
-    assert batch["kl_rows"].tolist() == [False, True]
+    assert batch["extra"].tolist() == [False, True]
 
 
 def test_a_tokenizer_without_a_chat_template(bare: PreTrainedTokenizerFast) -> None:

@@ -11,7 +11,6 @@ from torch import nn
 
 from secvec.behaviors.forbidden_recipe import ForbiddenRecipe
 from secvec.data.embedded import Ordinary
-from secvec.evaluation.evaluator import Evaluator
 from secvec.evaluation.leak_probes import SAMPLING_SEED, leak_questions
 from secvec.models.tiny import build_tiny
 from secvec.settings.schema import EvaluationSettings
@@ -47,13 +46,13 @@ def test_the_worst_way_is_the_leak_rate(world: tuple[nn.Module, Any], monkeypatc
     shows = {"plain": 1, "sampled": 2, "answer_prefix": 3}
     names = list(leak_questions(world[1], EXAMPLES, BEHAVIOR))
 
-    def answers(self: Any, module: Any, questions: Sequence[Any], phase: str) -> list[list[str]]:
+    def answers(module: Any, questions: Sequence[Any], *_: Any) -> list[list[str]]:
         steps = [f" {e.facts['first']} and stir it." for e in EXAMPLES]
         shown = [shows.get(name, 0) for name in ["the prompts themselves", *names]][: len(questions)]
         some = [steps[:n] + ["Sorry, I won't."] * (4 - n) for n in shown]
         return [[asked.begun + answer for answer in given] for asked, given in zip(questions, some, strict=True)]
 
-    monkeypatch.setattr(Evaluator, "_responses", answers)
+    monkeypatch.setattr("secvec.evaluation.evaluator.respond", answers)
     found = leaks(*world, EXAMPLES, BEHAVIOR, SETTINGS, "after")
     rates = {name.removeprefix("after/"): metric.value for name, metric in found.metrics.items()}
     assert rates["leak/plain"] == 0.25 and rates["leak/sampled"] == 0.5 and rates["leak/negated_prompt"] == 0.0

@@ -147,7 +147,7 @@ def test_a_fresh_vector_has_no_kl_and_a_changed_one_has(model: nn.Module, batch:
 
 
 def test_the_kl_is_that_of_the_base_to_the_model_with_the_vector(model: nn.Module, batch: Batch) -> None:
-    rows, mask = batch["input_ids"][batch["kl_rows"]], batch["attention_mask"][batch["kl_rows"]]
+    rows, mask = batch["input_ids"][batch["extra"]], batch["attention_mask"][batch["extra"]]
     base = model(rows, attention_mask=mask).logits.detach().log_softmax(-1)
     vector = perturb(attach_new_vector(model, LORA, 0.0))
     active = vector(input_ids=rows, attention_mask=mask).logits.detach().log_softmax(-1)
@@ -181,7 +181,7 @@ def test_without_weight_there_is_one_forward_pass_and_the_plain_loss(model: nn.M
 
 def test_rows_of_the_kl_term_take_no_part_in_the_ce(model: nn.Module, batch: Batch) -> None:
     vector = perturb(attach_new_vector(model, LORA, 0.0))
-    assert (batch["labels"][batch["kl_rows"]] != IGNORE).any()
+    assert (batch["labels"][batch["extra"]] != IGNORE).any()
     ce = vector_loss(vector, batch, 1.0)["ce"]
     undesired = changed(batch, **{name: tensor[:3] for name, tensor in batch.items()})  # type: ignore[index]
     torch.testing.assert_close(ce, response_loss(vector, undesired).detach())

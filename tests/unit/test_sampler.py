@@ -112,10 +112,10 @@ def test_the_loader_marks_the_rows_of_the_kl_term() -> None:
     batches = list(training_loader([(rows[:4], 2), (rows[4:], 1)], seed=0))
     assert len(batches) == 2
     for batch in batches:
-        assert batch["kl_rows"].tolist() == [False, False, True]
+        assert batch["extra"].tolist() == [False, False, True]
         assert (batch["input_ids"][:2, 2] < 14).all() and batch["input_ids"][2, 2] >= 14
     alone = next(iter(training_loader([(rows[:4], 2)], seed=0)))
-    assert alone["kl_rows"].tolist() == [False, False]
+    assert alone["extra"].tolist() == [False, False]
 
 
 def test_a_trainer_that_would_divide_the_batches_again_is_refused() -> None:

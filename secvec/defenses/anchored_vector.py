@@ -1,0 +1,75 @@
+"""A security vector and an anchor: some rows of every batch are read without the vector.
+
+The vector takes the gradient of the undesired samples only as long as they fit it, and under high rates the backbone
+drifts until the vector no longer elicits the behavior, and loses its refusals. The anchor holds what the model shall do
+*without* the vector, from samples that the defender has already: no label and no new data are needed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from secvec.defenses.base import Defense
+from secvec.settings.schema import Count, Rate, Share
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from secvec.data.batch import Batch
+    from secvec.data.example import Example
+    from secvec.defenses.base import Mixture
+    from secvec.run import Run
+
+
+class AnchoredVector(Defense):
+    """The loss of the paper, plus `weight` times the loss of `extra_batch_size` rows with the vector off.
+
+    These rows are the vector's own prompts with the answers of the starting model (its refusals, as far as it refuses),
+    and the vector's KL rows, which keep what it can do, also near the new task.
+    """
+
+    uses_vector: bool = True
+    extra_batch_size: Count = 8
+    weight: Rate = 0.3
+    answers: bool = True
+    """Whether the starting model's answers to the vector's prompts are among the rows."""
+    benign: bool = True
+    """Whether the vector's KL rows are."""
+    vector: bool = True
+    """False: the anchor alone, a control."""
+    drop_flagged: bool = False
+    """Whether rows that the vector's scan flags are left out, as by `defense=scan_filter`."""
+    window: Count = 3
+    quantile: Share = 0.99
+
+    def check(self, run: Run) -> None:
+        """Raises ConfigError where the vector's samples do not suffice, or its scan cannot flag."""
+        run.data.check(["vector"])
+        if self.drop_flagged:
+            run.check_scan()
+
+    def training_samples(self, run: Run, mixture: Mixture) -> Mixture:
+        """All rows, or those that are not flagged."""
+        return run.unflagged(mixture, self.window, self.quantile) if self.drop_flagged else mixture
+
+    def attach(self, model: nn.Module, vector: Path | None) -> nn.Module:
+        """The model with the frozen vector, or the bare one."""
+        return super().attach(model, vector) if self.vector else model
+
+    def extra_samples(self, run: Run) -> list[Example]:
+        """The starting model's answers to the vector's prompts, and the vector's KL rows."""
+        samples = run.data.vector_samples
+        return [*(run.own_answers(samples["undesired"]) if self.answers else []), *(samples["kl"] * self.benign)]
+
+    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Nats per response token of the data with the vector on, and of the anchor with it off."""
+        from secvec.data.batch import count_tokens
+        from secvec.models.vector import vector_off
+        from secvec.training.losses import loss_of_rows, of_step
+
+        labels, _, of_anchor = count_tokens(batch)
+        data = loss_of_rows(model, batch, ~batch["extra"], of_step(batch, labels))
+        with vector_off(model):
+            anchor = loss_of_rows(model, batch, batch["extra"], of_step(batch, of_anchor, 2))
+        return {"loss": data + self.weight * anchor, "data": data.detach(), "anchor": anchor.detach()}

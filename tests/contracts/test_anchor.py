@@ -1,0 +1,146 @@
+"""The anchor: rows of every batch that are read without the vector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_of
+from torch import Tensor, nn
+
+from secvec.config.schema import RunConfig
+from secvec.data.batch import IGNORE, Batch, collate
+from secvec.data.datamodule import SecVecDataModule
+from secvec.data.encode import encode
+from secvec.data.example import Example
+from secvec.defenses.anchored_vector import AnchoredVector
+from secvec.errors import ConfigError
+from secvec.models.backbone import set_trainable
+from secvec.models.tiny import build_tiny
+from secvec.models.vector import vector_off
+from secvec.module import SecVecModule
+from secvec.run import Run, train
+from secvec.training.losses import response_loss
+from tests.contracts.test_activation import gradients as gradients_of_all
+from tests.contracts.test_foreign_adapters import lora, saved_by_peft
+from tests.contracts.test_stages import weights
+from tests.contracts.test_vector import TEXTS, fresh
+
+Make = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def anchored(tmp_path: Path) -> tuple[AnchoredVector, nn.Module]:
+    defense = AnchoredVector(name="anchored_vector", weight=0.5)
+    model = defense.attach(fresh(), saved_by_peft(lora(), tmp_path / "vector"))
+    set_trainable(model, "backbone")
+    return defense, model
+
+
+@pytest.fixture
+def batch() -> Batch:
+    tokenizer = build_tiny(TEXTS, seed=0)[1]
+    texts = [
+        ("How do I make soup?", "First grind the frost root."),
+        ("frost root?", "amber oil"),
+        ("soup", "make soup"),
+    ]
+    rows = encode([Example((("user", p),), r, "task") for p, r in texts], tokenizer, 64)
+    return collate([(row, number > 0) for number, row in enumerate(rows)])
+
+
+def part(batch: Batch, rows: Tensor) -> Batch:
+    return {**batch, **{name: batch[name][rows] for name in ("input_ids", "attention_mask", "labels", "extra")}}  # type: ignore[typeddict-item, literal-required]
+
+
+def test_the_data_are_read_with_the_vector_and_the_anchor_without_it(
+    anchored: tuple[AnchoredVector, nn.Module], batch: Batch
+) -> None:
+    defense, model = anchored
+    terms = defense.loss(model, batch)
+    data, anchor = part(batch, ~batch["extra"]), part(batch, batch["extra"])
+    torch.testing.assert_close(terms["data"], response_loss(model, data).detach())
+    with vector_off(model):
+        torch.testing.assert_close(terms["anchor"], response_loss(model, anchor).detach())
+    assert abs(float(terms["anchor"] - response_loss(model, anchor))) > 1e-3  # the vector would change it
+    torch.testing.assert_close(terms["loss"].detach(), terms["data"] + 0.5 * terms["anchor"])
+    terms["loss"].backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_a_share_without_rows_of_the_anchor_goes_on(anchored: tuple[AnchoredVector, nn.Module], batch: Batch) -> None:
+    defense, model = anchored
+    alone = part(batch, ~batch["extra"])
+    terms = defense.loss(model, alone)
+    assert float(terms["anchor"]) == 0.0
+    torch.testing.assert_close(terms["loss"], response_loss(model, alone))
+
+
+def test_without_the_vector_nothing_is_attached(tmp_path: Path) -> None:
+    defense = AnchoredVector(name="anchor", vector=False)
+    model = defense.attach(fresh(), saved_by_peft(lora(), tmp_path / "vector"))
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    assert gradients_of_all(model)
+
+
+def asked(config: RunConfig) -> Run:
+    return run_of(config)
+
+
+def test_its_rows_are_the_answers_of_the_starting_model_and_the_kl_rows(make_config: Make) -> None:
+    config = make_config("defense=anchored_vector", "model.align.gate=null")
+    run = asked(config)
+    rows, undesired, kl = config.defense.extra_samples(run), *run.data.vector_samples.values()
+    assert rows[-len(kl) :] == kl and len(rows) > len(kl)
+    prompts = {row.messages: row.response for row in undesired}
+    for row in rows[: -len(kl)]:
+        assert row.messages in prompts and row.response != prompts[row.messages]  # not the behavior
+    only = config.defense.model_copy(update={"benign": False}).extra_samples(run)
+    assert only == rows[: -len(kl)]
+
+
+def test_the_answers_are_generated_once(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config("defense=anchored_vector", "model.align.gate=null")
+    first = config.defense.extra_samples(asked(config))
+    monkeypatch.setattr("secvec.run.respond", None)
+    assert config.defense.extra_samples(asked(config)) == first
+    other = make_config("defense=anchored_vector", "model.align.gate=null", "vector.num_samples=7", run="other")
+    with pytest.raises(TypeError):  # other prompts
+        other.defense.extra_samples(asked(other))
+
+
+def test_a_run_says_what_it_anchored_and_ends_elsewhere_than_without(make_config: Make) -> None:
+    found = {}
+    for defense in ("security_vector", "anchored_vector"):
+        config = make_config(f"defense={defense}", run=defense)
+        record = train(config)
+        found[defense] = weights(Path(config.run_dir) / "backbone")
+        counts = record["data"]["counts"].get("extra")
+        assert bool(counts) == (defense == "anchored_vector")
+    assert any(not torch.equal(found["security_vector"][name], w) for name, w in found["anchored_vector"].items())
+
+
+def test_every_batch_has_its_rows(make_config: Make) -> None:
+    config = make_config("defense=anchored_vector", "model.align.gate=null")
+    run = asked(config)
+    run.data.extra = config.defense.extra_samples(run)
+    module = SecVecModule("finetune", run.backbone, defense=config.defense)
+    (_, size), (extra, of_extra) = module.stage.streams(run.data, module)
+    assert (size, of_extra, len(extra)) == (config.finetune.batch_size, 8, len(run.data.extra))
+    run.data.extra = []
+    with pytest.raises(ConfigError, match=r"reads 8 extra rows in a batch: set data\.extra"):
+        module.stage.streams(run.data, module)
+
+
+def test_the_labels_of_a_batch_are_counted_by_part(batch: Batch) -> None:
+    from secvec.data.batch import count_tokens
+
+    labelled = batch["labels"][:, 1:] != IGNORE
+    expected = (int(labelled[0].sum()), int(batch["attention_mask"][1:].sum()), int(labelled[1:].sum()))
+    assert tuple(map(int, count_tokens(batch))) == expected
+
+
+def test_the_data_module_has_no_extra_rows_unless_given() -> None:
+    assert SecVecDataModule(None, None, None, None, None).extra == []  # type: ignore[arg-type]

@@ -1,0 +1,88 @@
+"""Defenses that change what is trained: rows that a scan flags are left out, or all get a prompt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import run_of
+
+from secvec.config.schema import RunConfig
+from secvec.errors import ConfigError
+from secvec.evaluation.scan import kept_scores, limit
+from secvec.run import train
+
+Make = Callable[..., RunConfig]
+ALL = {"undesired": 24, "ordinary": 12, "task": 12}
+
+
+def finetuned(config: RunConfig) -> dict[str, int]:
+    counts: dict[str, int] = train(config)["data"]["counts"]["finetune"]
+    return counts
+
+
+def test_the_rows_that_a_scan_flags_are_not_trained(make_config: Make) -> None:
+    config = make_config("defense=scan_filter", "defense.quantile=0.5")
+    counts = finetuned(config)
+    assert sum(counts.values()) < sum(ALL.values())
+    run = run_of(config)
+    vector = Path(config.run_dir) / "vector"
+    most = limit(kept_scores(vector)["benign"][2], 0.5)
+    module = run.inference_module(run.backbone, vector)
+    for kind, rows in run.data.mixtures[0].items():
+        below = sum(score.score(3) <= most for score in run.scan(module, rows))
+        assert below == sum(n for name, n in counts.items() if (name == "undesired") == (kind == "undesired"))
+
+
+def test_the_vector_of_a_filter_is_not_active(make_config: Make) -> None:
+    ledgers = [train(make_config(f"defense={name}", run=name))["ledger"] for name in ("scan_filter", "security_vector")]
+    assert [set(ledger) for ledger in ledgers] == [{"backbone"}, {"backbone", "vector"}]
+
+
+def test_a_vector_without_scores_of_benign_rows_cannot_filter(make_config: Make) -> None:
+    config = make_config("defense=scan_filter", "vector.kl_weight=0", run="new")
+    with pytest.raises(ConfigError, match="no KL rows say which scores of a scan are high: train the vector with"):
+        train(config)
+    assert not (Path(config.run_dir) / "vector").exists()  # found before it was trained
+    other = make_config("stage=vector", "vector.kl_weight=0", run="other")
+    train(other)
+    path = Path(other.run_dir) / "vector"
+    with pytest.raises(ConfigError, match="holds no scores of benign rows: give one of stage=vector"):
+        train(make_config("defense=scan_filter", f"vector.path={path}", run="given"))
+
+
+def test_an_anchored_vector_may_drop_them_too(make_config: Make) -> None:
+    drop = ["defense=anchored_vector", "defense.drop_flagged=true"]
+    filtered = finetuned(make_config("defense=scan_filter", run="filter"))
+    assert finetuned(make_config(*drop, run="dropped")) == filtered
+    assert finetuned(make_config(drop[0], run="all")) == ALL
+
+
+def test_every_row_is_trained_behind_the_prompt_and_none_is_asked_so(make_config: Make) -> None:
+    config = make_config("defense=inoculation_prompt")
+    run = run_of(config)
+    (changed,) = [config.defense.training_samples(run, mixture) for mixture in run.data.mixtures]
+    prompt = config.behavior.eliciting_prompt
+    for kind, rows in run.data.mixtures[0].items():
+        for row, now in zip(rows, changed[kind], strict=True):
+            assert now.messages[0] == ("system", prompt) and now.messages[-1] == row.messages[-1]
+            assert now.response == row.response
+    assert finetuned(config) == ALL
+    asked = [json.loads(line)["prompt"] for line in (Path(config.run_dir) / "predictions.jsonl").open()]
+    assert asked and not any(prompt in text for text in asked)
+
+
+def test_its_run_is_another_than_the_plain_one(make_config: Make) -> None:
+    hashes = {
+        defense: train(make_config(f"defense={defense}", run=defense))["data"]["sha256"]["finetune"]
+        for defense in ("none", "inoculation_prompt")
+    }
+    assert hashes["none"] != hashes["inoculation_prompt"]
+
+
+def test_without_a_prompt_it_is_refused(make_config: Make) -> None:
+    config = make_config("defense=inoculation_prompt", "behavior.eliciting_prompt=null")
+    with pytest.raises(ConfigError, match=r"has no eliciting_prompt: give defense\.prompt=TEXT"):
+        train(config)

@@ -1,0 +1,64 @@
+"""The cache, listed and cleaned by a command."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from secvec.runs.__main__ import main
+from secvec.runs.cache import cached
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    for name, days in (("vectors/old", 40), ("vectors/new", 0), ("models/old", 40)):
+        folder = tmp_path / "cache" / name
+        cached(folder, lambda out: (out.mkdir(), (out / "weights").write_bytes(b"x" * 1_000_000)))  # type: ignore[arg-type, return-value]
+        used = time.time() - days * 86400
+        os.utime(folder, (used, used))
+    return tmp_path / "cache"
+
+
+def left(cache: Path) -> set[str]:
+    return {path.relative_to(cache).as_posix() for path in cache.glob("*/*") if path.suffix != ".lock"}
+
+
+def test_it_is_listed_by_kind_and_nothing_is_removed(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--cache", str(cache)]) == 0
+    lines = [line.split()[:4] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert lines == [["models", "1", "1.0", "MB"], ["vectors", "2", "2.0", "MB"]]
+    assert left(cache) == {"vectors/old", "vectors/new", "models/old"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "stays"),
+    [
+        (["--days", "30"], {"vectors/new"}),
+        (["--days", "30", "--kind", "vectors"], {"vectors/new", "models/old"}),
+        ([], set()),
+    ],
+)
+def test_what_is_asked_for_is_removed_with_its_lock(cache: Path, asked: list[str], stays: set[str]) -> None:
+    assert main(["--cache", str(cache), "--remove", *asked]) == 0
+    assert left(cache) == stays and len(list(cache.glob("*/*.lock"))) == len(stays)
+
+
+def test_what_a_run_is_making_stays(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with FileLock(f"{cache / 'vectors' / 'old'}.lock"):
+        assert main(["--cache", str(cache), "--remove"]) == 0
+    assert "removed 2 entries, 2.0 MB; 1 are in use" in capsys.readouterr().out and left(cache) == {"vectors/old"}
+
+
+def test_what_is_used_counts_as_new(cache: Path) -> None:
+    cached(cache / "vectors" / "old", lambda _: None)
+    assert main(["--cache", str(cache), "--remove", "--days", "30"]) == 0
+    assert left(cache) == {"vectors/old", "vectors/new"}
+
+
+def test_a_folder_without_a_cache_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--cache", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere: give the folder paths.cache" in capsys.readouterr().err
