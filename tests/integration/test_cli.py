@@ -59,7 +59,8 @@ def test_help_and_the_composed_config(run, tmp_path: Path) -> None:  # type: ign
     assert done.returncode == 0, done.stderr
     assert (
         "defense: anchor, anchored_vector, inoculation_prompt, labelled_vector, none, refitted_vector, scan_filter, "
-        "security_vector\n" in done.stdout
+        "security_vector\n"
+        in done.stdout
         and "experiment: demo, " in done.stdout
     )
     assert "Traceback" not in done.stderr + done.stdout
