@@ -82,7 +82,8 @@ def hugging_face(way: str, steps: int, clock: Clock) -> list[float]:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model: Any = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     common: dict[str, Any] = {
-        "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": PACKED if way == "trl_packing" else BATCH, "learning_rate": LR, "use_cpu": True,
+        "output_dir": tempfile.mkdtemp(), "learning_rate": LR, "use_cpu": True,
+        "per_device_train_batch_size": PACKED if way == "trl_packing" else BATCH,
         "lr_scheduler_type": "constant", "max_steps": steps + 1, "adam_beta2": 0.95, "weight_decay": 0.0, "fp16": False,
         "bf16": False, "max_grad_norm": 1.0, "logging_steps": 1, "report_to": "none", "save_strategy": "no",
         "train_sampling_strategy": "sequential", "disable_tqdm": True, "gradient_checkpointing": False,
@@ -90,7 +91,8 @@ def hugging_face(way: str, steps: int, clock: Clock) -> list[float]:
     if way.startswith("trl"):
         from trl import SFTConfig, SFTTrainer
 
-        data = [{"input_ids": ids, "completion_mask": [0] * p + [1] * (len(ids) - p)} for ids, p in rows(steps)]
+        given = rows(2 * steps if way == "trl_packing" else steps)
+        data = [{"input_ids": ids, "completion_mask": [0] * p + [1] * (len(ids) - p)} for ids, p in given]
         settings = SFTConfig(**common, packing=way == "trl_packing", max_length=1024, shuffle_dataset=False)
         trainer: Any = SFTTrainer(
             model, args=settings, train_dataset=Dataset.from_list(data), processing_class=tokenizer, callbacks=[Tick()],
