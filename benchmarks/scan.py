@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pages import keep, show
 from pydantic import TypeAdapter
 
 from secvec.behaviors.base import Behavior
@@ -166,15 +167,8 @@ def main() -> None:
             for vector in given.vectors.split(",")
             for record in scans(name, seed, vector)
         ]
-        RECORDS.parent.mkdir(parents=True, exist_ok=True)
-        RECORDS.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    made = table(json.loads(RECORDS.read_text(encoding="utf-8")))
-    page = PAGE.read_text(encoding="utf-8")
-    before, start, rest = page.partition("<!-- table: benchmarks/scan.py -->\n")
-    _, end, after = rest.partition("<!-- end -->")
-    assert start and end, f"{PAGE} has no place for the table"
-    PAGE.write_text(f"{before}{start}\n{made}\n\n{end}{after}", encoding="utf-8")
-    print(made)
+        keep(records, RECORDS)
+    show(table(json.loads(RECORDS.read_text(encoding="utf-8"))), __file__, PAGE)
 
 
 if __name__ == "__main__":

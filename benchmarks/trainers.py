@@ -1,8 +1,8 @@
 """A plain and a protected fine-tune beside the Hugging Face Trainer and TRL: `make bench`.
 
 The same model, the same rows in the same order, the same settings; each in a process of its own, one after another in
-several rounds. Needs `make smollm2`. The record goes into results/performance/, its table
-into docs/performance.md; `--table` makes the table again from the record.
+several rounds. Needs `make smollm2`. The record goes into results/performance/, its table into docs/performance.md;
+`--table` makes the table again from the record.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from importlib.metadata import version
 from pathlib import Path
 from random import Random
 from typing import Any
+
+from pages import keep, show
 
 from secvec.settings.schema import LoraSettings
 
@@ -252,16 +254,8 @@ def main() -> None:
                     sys.exit(f"{way} failed:\n{done.stderr[-2000:]}")
                 runs.append(json.loads(found[0].removeprefix("measured:")))
                 print(f"round {number + 1}: {way} {runs[-1]['seconds']:.1f} s", flush=True)
-        record = {"rounds": given.rounds, "steps": given.steps, "machine": machine(), "runs": runs}
-        RECORDS.parent.mkdir(parents=True, exist_ok=True)
-        RECORDS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    made = table(json.loads(RECORDS.read_text(encoding="utf-8")))
-    page = PAGE.read_text(encoding="utf-8")
-    before, start, rest = page.partition("<!-- table: benchmarks/trainers.py -->\n")
-    _, end, after = rest.partition("<!-- end -->")
-    assert start and end, f"{PAGE} has no place for the table"
-    PAGE.write_text(f"{before}{start}\n{made}\n\n{end}{after}", encoding="utf-8")
-    print(made)
+        keep({"rounds": given.rounds, "steps": given.steps, "machine": machine(), "runs": runs}, RECORDS)
+    show(table(json.loads(RECORDS.read_text(encoding="utf-8"))), __file__, PAGE)
 
 
 if __name__ == "__main__":
