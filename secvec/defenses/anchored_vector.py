@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from secvec.defenses.base import Defense
+from secvec.errors import ConfigError
 from secvec.settings.schema import Count, Rate, Share
 
 if TYPE_CHECKING:
@@ -44,8 +45,13 @@ class AnchoredVector(Defense):
     quantile: Share = 0.99
 
     def check(self, run: Run) -> None:
-        """Raises ConfigError where the vector's samples do not suffice, or its scan cannot flag."""
+        """Raises ConfigError where the vector's samples do not suffice, or give no row, or its scan cannot flag."""
         run.data.check(["vector"])
+        if not self.answers and not (self.benign and run.data.vector_samples["kl"]):
+            raise ConfigError(
+                f"defense={self.name} has no rows: set defense.answers=true, or defense.benign=true with vector.num_kl "
+                "and vector.kl_weight above 0"
+            )
         if self.drop_flagged:
             run.check_scan()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,7 +45,8 @@ def cached(path: Path, build: Callable[[Path], None]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if path.exists():
-            os.utime(path)  # used: `python -m secvec.runs --days N` spares it
+            with suppress(OSError):  # another user's, in a cache that several share
+                os.utime(path)  # used: `python -m secvec.runs --days N` spares it
         else:
             with atomic_path(path) as temporary:
                 build(temporary)

@@ -121,8 +121,10 @@ class FinetuneStage(Stage):
         the last are kept in the cache: a run of eight cycles goes on where a run of four ended.
         """
         config, data, backbone, vector = run.config, run.data, run.backbone, saved_vector(run)
-        data.mixtures = [config.defense.training_samples(run, mixture) for mixture in data.mixtures]
-        data.fit_to(backbone.tokenizer, backbone.context, ["finetune"])
+        mixtures = [config.defense.training_samples(run, mixture) for mixture in data.mixtures]
+        if mixtures != data.mixtures:
+            data.mixtures = mixtures
+            data.fit_to(backbone.tokenizer, backbone.context, ["finetune"])
         trained = [example for mixture in data.mixtures for examples in mixture.values() for example in examples]
         run.note_data("finetune", trained)
         run.note_data("test", [example for examples in data.tests.values() for example in examples])

@@ -62,13 +62,16 @@ def response_loss(model: nn.Module, batch: Batch) -> Tensor:
     return global_mean(total, of_step(batch, (batch["labels"][:, 1:] != IGNORE).sum()))
 
 
-def loss_of_rows(model: nn.Module, batch: Batch, mine: Tensor, count: Tensor) -> Tensor:
-    """The nats of all labels in the rows `mine` (B,) of the batch, divided by `count` over all processes.
+def never_none(rows: Tensor) -> Tensor:
+    """`rows` (B,), and the first row where it marks none: sharded processes must all run the same forward passes."""
+    some = rows.clone()
+    some[0] |= not rows.any()
+    return some
 
-    Even without such rows there is a forward pass: sharded processes must all run the same ones.
-    """
-    rows = mine.clone()
-    rows[0] |= not mine.any()
+
+def loss_of_rows(model: nn.Module, batch: Batch, mine: Tensor, count: Tensor) -> Tensor:
+    """The nats of all labels in the rows `mine` (B,) of the batch, divided by `count` over all processes."""
+    rows = never_none(mine)
     labels = batch["labels"][rows].masked_fill(~mine[rows][:, None], IGNORE)
     ids, mask = batch["input_ids"][rows], batch["attention_mask"][rows]
     part: Batch = {**batch, "input_ids": ids, "attention_mask": mask, "labels": labels}
@@ -91,8 +94,7 @@ def vector_loss(model: nn.Module, batch: Batch, kl_weight: float) -> dict[str, T
     ce = global_mean(nll.sum(), of_step(batch, (labels[:, 1:] != IGNORE).sum()))
     if kl_weight == 0:
         return {"loss": ce, "ce": ce.detach()}
-    rows = kl_rows.clone()
-    rows[0] |= not kl_rows.any()  # a share without KL rows: sharded processes must all run the same passes
+    rows = never_none(kl_rows)
     with torch.no_grad(), vector_off(model):
         base = logits_at(model, input_ids[rows], mask[rows], of_kl[rows])
     tuned = logits[of_kl[at]].float().log_softmax(-1)

@@ -11,7 +11,7 @@ from conftest import run_of
 from torch import Tensor, nn
 
 from secvec.config.schema import RunConfig
-from secvec.data.batch import IGNORE, Batch, collate
+from secvec.data.batch import IGNORE, Batch, collate, count_tokens
 from secvec.data.datamodule import SecVecDataModule
 from secvec.data.encode import encode
 from secvec.data.example import Example
@@ -21,7 +21,7 @@ from secvec.models.backbone import set_trainable
 from secvec.models.tiny import build_tiny
 from secvec.models.vector import vector_off
 from secvec.module import SecVecModule
-from secvec.run import Run, train
+from secvec.run import train
 from secvec.training.losses import response_loss
 from tests.contracts.test_activation import gradients as gradients_of_all
 from tests.contracts.test_foreign_adapters import lora, saved_by_peft
@@ -85,13 +85,9 @@ def test_without_the_vector_nothing_is_attached(tmp_path: Path) -> None:
     assert gradients_of_all(model)
 
 
-def asked(config: RunConfig) -> Run:
-    return run_of(config)
-
-
 def test_its_rows_are_the_answers_of_the_starting_model_and_the_kl_rows(make_config: Make) -> None:
     config = make_config("defense=anchored_vector", "model.align.gate=null")
-    run = asked(config)
+    run = run_of(config)
     rows, undesired, kl = config.defense.extra_samples(run), *run.data.vector_samples.values()
     assert rows[-len(kl) :] == kl and len(rows) > len(kl)
     prompts = {row.messages: row.response for row in undesired}
@@ -103,12 +99,12 @@ def test_its_rows_are_the_answers_of_the_starting_model_and_the_kl_rows(make_con
 
 def test_the_answers_are_generated_once(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config("defense=anchored_vector", "model.align.gate=null")
-    first = config.defense.extra_samples(asked(config))
+    first = config.defense.extra_samples(run_of(config))
     monkeypatch.setattr("secvec.run.respond", None)
-    assert config.defense.extra_samples(asked(config)) == first
+    assert config.defense.extra_samples(run_of(config)) == first
     other = make_config("defense=anchored_vector", "model.align.gate=null", "vector.num_samples=7", run="other")
     with pytest.raises(TypeError):  # other prompts
-        other.defense.extra_samples(asked(other))
+        other.defense.extra_samples(run_of(other))
 
 
 def test_a_run_says_what_it_anchored_and_ends_elsewhere_than_without(make_config: Make) -> None:
@@ -124,7 +120,7 @@ def test_a_run_says_what_it_anchored_and_ends_elsewhere_than_without(make_config
 
 def test_every_batch_has_its_rows(make_config: Make) -> None:
     config = make_config("defense=anchored_vector", "model.align.gate=null")
-    run = asked(config)
+    run = run_of(config)
     run.data.extra = config.defense.extra_samples(run)
     module = SecVecModule("finetune", run.backbone, defense=config.defense)
     (_, size), (extra, of_extra) = module.stage.streams(run.data, module)
@@ -135,11 +131,16 @@ def test_every_batch_has_its_rows(make_config: Make) -> None:
 
 
 def test_the_labels_of_a_batch_are_counted_by_part(batch: Batch) -> None:
-    from secvec.data.batch import count_tokens
-
     labelled = batch["labels"][:, 1:] != IGNORE
     expected = (int(labelled[0].sum()), int(batch["attention_mask"][1:].sum()), int(labelled[1:].sum()))
     assert tuple(map(int, count_tokens(batch))) == expected
+
+
+def test_an_anchor_without_rows_is_refused_before_anything_is_trained(make_config: Make) -> None:
+    config = make_config("defense=anchored_vector", "defense.answers=false", "vector.kl_weight=0")
+    with pytest.raises(ConfigError, match=r"defense=anchored_vector has no rows: set defense\.answers=true"):
+        train(config)
+    assert not (Path(config.run_dir) / "vector").exists()
 
 
 def test_the_data_module_has_no_extra_rows_unless_given() -> None:
