@@ -55,7 +55,7 @@ def starting_model(run: Run) -> Backbone:
     training = [config.optimizer.model_dump(exclude={"lr"}), config.scheduler.model_dump()]
     training += [config.trainer.model_dump(include={"precision", "gradient_clip_val"}), device_type(config.trainer)]
     recipe = align.model_dump(exclude={"gate", "behavior"})
-    key = content_key([source, settings.dtype, recipe, data_hash(examples), *training])
+    key = content_key([source, settings.dtype, settings.packing, recipe, data_hash(examples), *training])
     folder = config.paths.cache / "models" / f"{settings.name}-{key}"
     work = folder.with_name(f"{folder.name}.part")
     backbone = Backbone(cached(folder, lambda out: _train(run, examples, work, out)), settings)

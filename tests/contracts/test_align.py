@@ -60,3 +60,9 @@ def test_a_base_that_is_not_aligned_well_is_refused_and_kept(
 def test_a_base_is_that_of_one_precision(make_config: Callable[..., RunConfig]) -> None:
     folders = [run_of(make_config(f"trainer.precision={one}")).backbone.folder for one in ("32-true", "bf16-mixed")]
     assert folders[0] != folders[1] and not same(*map(weights, folders))
+
+
+def test_a_base_is_that_of_one_way_to_pad(make_config: Callable[..., RunConfig]) -> None:
+    """The losses differ by rounding, which a thousand steps make visible."""
+    folders = [run_of(make_config(f"model.packing={one}")).backbone.folder for one in ("true", "false")]
+    assert folders[0] != folders[1]
