@@ -12,7 +12,10 @@ from secvec.runs.files import write_atomic
 
 OF_MODELS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py", "additional_chat_templates/*.jinja")
 """Files of a model or an adapter that shape what it says: weights, configs, tokenizer, templates, its own code."""
-NAMES_FOLDERS = ("path", "folder", "model", "dataset")
+NAMES_FOLDERS = (
+    *("path", "folder", "model", "dataset"),
+    *("file", "align", "vector", "validation", "finetune", "test"),  # rows, and the rows of a split
+)
 """Parts of the names of settings that may name a folder. Elsewhere a word that is also a folder's name is a word."""
 LARGE = 64 * 2**20
 """Bytes from which on a digest is kept: a smaller file is read again, and then no change can be missed."""

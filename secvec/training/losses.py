@@ -39,7 +39,7 @@ def global_mean(total: Tensor, count: Tensor) -> Tensor:
 
     `count` may be that of the optimizer step: see `of_step`.
     """
-    count = count.detach().to(torch.float64)
+    count = count.detach().to(torch.float64, copy=True)  # summed in place below, and batches of a step share it
     world = 1
     if dist.is_available() and dist.is_initialized():
         world = dist.get_world_size()

@@ -25,6 +25,10 @@ from tests.contracts.test_stages import weights
 # keeps the comparison about the strategies. float64 where the strategy can (FSDP2 under Lightning cannot).
 SMOOTH = ["optimizer.eps=1e-2", "optimizer.lr=1e-2", "vector.lr=1e-1"]
 CASES = {"ddp": ("64-true", 1e-9), "fsdp": ("32-true", 1e-5)}
+HALVES = [
+    "trainer.accumulate_grad_batches=2", "finetune.batch_size=6", "vector.batch_size=6", "vector.kl_batch_size=6",
+]  # fmt: skip
+"""The steps of `SMALL`, each of two batches."""
 
 
 def losses(folder: Path) -> dict[tuple[str, str, str], float]:
@@ -33,17 +37,18 @@ def losses(folder: Path) -> dict[tuple[str, str, str], float]:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "tune"),
+    ("strategy", "tune", "batches"),
     [
-        ("ddp", "full"),
-        ("fsdp", "lora"),
-        pytest.param("ddp", "lora", marks=pytest.mark.slow),
-        pytest.param("fsdp", "full", marks=pytest.mark.slow),
+        ("ddp", "full", HALVES),
+        ("fsdp", "lora", []),
+        pytest.param("ddp", "lora", [], marks=pytest.mark.slow),
+        pytest.param("fsdp", "full", HALVES, marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_compute_what_one_does(
-    make_config: Callable[..., RunConfig], cache: Path, tmp_path: Path, strategy: str, tune: str
+    make_config: Callable[..., RunConfig], cache: Path, tmp_path: Path, strategy: str, tune: str, batches: list[str]
 ) -> None:
+    """With the same batches, and with halves of them whose gradients are accumulated."""
     precision, tolerance = CASES[strategy]
     settings = [f"trainer.precision={precision}", f"tune={tune}", *SMOOTH]
     unique = 1 + 0.1 * list(CASES).index(strategy) + 0.01 * (tune == "lora")  # so that no vector is in the cache
@@ -53,7 +58,7 @@ def test_two_processes_compute_what_one_does(
     two = tmp_path / "two"
     devices = [f"trainer={strategy}", "trainer.accelerator=cpu", "trainer.devices=2"]
     where = [f"paths.cache={cache}", f"hydra.run.dir={two}"]
-    done = run_command("train.py", *SMALL, *devices, *settings, *where, cwd=tmp_path)
+    done = run_command("train.py", *SMALL, *devices, *settings, *batches, *where, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
 
     first, second = losses(Path(one.run_dir)), losses(two)

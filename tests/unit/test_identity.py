@@ -78,6 +78,23 @@ def test_data_files_and_task_folders_count_by_content(tmp_path: Path) -> None:
     assert run_key(settings) == before
 
 
+@pytest.mark.parametrize(
+    "name", ["file", "test_file", "kl_file", "benign_file", "align", "vector", "validation", "finetune", "test"]
+)
+def test_a_folder_of_rows_counts_by_content(tmp_path: Path, name: str) -> None:
+    """Each setting that names rows may name a folder of files."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "part-1.jsonl").write_text("a")
+    settings = {"data": {"benign": {"mine": {name: str(folder)}}}}
+    before = run_key(settings)
+    (folder / "part-1.jsonl").write_text("b")
+    assert run_key(settings) != before
+    (folder / "part-1.jsonl").write_text("a")
+    copy = {"data": {"benign": {"mine": {name: str(folder.rename(tmp_path / "moved"))}}}}
+    assert run_key(copy) == before
+
+
 def test_a_word_that_is_also_a_folder_is_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     before = run_key({"vector": {"split": "vector"}})
