@@ -17,6 +17,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from secvec.behaviors.base import Behavior
+from secvec.config.replay import replay_yaml
 from secvec.config.schema import AnyConfig, EvaluateConfig, RunConfig
 from secvec.data.datamodule import SecVecDataModule
 from secvec.data.draw import data_hash
@@ -386,7 +387,7 @@ def _open(config: AnyConfig, overrides: Sequence[str]) -> RunFolder:
     _quiet()
     if not main_process():
         logging.getLogger("secvec").setLevel(logging.ERROR)
-    return RunFolder(Path(config.run_dir), record, config.composed)
+    return RunFolder(Path(config.run_dir), record, replay_yaml(config.composed) if config.composed else "")
 
 
 def _weights(backbone: Backbone) -> Weights:

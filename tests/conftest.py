@@ -13,11 +13,9 @@ import pytest
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="offline", WANDB_SILENT="true")
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from configs import composed
 
 from secvec.config.load import load
-from secvec.config.resolvers import register_resolvers
 from secvec.config.schema import AnyConfig, RunConfig
 from secvec.runs.folder import RunFolder
 from secvec.runs.record import Record
@@ -113,10 +111,7 @@ def make_config(tmp_path: Path, cache: Path) -> Callable[..., RunConfig]:
     """`make_config("defense=none", ..., run="a")`: a small run in a folder of this test."""
 
     def make(*overrides: str, run: str = "run", small: bool = True) -> RunConfig:
-        GlobalHydra.instance().clear()
-        register_resolvers()
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            where = [f"run_dir={tmp_path / run}", f"paths.cache={cache}"]
-            return load(compose("train", [*(SMALL if small else []), *where, *overrides]), RunConfig)
+        where = [f"run_dir={tmp_path / run}", f"paths.cache={cache}"]
+        return load(composed(*(SMALL if small else []), *where, *overrides), RunConfig)
 
     return make

@@ -9,7 +9,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from secvec.config.replay import replay_yaml
 from secvec.errors import ConfigError
 from secvec.settings.messages import all_faults, describe
 
@@ -24,7 +23,7 @@ def load(cfg: DictConfig, schema: type[Config]) -> Config:
         raise ConfigError(f"the configuration cannot be resolved: {error}") from None
     faults = [f"{where}: a value is required (it is ??? in conf/)" for where in OmegaConf.missing_keys(cfg)]
     try:
-        config = schema.model_validate(values | {"composed": replay_yaml(values)})
+        config = schema.model_validate(values | {"composed": values})
     except ValidationError as error:
         faults += [describe(fault, schema, values) for fault in error.errors() if fault["input"] != "???"]
     if faults:

@@ -204,8 +204,9 @@ class AnyConfig(Settings):
     run_dir: str
     key: str
     """Of all settings that change results (`secvec.runs.keys`): runs with equal keys are the same run."""
-    composed: str = Field("", exclude=True, repr=False)
-    """The text of config.yaml in the run folder (`secvec.config.replay`); empty for a config made without Hydra."""
+    composed: dict[str, Any] = Field({}, exclude=True, repr=False)
+    """All settings as plain values, for config.yaml in the run folder (`secvec.config.replay`); empty: made without
+    Hydra."""
 
     @model_validator(mode="after")
     def _recipe_and_judges_are_named(self) -> AnyConfig:

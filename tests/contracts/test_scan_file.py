@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, SMALL
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from configs import composed
+from conftest import SMALL
 
 from secvec.behaviors.forbidden_recipe import ForbiddenRecipe
 from secvec.config.load import load
-from secvec.config.resolvers import register_resolvers
 from secvec.config.schema import EvaluateConfig, RunConfig
 from secvec.data.embedded import Ordinary
 from secvec.errors import SecVecError
@@ -25,19 +23,12 @@ from secvec.run import evaluate, train
 Scan = Callable[..., dict[str, Any]]
 
 
-def composed(root: str, *overrides: str) -> Any:
-    GlobalHydra.instance().clear()
-    register_resolvers()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose(root, list(overrides))
-
-
 @pytest.fixture(scope="module")
 def vector(shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small vector, and the scores of its own samples."""
     folder = tmp_path_factory.mktemp("trained")
     where = [f"run_dir={folder}", f"paths.cache={shared_cache}"]
-    train(load(composed("train", *SMALL, *where, "stage=vector", "vector.epochs=6", "vector.lr=1e-2"), RunConfig))
+    train(load(composed(*SMALL, *where, "stage=vector", "vector.epochs=6", "vector.lr=1e-2"), RunConfig))
     return folder / "vector"
 
 
@@ -47,7 +38,7 @@ def scan(vector: Path, tmp_path: Path, cache: Path) -> Scan:
 
     def run(*overrides: str, file: str = "mine.jsonl", to: str = "scanned") -> dict[str, Any]:
         given = [f"data.file={tmp_path / file}", f"vector.path={vector}", f"paths.cache={cache}", "metrics=scan"]
-        config = composed("evaluate", *given, f"run_dir={tmp_path / to}", "num_threads=1", *overrides)
+        config = composed(*given, f"run_dir={tmp_path / to}", "num_threads=1", *overrides, root="evaluate")
         return evaluate(load(config, EvaluateConfig))
 
     return run

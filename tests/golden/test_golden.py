@@ -34,7 +34,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_losses_are_those_of_version_0_1(make_config: Callable[..., RunConfig], tmp_path: Path, case: str) -> None:
     torch.set_num_threads(1)
-    train(make_config(*SETTINGS, *CASES[case], f"paths.cache={tmp_path / 'cache'}", small=False))
+    train(make_config(*SETTINGS, *CASES[case], small=False))
     curves: dict[str, list[float]] = {}
     files = [tmp_path / "run" / "metrics.csv"]
     for file in files:

@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+from configs import composed
 from conftest import ROOT, run_of
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
@@ -23,6 +24,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 import secvec.behaviors
 import secvec.defenses
 from secvec.config.load import load
+from secvec.config.replay import replay_yaml
 from secvec.config.resolvers import register_resolvers
 from secvec.config.schema import EvaluateConfig, RunConfig
 from secvec.data.datamodule import SecVecDataModule
@@ -165,9 +167,8 @@ def make_files(command: str, config_dir: str | None, name: str) -> None:
             Path(written[1]).write_text(block.partition("\n")[2])
     if config_dir and "--config-name" in command:
         Path(config_dir).mkdir(parents=True, exist_ok=True)
-        with configs():
-            composed = load(compose(name, ["run_dir=x"]), schema(name)).composed
-        (Path(config_dir) / "config.yaml").write_text(composed)
+        settings = load(composed(root=name), schema(name)).composed
+        (Path(config_dir) / "config.yaml").write_text(replay_yaml(settings))
 
 
 def test_the_python_of_the_readme_runs(

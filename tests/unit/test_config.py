@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+from configs import CHOICES, CONF, by_hydra, by_hydra_once, composed
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from secvec.cli import report_user_errors
 from secvec.config.load import load
+from secvec.config.replay import replay_yaml
 from secvec.config.resolvers import register_resolvers, resolved, run_name, sweep_name
 from secvec.config.schema import DataSettings, EvaluateConfig, RunConfig
 from secvec.errors import ConfigError
@@ -24,36 +25,8 @@ from secvec.planning.lengths import checked_data, samples_of
 from secvec.runs.keys import NOT_IN_KEY
 from secvec.settings.messages import RENAMED, renamed
 
-CONF = Path(__file__).parents[2] / "conf"
-CHOICES = sorted(file.relative_to(CONF).with_suffix("") for file in CONF.glob("*/**/*.yaml"))
-CHOICES = [choice for choice in CHOICES if choice.parts[0] != "hydra" and choice.name[0] != "_"]
-# launchers and sweepers are in test_sweep.py; what choices share (`_NAME`) is none
 EXPERIMENTS = [choice.relative_to("experiment").as_posix() for choice in CHOICES if choice.parts[0] == "experiment"]
-GROUPS = {choice.parts[0] for choice in CHOICES}
 ROOTS = {"train": RunConfig, "evaluate": EvaluateConfig}
-
-
-def by_hydra(*overrides: str, root: str = "train", with_hydra: bool = False) -> DictConfig:
-    GlobalHydra.instance().clear()
-    register_resolvers()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(root, ["run_dir=somewhere", *overrides], return_hydra_config=with_hydra)
-
-
-by_hydra_once = lru_cache(by_hydra)
-
-
-def composed(*overrides: str, root: str = "train") -> DictConfig:
-    """As by Hydra, which takes a third of a second: it composes each choice of groups once, values come on top."""
-    chosen = [text for text in overrides if re.split("[=@]", text)[0] in GROUPS or text.startswith(("~", "hydra."))]
-    config = by_hydra_once(*chosen, root=root).copy()
-    OmegaConf.set_struct(config, False)
-    for text in overrides:
-        if text not in chosen:
-            key, _, value = text.lstrip("+").partition("=")
-            given = OmegaConf.to_container(OmegaConf.from_dotlist([f"x={value}"]))
-            OmegaConf.update(config, key, given["x"])  # type: ignore[call-overload,index]
-    return config
 
 
 def loaded(*overrides: str) -> RunConfig:
@@ -132,13 +105,14 @@ def test_the_main_configs_compose_and_validate(root: str, tmp_path: Path) -> Non
 
 
 def jobs_of(config: Any) -> list[list[str]]:
-    """The overrides of every job of a composed experiment; of a search, its corners."""
+    """The overrides of every job of a composed experiment, of its first seed alone; of a search, its corners."""
     parser, sweeper = OverridesParser.create(), OmegaConf.to_container(config.hydra.sweeper)
     given = {name: a if isinstance(a, list) else [a["low"], a["high"]] for name, a in sweeper.pop("space", {}).items()}  # type: ignore[union-attr]
     given = {name: ",".join(map(str, values)) for name, values in given.items()} or sweeper["params"]  # type: ignore[index]
     swept = [parser.parse_override(f"{key}={values}") for key, values in given.items()]
-    values = ([f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()] for o in swept)
-    return [list(job) for job in product(*values)]
+    axes = {o.get_key_element(): list(o.sweep_string_iterator()) for o in swept}
+    axes |= {key: values[:1] for key, values in axes.items() if key == "seed"}
+    return [list(job) for job in product(*([f"{key}={value}" for value in values] for key, values in axes.items()))]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -601,8 +575,8 @@ REPLAYED = {
 @pytest.mark.parametrize("overrides", REPLAYED.values(), ids=REPLAYED)
 def test_the_config_of_a_run_folder_composes_to_the_same_run(overrides: list[str], tmp_path: Path) -> None:
     original = load(by_hydra(*overrides), RunConfig)
-    (tmp_path / "config.yaml").write_text(original.composed)
-    assert "train.py --config-dir THIS_FOLDER --config-name config" in original.composed.splitlines()[0]
+    (tmp_path / "config.yaml").write_text(replay_yaml(original.composed))
+    assert "train.py --config-dir THIS_FOLDER --config-name config" in replay_yaml(original.composed).splitlines()[0]
 
     def replayed(*given: str) -> RunConfig:
         search = f"hydra.searchpath=[file://{CONF}]"
@@ -617,8 +591,8 @@ def test_the_config_of_a_run_folder_composes_to_the_same_run(overrides: list[str
 def test_the_config_of_an_evaluation_replays_too(tmp_path: Path) -> None:
     config = by_hydra("model.name_or_path=some/folder", "recipe=llm", root="evaluate")
     original = load(config, EvaluateConfig)
-    (tmp_path / "config.yaml").write_text(original.composed)
-    assert "evaluate.py --config-dir" in original.composed.splitlines()[0]
+    (tmp_path / "config.yaml").write_text(replay_yaml(original.composed))
+    assert "evaluate.py --config-dir" in replay_yaml(original.composed).splitlines()[0]
     with initialize_config_dir(str(tmp_path), version_base="1.3"):
         again = compose("config", ["run_dir=somewhere", f"hydra.searchpath=[file://{CONF}]"])
     assert load(again, EvaluateConfig).key == original.key

@@ -13,13 +13,11 @@ from typing import Any
 import datasets
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from configs import composed
 from pydantic import ValidationError
 
 from secvec.behaviors.hub import HubAnswers, HubBehavior, first_turns, token_f1
 from secvec.config.load import load
-from secvec.config.resolvers import register_resolvers
 from secvec.config.schema import RunConfig
 from secvec.data import hub
 from secvec.data.example import SPLITS, Example, Stream
@@ -113,16 +111,13 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
 
 
 @lru_cache
-def composed(group: str, name: str) -> RunConfig:
-    GlobalHydra.instance().clear()
-    register_resolvers()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        key = {"behavior": "behavior", "stream": "stream@data.benign.task"}[group]
-        return load(compose("train", ["run_dir=somewhere", f"{key}={name}"]), RunConfig)
+def config_of(group: str, name: str) -> RunConfig:
+    key = {"behavior": "behavior", "stream": "stream@data.benign.task"}[group]
+    return load(composed(f"{key}={name}"), RunConfig)
 
 
 def source_of(group: str, name: str) -> Any:
-    config = composed(group, name)
+    config = config_of(group, name)
     return config.behavior if group == "behavior" else config.data.benign["task"]
 
 
@@ -185,12 +180,12 @@ def composed_again(source: Any) -> Any:
 
 def test_harmful_data_is_sensitive() -> None:
     names = [name for group, name in hub_yamls() if group == "behavior" and name.startswith(("harmful", "bias"))]
-    assert len(names) > 3 and all(composed("behavior", name).behavior.sensitive for name in names)
+    assert len(names) > 3 and all(config_of("behavior", name).behavior.sensitive for name in names)
 
 
 def test_what_the_readers_make_of_a_row() -> None:
     def only(name: str, split: Any = "finetune") -> Example:
-        source = composed("behavior", name).behavior
+        source = config_of("behavior", name).behavior
         write(source.local_path / f"{source.split}.jsonl", map(MADE[source.dataset], range(ROWS)))
         return source.examples(split, 1, 0)[0]
 

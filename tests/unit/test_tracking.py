@@ -12,16 +12,14 @@ from typing import Any
 import pytest
 import wandb
 import yaml
+from configs import composed
 from conftest import ROOT
-from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from hydra_plugins.process_launcher import ProcessLauncher
 from secvec.config.load import load
-from secvec.config.resolvers import register_resolvers
 from secvec.config.schema import RunConfig
 from secvec.errors import ConfigError
 from secvec.metrics import Measurement, metric_of
@@ -390,10 +388,7 @@ def test_the_wandb_sweep_is_valid_and_each_of_its_values_composes() -> None:
     for key, value in ((key, value) for key, values in names.items() for value in values):
         given = sweep_arguments(**(first | {key: value}))
         assert f"{key}={value}" in given
-        GlobalHydra.instance().clear()
-        register_resolvers()
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            config = load(compose("train", [*fixed, *given, "run_dir=x"]), RunConfig)
+        config = load(composed(*fixed, *given), RunConfig)
         assert config.logger.wandb is not None and not config.logger.wandb.offline and config.force
         settings = flat(config.model_dump(mode="json"))
         assert settings[key if "." in key or key == "seed" else f"{key}.name"] == value
