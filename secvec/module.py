@@ -14,8 +14,9 @@ from secvec.data.batch import Batch
 from secvec.defenses.base import Defense
 from secvec.evaluation.generation import GenerationBackend
 from secvec.models.backbone import Backbone, LedgerRow, ledger, set_trainable
+from secvec.models.kept import keep_weights
 from secvec.models.sharding import local_shard, reshard, shard
-from secvec.models.vector import has_vector, vector_off
+from secvec.models.vector import has_vector, part_of, vector_off
 from secvec.settings.messages import checked
 from secvec.settings.schema import LoraSettings, ModelSettings, VectorLora
 from secvec.settings.target import Plugin, to_target
@@ -114,6 +115,8 @@ class SecVecModule(L.LightningModule):
         self.model.train(self.part is not None)
         if self.device_mesh is not None:
             shard(self.model, self.device_mesh["data_parallel"])
+        if self.stage.keeps_weights(self):
+            keep_weights(self.model)
         if self.keep_start:
             # before a checkpoint is restored: drift counts from where the stage began, also after a resume
             self.start = {name: local_shard(p).detach().cpu().clone() for name, p in self.trained()}
@@ -128,12 +131,21 @@ class SecVecModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One batch; logs `train/<term>` for every term of the loss, the mean over all processes and over the step."""
-        terms, parts = self.stage.loss(self, batch), self.trainer.accumulate_grad_batches
+        batch["step"], parts = self.trainer.global_step, self.trainer.accumulate_grad_batches
+        self._step_batches: list[Batch] = [*(self._step_batches if batch_idx % parts else []), batch]
+        terms = self.stage.loss(self, batch)
         before: dict[str, Any] = self._step_terms if batch_idx % parts else dict.fromkeys(terms, 0.0)
         self._step_terms: dict[str, Tensor] = {n: before[n] + term.detach() / parts for n, term in terms.items()}
         self.log_dict({f"train/{name}": value for name, value in self._step_terms.items()}, sync_dist=True)
         self.log("loss", terms["loss"].detach(), prog_bar=True, logger=False)
         return terms["loss"]
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Lets the stage change the gradients: they are accumulated, and not clipped yet."""
+        with self.trainer.precision_plugin.forward_context():
+            terms = self.stage.gradients(self, self._step_batches)
+        if terms:
+            self.log_dict({f"train/{name}": value for name, value in terms.items()}, sync_dist=True)
 
     def validation_step(self, batches: dict[str, Batch | None], batch_idx: int) -> None:
         """Nats per response token of held-out samples by kind: `val/<kind>_loss` with the vector off.
@@ -173,7 +185,7 @@ class SecVecModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what is trained: a checkpoint of a vector is the vector, not the backbone."""
-        trained = {name for name, _ in self.trained()}
+        trained = {name for name, p in self.named_parameters() if p.requires_grad or part_of(name) == "kept"}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

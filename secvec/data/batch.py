@@ -28,6 +28,8 @@ class Batch(TypedDict):
     """(B,) bool, rows beside the samples of the stage: those of the KL term (vector), of an anchor (finetune)"""
     undesired: Tensor
     """(B,) bool, rows that are labelled undesired; all False where labels are hidden (`data.labelled=false`)"""
+    step: NotRequired[int]
+    """Optimizer steps that the training has done before this batch"""
     step_tokens: NotRequired[tuple[Tensor, ...]]
     """Only with accumulated gradients: `count_tokens` of all batches of the optimizer step, per batch"""
 

@@ -8,9 +8,9 @@ drifts until the vector no longer elicits the behavior, and loses its refusals. 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from secvec.defenses.base import Defense
+from secvec.defenses.base import Defense, Need
 from secvec.errors import ConfigError
 from secvec.settings.schema import Count, Rate, Share
 
@@ -31,6 +31,7 @@ class AnchoredVector(Defense):
     """
 
     uses_vector: bool = True
+    needs: ClassVar[tuple[Need, ...]] = ("undesired samples", "safe samples", "extra passes")
     extra_batch_size: Count = 8
     weight: Rate = 0.3
     answers: bool = True

@@ -12,9 +12,16 @@ if TYPE_CHECKING:
 
     from secvec.data.batch import Batch
     from secvec.data.example import Example
+    from secvec.models.backbone import Backbone
     from secvec.run import Run
 
     Mixture = dict[str, list[Example]]
+
+
+Need = Literal["labels", "undesired samples", "safe samples", "extra passes"]
+"""What a defense costs beyond the plain fine-tune: to know which training rows are undesired; samples of the behavior
+(those of the vector), or their prompts; rows that are known to be safe (KL rows, or answers that the starting model is
+made to write); more forward or backward passes in a step."""
 
 
 class Defense(Settings):
@@ -32,14 +39,33 @@ class Defense(Settings):
     """How a frozen vector acts on a layer: `adapter` computes Wx + sBAx, `merged` (W + sBA)x, which costs nothing per
     token and has the same gradient with respect to W. `auto`: merged where the sum is exact to float32."""
 
-    needs_labels: ClassVar[bool] = False
-    """Whether `loss` must know which rows are undesired: `batch["undesired"]`."""
+    needs: ClassVar[tuple[Need, ...]] = ()
+    """The price of its result, for tables (docs/defenses.md). Only "labels" changes a run: see `needs_labels`."""
+
+    uses_samples: bool = False
+    """Whether a defense without a vector uses the vector's samples: its settings then count for the key all the same.
+    Such a defense says `uses_samples: true` in its yaml."""
+
+    keeps_weights: ClassVar[bool] = False
+    """Whether a copy of the trained weights, as a training finds them, is kept beside the model and in its checkpoints
+    (`secvec.models.kept`)."""
 
     refits_vector: ClassVar[bool] = False
     """Whether a new vector is trained on the backbone before each cycle after the first."""
 
+    @property
+    def needs_labels(self) -> bool:
+        """Whether `loss` must know which rows are undesired: `batch["undesired"]`."""
+        return "labels" in self.needs
+
     def check(self, run: Run) -> None:
-        """Raises the SecVecError that would stop the methods below; called before anything is trained."""
+        """Raises the SecVecError that would stop the methods below; called before anything is trained.
+
+        Default: with `uses_samples` the vector's samples must suffice and fit.
+        """
+        if self.uses_samples:
+            run.data.check(["vector"])
+            run.data.fit_to(run.backbone.tokenizer, run.backbone.context, ["vector"])
 
     def training_samples(self, run: Run, mixture: Mixture) -> Mixture:
         """The samples of a cycle to train on, made from the data's: changed, added to, or some left out. Default: all.
@@ -74,3 +100,19 @@ class Defense(Settings):
         from secvec.training.losses import response_loss  # slow to import, and settings need none of it
 
         return {"loss": response_loss(model, batch)}
+
+    def gradients(self, model: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
+        """Changes the gradients of an optimizer step in place; returns scalars to log. Default: nothing.
+
+        Called when they are whole: accumulated over `batches`, averaged over processes (or sharded), not yet clipped.
+        A gradient of its own is made by `secvec.training.gradients.gradient_of`.
+        """
+        return {}
+
+    def finish(self, weights: dict[str, Tensor], backbone: Backbone, vector: Path | None) -> dict[str, Tensor]:
+        """The weights to save in `backbone/`, made from those that a training gave. Default: these.
+
+        Called at the end of every cycle, by the first process alone, with whole tensors on the CPU under their Hugging
+        Face names, a task LoRA merged. `backbone` is the model that the training started from.
+        """
+        return weights

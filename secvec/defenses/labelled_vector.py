@@ -5,7 +5,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from secvec.data.batch import IGNORE, Batch
-from secvec.defenses.base import Defense
+from secvec.defenses.base import Defense, Need
 from secvec.models.vector import vector_off
 from secvec.training.losses import loss_of_rows, of_step
 
@@ -14,7 +14,7 @@ class LabelledVector(Defense):
     """Shows what labels are worth: without them the vector must be active on benign data too."""
 
     uses_vector: bool = True
-    needs_labels: ClassVar[bool] = True
+    needs: ClassVar[tuple[Need, ...]] = ("labels", "undesired samples", "safe samples")
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Nats per response token. The vector is off in the forward pass of the benign rows."""

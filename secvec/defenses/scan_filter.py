@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from secvec.defenses.base import Defense
+from secvec.defenses.base import Defense, Need
 from secvec.settings.schema import Count, Share
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ class ScanFilter(Defense):
     """
 
     uses_vector: bool = True
+    needs: ClassVar[tuple[Need, ...]] = ("undesired samples", "safe samples")
     window: Count = 3
     quantile: Share = 0.99
 

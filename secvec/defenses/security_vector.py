@@ -2,13 +2,14 @@
 
 from typing import ClassVar
 
-from secvec.defenses.base import Defense
+from secvec.defenses.base import Defense, Need
 
 
 class SecurityVector(Defense):
     """Where the activated model already agrees with an undesired target, the sample gives (almost) no gradient."""
 
     uses_vector: bool = True
+    needs: ClassVar[tuple[Need, ...]] = ("undesired samples", "safe samples")
 
 
 class RefittedVector(SecurityVector):

@@ -46,9 +46,9 @@ NOT_SWITCHED = (
 
 
 def part_of(name: str) -> str:
-    """The part that the parameter `name` belongs to: `vector`, `task` or `backbone`."""
+    """The part that the parameter `name` belongs to: `vector`, `task`, `kept` (`secvec.models.kept`) or `backbone`."""
     parts = name.split(".")
-    return "vector" if VECTOR in parts else "task" if TASK in parts else "backbone"
+    return "vector" if VECTOR in parts else "task" if TASK in parts else "kept" if "kept" in parts else "backbone"
 
 
 def attach_new_vector(model: nn.Module, settings: LoraSettings, dropout: float) -> nn.Module:
@@ -164,6 +164,51 @@ def activate_frozen_vector(model: nn.Module, folder: Path, activation: str) -> n
     return attached
 
 
+def vector_deltas(backbone: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """What the vector saved in `folder` adds to each weight of `backbone`, s B A, by Hugging Face name, in float32.
+
+    `backbone` is changed: give a fresh copy. Raises ArtifactError, and ConfigError where that is not all that it adds.
+    """
+    attached = attach_frozen_vector(backbone.float(), folder)
+    _check_delta(attached)
+    found = {
+        f"{name}.weight".removeprefix("base_model.model."): layer.get_delta_weight(VECTOR).detach()
+        for name, layer in attached.named_modules()
+        if isinstance(layer, LoraLinear)
+    }
+    return found
+
+
+@torch.no_grad()
+def randomize_vector(model: nn.Module, generator: torch.Generator) -> None:
+    """Random weights for the vector of `model`, with the Frobenius norm of its B A in each layer.
+
+    A and B are drawn from a normal distribution and scaled alike. Raises ConfigError where B A is not all it adds.
+    """
+    _check_delta(model)
+    for layer in _lora_layers(model):
+        modules: list[Any] = [layer.lora_A[VECTOR], layer.lora_B[VECTOR]]
+        a, b = (module.weight for module in modules)
+        norm = torch.linalg.norm(b.float() @ a.float())
+        drawn = [torch.randn(weight.shape, generator=generator) for weight in (a, b)]
+        scale = (norm.cpu() / torch.linalg.norm(drawn[1] @ drawn[0])).sqrt()
+        for weight, values in zip((a, b), drawn, strict=True):
+            weight.copy_(values * scale)
+
+
+def _check_delta(model: nn.Module) -> None:
+    if not all(map(_is_delta, _lora_layers(model))):
+        raise ConfigError(
+            "this defense takes a vector that is a low-rank delta of linear layers, s B A, and nothing more: not DoRA, "
+            "and without a bias (lora_bias). Train one with stage=vector"
+        )
+
+
+def _is_delta(layer: LoraLayer) -> bool:
+    plain = isinstance(layer, LoraLinear) and VECTOR not in layer.lora_variant
+    return plain and not layer.lora_bias.get(VECTOR)
+
+
 def why_not_merged(model: nn.Module) -> list[str]:
     """Why the frozen vector of `model` cannot act through the weights; [] if it can.
 
@@ -171,7 +216,7 @@ def why_not_merged(model: nn.Module) -> list[str]:
     """
     faults = set()
     for layer in _lora_layers(model):
-        if not isinstance(layer, LoraLinear) or VECTOR in layer.lora_variant or layer.lora_bias.get(VECTOR):
+        if not _is_delta(layer):
             faults.add("it is more than a low-rank delta of a linear layer")
         elif layer.weight.dtype != torch.float32:
             faults.add(f"the weights are {str(layer.weight.dtype).removeprefix('torch.')}, not float32")

@@ -10,6 +10,7 @@ from typing import Any
 from secvec.metrics import OF_RUN, VECTOR_ONLY, metric_of, qualified
 from secvec.report.estimate import Estimate, estimate
 from secvec.report.records import Run
+from secvec.runs.keys import ignores_vector
 
 # Settings that say where or how a run is kept, not what it does.
 _IGNORED = re.compile(
@@ -161,7 +162,7 @@ def _settings(run: Run) -> dict[str, str]:
                 value = {str(number): item for number, item in enumerate(value)}  # as on the command line
             if key == "vector.path" and isinstance(value, str):
                 flat[key] = json.dumps(_vector_of(value))
-            elif key == "vector" and (run.record.config.get("defense") or {}).get("uses_vector") is False:
+            elif key == "vector" and ignores_vector(run.record.config.get("defense") or {}):
                 continue  # the settings of a vector that the defense does not use
             elif key == "seed" or _ignored(name):  # another seed (model.align.seed) makes another configuration
                 continue

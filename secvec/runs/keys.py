@@ -30,14 +30,19 @@ def content_key(content: Any) -> str:
 def key_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a composed config that count for the key of the run: the only rule of what does not.
 
-    Left out: NOT_IN_KEY, the cache of the judge, and the vector under a defense that uses none. `num_threads` counts:
+    Left out: NOT_IN_KEY, the cache of the judge, and the vector under a defense that ignores it. `num_threads` counts:
     it changes the order of floating-point sums.
     """
-    unused = {"vector"} if (config.get("defense") or {}).get("uses_vector") is False else set()
+    unused = {"vector"} if ignores_vector(config.get("defense") or {}) else set()
     settings = {name: value for name, value in config.items() if name not in NOT_IN_KEY | unused}
     if isinstance(judge := settings.get("judge"), Mapping):
         settings["judge"] = {name: value for name, value in judge.items() if name != "cache"}
     return settings
+
+
+def ignores_vector(defense: Mapping[str, Any]) -> bool:
+    """Whether neither the vector nor its samples act under these settings of a defense."""
+    return defense.get("uses_vector") is False and not defense.get("uses_samples")
 
 
 def run_key(config: Mapping[str, Any], keep: Path | None = None) -> str:

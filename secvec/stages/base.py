@@ -75,6 +75,14 @@ class Stage(ABC):
         """Scalars; `loss` is minimised, the others are logged."""
         raise ValueError(f"stage={self.name} trains nothing: use Trainer.predict or Trainer.validate")
 
+    def keeps_weights(self, module: SecVecModule) -> bool:
+        """Whether the trained weights are kept as they are at the start (`secvec.models.kept`)."""
+        return False
+
+    def gradients(self, module: SecVecModule, batches: list[Batch]) -> dict[str, Tensor]:
+        """Changes the gradients of a step, accumulated over `batches`, before they are clipped; scalars to log."""
+        return {}
+
     def streams(self, data: SecVecDataModule, module: SecVecModule) -> list[tuple[Sequence[Encoded], int]]:
         """The streams of training rows, each with its rows per global batch."""
         raise ValueError(f"stage={self.name} trains nothing: it has no training data")

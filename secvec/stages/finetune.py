@@ -62,6 +62,14 @@ class FinetuneStage(Stage):
         """The loss of the defense."""
         return module.defense.loss(module.model, batch)
 
+    def keeps_weights(self, module: SecVecModule) -> bool:
+        """Where the defense compares with them."""
+        return module.defense.keeps_weights
+
+    def gradients(self, module: SecVecModule, batches: list[Batch]) -> dict[str, Tensor]:
+        """What the defense does to them."""
+        return module.defense.gradients(module.model, batches)
+
     def streams(self, data: SecVecDataModule, module: SecVecModule) -> list[tuple[Sequence[Encoded], int]]:
         """The mixture of the present cycle, its undesired samples labelled if the settings say so."""
         mixture = data.mixtures[data.cycle]
@@ -85,6 +93,8 @@ class FinetuneStage(Stage):
                 with atomic_path(folder / "task") as out:
                     save_adapter(module.model, state, "task", out)
                 weights = merge_task(backbone.load(), folder / "task").state_dict()
+            assert module.vector is None or isinstance(module.vector, Path)
+            weights = module.defense.finish(weights, backbone, module.vector)
             with atomic_path(folder / "backbone") as out:
                 save_backbone(weights, backbone.folder, backbone.settings, out)
         wait_for_all()
