@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secvec.data.batch import IGNORE, Batch
+from secvec.models.kept import with_kept_weights
 from secvec.models.logits import logits_at
 from secvec.models.vector import vector_off
 
@@ -21,6 +22,12 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
     counted = targets != IGNORE
     nll = F.cross_entropy(logits.float(), targets[counted], reduction="none")
     return torch.zeros(targets.shape, dtype=nll.dtype, device=nll.device).masked_scatter(counted, nll)
+
+
+def divergence(base: Tensor, tuned: Tensor) -> Tensor:
+    """KL(base || tuned) of next-token distributions, in nats, summed over tokens: logits (N, V) -> scalar."""
+    log_base, log_tuned = base.float().log_softmax(-1), tuned.float().log_softmax(-1)
+    return F.kl_div(log_tuned, log_base, log_target=True, reduction="sum")
 
 
 def before_labels(labels: Tensor) -> Tensor:
@@ -78,6 +85,19 @@ def loss_of_rows(model: nn.Module, batch: Batch, mine: Tensor, count: Tensor) ->
     return global_mean(token_losses(model, part).sum(), count)
 
 
+def loss_and_divergence(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Nats of all labels, and KL(kept || present) at the same tokens: two sums over the tokens of `batch`.
+
+    `kept` are the weights that are kept beside the model; they get no gradient.
+    """
+    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+    at = before_labels(labels)
+    with torch.no_grad(), with_kept_weights(model):
+        base = logits_at(model, ids, mask, at)
+    logits = logits_at(model, ids, mask, at)
+    return token_nll(logits, labels).sum(), divergence(base, logits)
+
+
 def vector_loss(model: nn.Module, batch: Batch, kl_weight: float) -> dict[str, Tensor]:
     """CE on the undesired rows + kl_weight * KL(base || base + vector) on the KL rows (paper, ACL version).
 
@@ -97,7 +117,6 @@ def vector_loss(model: nn.Module, batch: Batch, kl_weight: float) -> dict[str, T
     rows = never_none(kl_rows)
     with torch.no_grad(), vector_off(model):
         base = logits_at(model, input_ids[rows], mask[rows], of_kl[rows])
-    tuned = logits[of_kl[at]].float().log_softmax(-1)
-    total = F.kl_div(tuned, base.float().log_softmax(-1), log_target=True, reduction="sum")
+    total = divergence(base, logits[of_kl[at]])
     kl = global_mean(total, of_step(batch, of_kl.sum(), 1))
     return {"loss": ce + kl_weight * kl, "ce": ce.detach(), "kl": kl.detach()}

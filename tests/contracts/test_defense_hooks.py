@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -43,7 +43,14 @@ BATCHES = [
 ]
 
 
-def fit(defense: Defense, epochs: int = 2, resume: Path | None = None, lr: float = 0.1, **settings: Any) -> Any:
+def fit(
+    defense: Defense,
+    epochs: int = 2,
+    resume: Path | None = None,
+    lr: float = 0.1,
+    batches: Sequence[Batch] = BATCHES,
+    **settings: Any,
+) -> Any:
     """A training of a few plain SGD steps, without a run: the module after it."""
     module = SecVecModule(
         "finetune", InMemory(fresh(), TOKENIZER), defense=defense, optimizer={"_target_": "torch.optim.SGD", "lr": lr}
@@ -51,7 +58,7 @@ def fit(defense: Defense, epochs: int = 2, resume: Path | None = None, lr: float
     quiet: Any = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     quiet["enable_checkpointing"] = False
     trainer = L.Trainer(max_epochs=epochs, **quiet, **settings)
-    trainer.fit(module, DataLoader(BATCHES, batch_size=None), ckpt_path=resume and str(resume))  # type: ignore[arg-type]
+    trainer.fit(module, DataLoader([*batches], batch_size=None), ckpt_path=resume and str(resume))  # type: ignore[arg-type]
     return module
 
 

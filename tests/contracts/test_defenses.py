@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_of
 from torch import Tensor, nn
 
 from secvec.config.schema import RunConfig
+from secvec.data.batch import Batch, Encoded, collate, count_tokens
+from secvec.defenses.base import Defense
+from secvec.defenses.kl_to_base import KlToBase
+from secvec.defenses.l2_to_base import L2ToBase
 from secvec.defenses.negated_vector import NegatedVector
 from secvec.defenses.random_adapter import RandomAdapter
 from secvec.errors import ConfigError
+from secvec.models.kept import keep_weights
 from secvec.models.vector import _lora_layers, attach_frozen_vector, randomize_vector, vector_deltas
+from tests.contracts.test_defense_hooks import fit, make_batch, trained
 from tests.contracts.test_foreign_adapters import lora, saved_by_peft
 from tests.contracts.test_vector import fresh, logits
 
@@ -127,3 +135,117 @@ def test_the_docs_list_each_defense_with_its_needs(make_config: Make, name: str)
     (row,) = [row for row in rows if row[0] == f"| `{name}`"]
     assert row[3] == (", ".join(defense.needs) or "–")
     assert defense.name == name and (not defense.uses_vector or "undesired samples" in defense.needs)
+
+
+def two_words(weight: float) -> nn.Module:
+    """A model of one number: its logits are (w, 0) after every token."""
+
+    class TwoWords(nn.Module):
+        config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(_attn_implementation="eager"))
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(1, 2, bias=False)
+            self.head.weight.data = torch.tensor([[weight], [0.0]])
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.head
+
+        def forward(self, input_ids: Tensor, **_: Any) -> Any:
+            return SimpleNamespace(logits=self.head(torch.ones(*input_ids.shape, 1)))
+
+    return TwoWords()
+
+
+def words(*answers: list[int], extra: int = 0) -> Batch:
+    """A prompt of one token, and answers of the words 0 and 1; the last `extra` rows are extra ones."""
+    rows = [(Encoded([0, *answer], 1), number >= len(answers) - extra) for number, answer in enumerate(answers)]
+    return collate(rows)
+
+
+def sigmoid(w: float) -> float:
+    return 1 / (1 + math.exp(-w))
+
+
+def test_kl_to_base_by_hand() -> None:
+    """Base p = (1/2, 1/2), model q = (3/4, 1/4): KL = 1/2 ln(2/3) + 1/2 ln 2 = 1/2 ln(4/3)."""
+    model = two_words(0.0)
+    keep_weights(model)
+    with torch.no_grad():
+        model.head.weight[0, 0] = math.log(3)
+    terms = KlToBase(name="kl_to_base", weight=0.7).loss(model, words([0], [1, 0]))
+    assert float(terms["kl"]) == pytest.approx(0.5 * math.log(4 / 3), rel=1e-5)
+    nll = -(2 * math.log(3 / 4) + math.log(1 / 4)) / 3
+    assert float(terms["data"]) == pytest.approx(nll, rel=1e-5)
+    assert float(terms["loss"]) == pytest.approx(nll + 0.35 * math.log(4 / 3), rel=1e-5)
+    terms["loss"].backward()  # d nll / dw = q - share of word 0, d kl / dw = q - p
+    assert float(model.head.weight.grad[0, 0]) == pytest.approx((3 / 4 - 2 / 3) + 0.7 * (3 / 4 - 1 / 2), rel=1e-4)
+    assert torch.equal(model.kept[0], torch.zeros(2, 1))
+
+
+def test_l2_to_base_by_hand() -> None:
+    """theta - theta_0 = (3, 4): distance 5, gradient 2 x 0.1 x (3, 4) beside that of the loss."""
+    model = two_words(1.0)
+    keep_weights(model)
+    with torch.no_grad():
+        model.head.weight += torch.tensor([[3.0], [4.0]])
+    model.head.weight.grad = torch.tensor([[1.0], [-1.0]])
+    logged = L2ToBase(name="l2_to_base", weight=0.1).gradients(model, [])
+    assert float(logged["distance"]) == pytest.approx(5)
+    torch.testing.assert_close(model.head.weight.grad, torch.tensor([[1.6], [-0.2]]))
+
+
+def test_safe_samples_are_the_share_that_is_asked_for(make_config: Make) -> None:
+    """48 rows and 12 more: a fifth of 60. 24 prompts have answers enough; a third of the rows repeats none."""
+    config = make_config("defense=safe_samples", "defense.share=0.2")
+    run = run_of(config)
+    config.defense.check(run)
+    before = run.data.mixtures[0]
+    answers = run.own_answers(run.data.vector_samples["undesired"])
+    after = config.defense.training_samples(run, before)
+    added = after["benign"][len(before["benign"]) :]
+    assert len(added) == 12 and after["undesired"] == before["undesired"]
+    assert [(row.messages, row.response) for row in added] == [(row.messages, row.response) for row in answers[:12]]
+    assert {row.kind for row in added} == {"ordinary"}
+    many = config.defense.model_copy(update={"share": 0.75}).training_samples(run, before)
+    assert len(many["benign"]) - len(before["benign"]) == 144 > len(answers)
+
+
+def test_the_vectors_samples_count_for_a_run_that_uses_them(make_config: Make) -> None:
+    keys = {
+        (name, r): make_config(f"defense={name}", f"vector.num_samples={r}").key
+        for name in ("none", "safe_samples")
+        for r in (20, 21)
+    }
+    assert keys["none", 20] == keys["none", 21] and keys["safe_samples", 20] != keys["safe_samples", 21]
+    assert make_config("defense=safe_samples").stages == ("finetune", "infer")
+
+
+ON_THE_STEP = [KlToBase(name="kl_to_base"), L2ToBase(name="l2_to_base", weight=1.0)]
+
+
+@pytest.mark.parametrize("defense", ON_THE_STEP, ids=lambda defense: defense.name)
+def test_a_training_ends_elsewhere_than_the_plain_one(defense: Defense) -> None:
+    """By more than rounding, and by less than all of what is learned."""
+    ends = [trained(fit(one, epochs=4, lr=0.01)) for one in (Defense(name="none"), defense)]
+    start = torch.cat([p.detach().flatten() for p in fresh().parameters()])
+    plain, defended = (torch.cat([weight.flatten() for weight in end]) for end in ends)
+    moved = float((plain - start).norm())
+    assert 1e-2 * moved < float((plain - defended).norm()) < moved
+
+
+@pytest.mark.parametrize("defense", ON_THE_STEP, ids=lambda defense: defense.name)
+def test_small_batches_accumulated_are_one_large_batch(defense: Defense) -> None:
+    texts = ["First grind the frost root.", "oil", "amber oil", "make soup from frost root"]
+    extra = int(defense.extra_batch_size > 0)
+    small = [make_batch(*texts[:2], extra=extra), make_batch(*texts[2:], extra=extra)]
+    counts = tuple(torch.stack(n).double().mean() for n in zip(*map(count_tokens, small), strict=True))
+    for batch in small:
+        batch["step_tokens"] = counts
+    large = [make_batch(texts[0], texts[2], texts[1], texts[3], extra=2 * extra)]
+    ours, theirs = (
+        trained(fit(defense, epochs=3, batches=batches, precision="64-true", accumulate_grad_batches=len(batches)))
+        for batches in (small, large)
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
