@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,18 +12,18 @@ from torch.distributed.tensor import DTensor
 from secvec.models.sharding import local_shard
 
 
-def gradient_of(model: nn.Module, losses: Iterable[Callable[[], Tensor]]) -> list[Tensor]:
-    """The gradient of the sum of `losses`, by trained parameter: averaged over processes, of shards the own ones.
+def gradient_of(model: nn.Module, losses: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+    """The gradient of the mean of `losses`, by trained parameter: averaged over processes, of shards the own ones.
 
-    `p.grad` stays what it is. Every process must call it with as many losses. A loss is a function, so that there is
-    one graph at a time.
+    The mean, as Lightning takes it over accumulated batches. `p.grad` stays what it is. Every process must call it with
+    as many losses. A loss is a function, so that there is one graph at a time.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     before = [p.grad for p in trained]
     for p in trained:
         p.grad = None
     for loss in losses:
-        loss().backward()
+        (loss() / len(losses)).backward()
     found = [torch.zeros_like(local_shard(p.detach())) if p.grad is None else local_shard(p.grad) for p in trained]
     for p, gradient, old in zip(trained, found, before, strict=True):
         p.grad = old

@@ -76,13 +76,17 @@ def never_none(rows: Tensor) -> Tensor:
     return some
 
 
-def loss_of_rows(model: nn.Module, batch: Batch, mine: Tensor, count: Tensor) -> Tensor:
-    """The nats of all labels in the rows `mine` (B,) of the batch, divided by `count` over all processes."""
+def rows_of(batch: Batch, mine: Tensor) -> Batch:
+    """The rows `mine` (B,) of the batch; where there is none, one row without labels (see `never_none`)."""
     rows = never_none(mine)
     labels = batch["labels"][rows].masked_fill(~mine[rows][:, None], IGNORE)
     ids, mask = batch["input_ids"][rows], batch["attention_mask"][rows]
-    part: Batch = {**batch, "input_ids": ids, "attention_mask": mask, "labels": labels}
-    return global_mean(token_losses(model, part).sum(), count)
+    return {**batch, "input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def loss_of_rows(model: nn.Module, batch: Batch, mine: Tensor, count: Tensor) -> Tensor:
+    """The nats of all labels in the rows `mine` (B,) of the batch, divided by `count` over all processes."""
+    return global_mean(token_losses(model, rows_of(batch, mine)).sum(), count)
 
 
 def loss_and_divergence(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

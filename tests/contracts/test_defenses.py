@@ -18,13 +18,17 @@ from secvec.data.batch import Batch, Encoded, collate, count_tokens
 from secvec.defenses.base import Defense
 from secvec.defenses.kl_to_base import KlToBase
 from secvec.defenses.l2_to_base import L2ToBase
+from secvec.defenses.lisa import Lisa
 from secvec.defenses.negated_vector import NegatedVector
 from secvec.defenses.random_adapter import RandomAdapter
+from secvec.defenses.safegrad import SafeGrad, _kl
 from secvec.errors import ConfigError
 from secvec.models.kept import keep_weights
 from secvec.models.vector import _lora_layers, attach_frozen_vector, randomize_vector, vector_deltas
+from secvec.run import train
 from tests.contracts.test_defense_hooks import fit, make_batch, trained
 from tests.contracts.test_foreign_adapters import lora, saved_by_peft
+from tests.contracts.test_stages import same, weights
 from tests.contracts.test_vector import fresh, logits
 
 Make = Callable[..., RunConfig]
@@ -221,7 +225,12 @@ def test_the_vectors_samples_count_for_a_run_that_uses_them(make_config: Make) -
     assert make_config("defense=safe_samples").stages == ("finetune", "infer")
 
 
-ON_THE_STEP = [KlToBase(name="kl_to_base"), L2ToBase(name="l2_to_base", weight=1.0)]
+ON_THE_STEP = [
+    KlToBase(name="kl_to_base"),
+    L2ToBase(name="l2_to_base", weight=1.0),
+    SafeGrad(name="safegrad"),
+    Lisa(name="lisa", safe_steps=1, data_steps=3),
+]
 
 
 @pytest.mark.parametrize("defense", ON_THE_STEP, ids=lambda defense: defense.name)
@@ -249,3 +258,83 @@ def test_small_batches_accumulated_are_one_large_batch(defense: Defense) -> None
     )
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("data", "safe", "expected"),
+    [
+        ([3.0, -1.0], [0.0, 2.0], [3.0, 1.0]),  # g.s = -2, |s|^2 = 4: g + s/2 = (3, 0), and half of s
+        ([3.0, 1.0], [0.0, 2.0], [3.0, 2.0]),  # no conflict
+        ([3.0, -1.0], [0.0, 0.0], [3.0, -1.0]),  # nothing to hold yet
+    ],
+    ids=["conflict", "agreement", "first step"],
+)
+def test_safegrad_by_hand(
+    data: list[float], safe: list[float], expected: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = two_words(1.0)
+    model.head.weight.grad = torch.tensor(data)[:, None]
+    given = torch.tensor(safe)[:, None]
+    monkeypatch.setattr("secvec.defenses.safegrad._kl", lambda model, batch: (model.head.weight * given).sum())
+    logged = SafeGrad(name="safegrad", weight=0.5).gradients(model, [words([0])])
+    torch.testing.assert_close(model.head.weight.grad[:, 0], torch.tensor(expected))
+    dot = sum(a * b for a, b in zip(data, safe, strict=True))
+    assert float(logged["cosine"]) == pytest.approx(dot / 10**0.5 / 2)
+
+
+def test_safegrads_alignment_loss_is_the_kl_on_the_safe_samples() -> None:
+    """As in `test_kl_to_base_by_hand`, on the last row alone; the loss is that of the others."""
+    model = two_words(0.0)
+    keep_weights(model)
+    with torch.no_grad():
+        model.head.weight[0, 0] = math.log(3)
+    batch, defense = words([1, 1, 1], [0], extra=1), SafeGrad(name="safegrad")
+    assert float(_kl(model, batch).detach()) == pytest.approx(0.5 * math.log(4 / 3), rel=1e-5)
+    assert float(defense.loss(model, batch)["loss"].detach()) == pytest.approx(math.log(4), rel=1e-5)
+
+
+def test_lisa_by_hand() -> None:
+    """One safe step, two on the data, rate 0.1, rho 2. d/dw of -ln q(1) is q(0), of -ln q(0) it is q(0) - 1."""
+    model, defense, rate, rho = two_words(0.0), Lisa(name="lisa", safe_steps=1, data_steps=2, rho=2.0), 0.1, 2.0
+    keep_weights(model)
+    w, kept = 0.0, 0.0
+    for step in range(7):
+        batch = words([1], [0], extra=1)  # the data say 1, the safe sample says 0
+        batch["step"] = step
+        model.zero_grad()
+        defense.loss(model, batch)["loss"].backward()
+        model.head.weight.grad[1] = 0  # the other word stays
+        defense.gradients(model, [batch])
+        safe = step % 3 == 0
+        kept = w if step % 3 in (0, 1) else kept
+        w -= rate * (sigmoid(w) - safe + rho * (w - kept))
+        with torch.no_grad():
+            model.head.weight -= rate * model.head.weight.grad
+        assert float(model.head.weight[0, 0].detach()) == pytest.approx(w, rel=1e-5)
+    assert w != 0
+
+
+def test_lisa_goes_on_where_it_was(tmp_path: Path) -> None:
+    """A turn that a checkpoint cuts in two is held near the same weights after it."""
+    lisa = Lisa(name="lisa", safe_steps=2, data_steps=5, rho=3.0)
+    whole, half = fit(lisa, epochs=4, lr=0.01), fit(lisa, epochs=2, lr=0.01)
+    half.trainer.save_checkpoint(tmp_path / "half.ckpt")
+    on = fit(lisa, epochs=4, lr=0.01, resume=tmp_path / "half.ckpt")
+    assert all(map(torch.equal, trained(whole), trained(on)))
+    other = fit(lisa.model_copy(update={"rho": 0.0}), epochs=4, lr=0.01)
+    assert not all(map(torch.equal, trained(whole), trained(other)))
+
+
+NEW = ["random_adapter", "negated_vector", "kl_to_base", "l2_to_base", "safe_samples", "safegrad", "lisa"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NEW)
+def test_a_whole_run_ends_elsewhere_than_the_plain_one(make_config: Make, name: str) -> None:
+    saved = {}
+    for defense in ("none", name):
+        config = make_config(f"defense={defense}", "trainer.gradient_clip_val=1.0", run=defense)
+        record = train(config)
+        assert record["status"] == "completed"
+        saved[defense] = weights(Path(config.run_dir) / "backbone")
+    assert saved["none"].keys() == saved[name].keys() and not same(saved["none"], saved[name])

@@ -1,0 +1,70 @@
+"""SafeGrad: where the gradient of the data opposes that of safety, the opposing part is taken out."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
+
+from secvec.defenses.base import Defense, Need
+from secvec.errors import ConfigError
+from secvec.settings.schema import Count, Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from secvec.data.batch import Batch
+    from secvec.data.example import Example
+    from secvec.run import Run
+
+
+class SafeGrad(Defense):
+    """g - min(0, g.s) / |s|^2 s + `weight` s: gradient surgery (Yi et al., arXiv 2508.07172).
+
+    g is the gradient of the data, s that of the alignment loss, KL(base || model) on safe samples, as the paper's
+    abstract has it. Our decisions: one projection over all trained parameters; s itself is added with `weight`; the
+    safe samples are the starting model's own answers to the vector's prompts, `extra_batch_size` in every batch.
+    """
+
+    needs: ClassVar[tuple[Need, ...]] = ("undesired samples", "safe samples", "extra passes")
+    uses_samples: bool = True
+    keeps_weights: ClassVar[bool] = True
+    extra_batch_size: Count = 8
+    weight: Weight = 1.0
+
+    def check(self, run: Run) -> None:
+        """Raises ConfigError for float16, whose scaled gradients would have to be made twice."""
+        super().check(run)
+        if run.config.trainer.precision == "16-mixed":
+            raise ConfigError(f"defense={self.name} does not work with trainer.precision=16-mixed: use bf16-mixed")
+
+    def extra_samples(self, run: Run) -> list[Example]:
+        """The starting model's answers to the vector's prompts."""
+        return run.own_answers(run.data.vector_samples["undesired"])
+
+    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Nats per response token of the data."""
+        from secvec.data.batch import count_tokens
+        from secvec.training.losses import loss_of_rows, of_step
+
+        return {"loss": loss_of_rows(model, batch, ~batch["extra"], of_step(batch, count_tokens(batch)[0]))}
+
+    def gradients(self, model: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
+        """Logged: `cosine` of g and s, below 0 where they conflict; 0 where s is 0, as in the first step."""
+        from secvec.training.gradients import gradient_of, inner, present_gradient
+
+        data, safe = present_gradient(model), gradient_of(model, [partial(_kl, model, batch) for batch in batches])
+        dot, square = inner(model, data, safe), inner(model, safe, safe).clamp_min(1e-30)
+        cosine = dot / (square * inner(model, data, data).clamp_min(1e-30)).sqrt()
+        factor = self.weight - dot.clamp_max(0) / square
+        for gradient, other in zip(data, safe, strict=True):
+            gradient += factor.to(other.dtype) * other
+        return {"cosine": cosine}
+
+
+def _kl(model: nn.Module, batch: Batch) -> Tensor:
+    """KL(base || model) per response token of the safe samples."""
+    from secvec.data.batch import count_tokens
+    from secvec.training.losses import global_mean, loss_and_divergence, of_step, rows_of
+
+    count = of_step(batch, count_tokens(batch)[2], 2)
+    return global_mean(loss_and_divergence(model, rows_of(batch, batch["extra"]))[1], count)

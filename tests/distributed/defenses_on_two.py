@@ -1,0 +1,63 @@
+"""Trains with each defense that acts on the step, by DDP and by FSDP2: `python defenses_on_two.py FOLDER`.
+
+Lightning starts the second process. Each training is cut off by a checkpoint and goes on from it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from secvec.data.batch import Batch
+from secvec.defenses.base import Defense
+from secvec.defenses.kl_to_base import KlToBase
+from secvec.defenses.l2_to_base import L2ToBase
+from secvec.defenses.lisa import Lisa
+from secvec.defenses.safegrad import SafeGrad
+from secvec.models.sharding import full_state
+from secvec.settings.trainer import TrainerSettings
+from tests.contracts.test_defense_hooks import fit, make_batch
+
+DEFENSES: list[Defense] = [
+    KlToBase(name="kl_to_base"),
+    L2ToBase(name="l2_to_base", weight=1.0),
+    SafeGrad(name="safegrad"),
+    Lisa(name="lisa", safe_steps=1, data_steps=3),
+]
+DATA = [["First grind the frost root.", "oil"], ["make soup", "root"]]
+SAFE = [["amber oil", "frost"], ["make soup from amber oil", "soup"]]
+
+
+def batches(defense: Defense, rank: int | None) -> list[Batch]:
+    """Two batches of two rows and, for a defense that reads such, two extra ones; a process has one of each."""
+    mine = slice(None) if rank is None else slice(rank, rank + 1)
+    extra = [safe[mine] if defense.extra_batch_size else [] for safe in SAFE]
+    return [make_batch(*data[mine], *safe, extra=len(safe)) for data, safe in zip(DATA, extra, strict=True)]
+
+
+def train(defense: Defense, folder: Path, rank: int | None, strategy: str = "auto") -> dict[str, torch.Tensor]:
+    """Two epochs, a checkpoint, two more: the weights, on the first process."""
+    devices = 1 if rank is None else 2
+    settings = TrainerSettings(
+        accelerator="cpu", devices=devices, strategy=strategy, precision="32-true", gradient_clip_val=None
+    )  # type: ignore[arg-type]
+    rows = batches(defense, rank)
+    checkpoint = folder / f"{defense.name}-{strategy}.ckpt"
+    fit(defense, lr=0.01, batches=rows, **settings.hardware()).trainer.save_checkpoint(checkpoint)
+    module = fit(defense, 4, checkpoint, 0.01, rows, **settings.hardware())
+    return {name: weight.clone() for name, weight in full_state(module.model).items() if "kept" not in name}
+
+
+if __name__ == "__main__":
+    from secvec.training.trainer import launch
+
+    out = Path(sys.argv[1])
+    launch(TrainerSettings(accelerator="cpu", devices=2, strategy="ddp", precision="32-true", gradient_clip_val=None))
+    for strategy in ("ddp", "fsdp"):
+        for defense in DEFENSES:
+            weights = train(defense, out, dist.get_rank(), strategy)
+            if dist.get_rank() == 0:
+                torch.save(weights, out / f"{defense.name}-{strategy}.pt")
