@@ -21,6 +21,7 @@ from secvec.defenses.l2_to_base import L2ToBase
 from secvec.defenses.lisa import Lisa
 from secvec.defenses.negated_vector import NegatedVector
 from secvec.defenses.random_adapter import RandomAdapter
+from secvec.defenses.safe_lora import SafeLora
 from secvec.defenses.safegrad import SafeGrad, _kl
 from secvec.errors import ConfigError
 from secvec.models.kept import keep_weights
@@ -325,7 +326,7 @@ def test_lisa_goes_on_where_it_was(tmp_path: Path) -> None:
     assert not all(map(torch.equal, trained(whole), trained(other)))
 
 
-NEW = ["random_adapter", "negated_vector", "kl_to_base", "l2_to_base", "safe_samples", "safegrad", "lisa"]
+NEW = ["random_adapter", "negated_vector", "kl_to_base", "l2_to_base", "safe_samples", "safegrad", "lisa", "safe_lora"]
 
 
 @pytest.mark.slow
@@ -338,3 +339,28 @@ def test_a_whole_run_ends_elsewhere_than_the_plain_one(make_config: Make, name: 
         assert record["status"] == "completed"
         saved[defense] = weights(Path(config.run_dir) / "backbone")
     assert saved["none"].keys() == saved[name].keys() and not same(saved["none"], saved[name])
+
+
+@pytest.mark.parametrize(
+    ("threshold", "expected"),
+    [(0.7, [[3.0, 3.0], [0.0, 0.0]]), (0.5, [[3.0, 3.0], [4.0, -4.0]])],
+    ids=["below", "above"],
+)
+def test_safe_lora_by_hand(threshold: float, expected: list[list[float]]) -> None:
+    """V = (1, 0)^T (2, 5): C keeps the first row. |C dW| / |dW| = sqrt(18 / 50) = .6, which is the cosine."""
+    update, direction = torch.tensor([[3.0, 3.0], [4.0, -4.0]]), torch.tensor([[2.0, 5.0], [0.0, 0.0]])
+    found = SafeLora(name="safe_lora", threshold=threshold).projected(update, direction)
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_safe_lora_leaves_the_start_and_what_has_no_delta(vector: Path) -> None:
+    """Of an update in all weights, that of the vector's layers alone changes: to one of the rank of the vector, 2."""
+    start = {name: weight.clone() for name, weight in fresh().state_dict().items()}
+    torch.manual_seed(3)
+    after = {name: weight + 0.01 * torch.randn_like(weight) for name, weight in start.items()}
+    defense = SafeLora(name="safe_lora")
+    found = defense.finish(dict(after), Loads(), vector)  # type: ignore[arg-type]
+    assert {n for n in start if not torch.equal(found[n], after[n])} == set(vector_deltas(fresh(), vector))
+    assert int(torch.linalg.matrix_rank(found[Q] - start[Q], atol=1e-4)) == 2
+    same_again = defense.finish(dict(start), Loads(), vector)  # type: ignore[arg-type]
+    assert all(torch.equal(same_again[name], start[name]) for name in start)
