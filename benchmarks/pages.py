@@ -13,10 +13,15 @@ def keep(records: Any, file: Path) -> None:
     file.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def show(table: str, script: str, page: Path) -> None:
-    """Puts the table in its place on the page, which names the script, and prints it."""
-    text = page.read_text(encoding="utf-8")
-    before, start, rest = text.partition(f"<!-- table: benchmarks/{Path(script).name} -->\n")
+def show(table: str, script: str, page: Path, title: str = "") -> None:
+    """Puts the table in its place on the page, which names the script, and prints it.
+
+    Where there is no place yet, a section with the `title` is added at the end.
+    """
+    text, place = page.read_text(encoding="utf-8"), f"<!-- table: benchmarks/{Path(script).name} -->\n"
+    if title and place not in text:
+        text += f"\n## {title}\n\n{place}\n<!-- end -->\n"
+    before, start, rest = text.partition(place)
     _, end, after = rest.partition("<!-- end -->")
     assert start and end, f"{page} has no place for the table"
     page.write_text(f"{before}{start}\n{table}\n\n{end}{after}", encoding="utf-8")
