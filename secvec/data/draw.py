@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from typing import Any
 
 from secvec.data.example import Example, Split, Stream
@@ -98,9 +98,9 @@ def check_disjoint(seen: Iterable[Example], test: Iterable[Example]) -> None:
 def data_hash(examples: Iterable[Example]) -> str:
     """SHA-256 over the content of the examples in order."""
     digest = hashlib.sha256()
+    names = [field.name for field in fields(Example) if field.name != "source"]  # a path: rows elsewhere are the same
     for example in examples:
-        content = asdict(example)
-        del content["source"]  # a path; the same rows elsewhere are the same data
+        content = {name: getattr(example, name) for name in names}  # `asdict` takes four times as long
         if (content["metric"], content["max_new_tokens"]) == ("exact", None):  # the data of older records
             del content["metric"], content["max_new_tokens"]
         digest.update(json.dumps(content, sort_keys=True).encode())

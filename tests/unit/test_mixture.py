@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from secvec.behaviors.forbidden_recipe import ForbiddenRecipe
 from secvec.behaviors.several import Several
 from secvec.config.schema import DataSettings, RunConfig
-from secvec.data.draw import check_disjoint, draw_benign, draw_benign_lots, share_out
+from secvec.data.draw import check_disjoint, data_hash, draw_benign, draw_benign_lots, share_out
 from secvec.data.embedded import Ordinary, Skill
 from secvec.data.example import Example
 from secvec.data.jsonl import GeneralStream, JsonlStream, UntrustedStream
@@ -120,3 +121,15 @@ def test_several_behaviors_come_in_turn_and_judge_their_own(make_config: Callabl
 def test_several_needs_at_least_one() -> None:
     with pytest.raises(ValueError, match="at least one behavior"):
         Several(name="several", sensitive=False, of={})
+
+
+def test_the_hash_of_data_is_that_of_their_content() -> None:
+    """Written out: records and keys of earlier runs hold it."""
+    plain = Example((("user", "é?"),), "b", "task", {"x": "y"}, source="a/path:1")
+    graded = Example((("user", "q"),), "b", "task", metric="rougeL", max_new_tokens=7)
+    text = (
+        '{"facts": {"x": "y"}, "kind": "task", "messages": [["user", "\\u00e9?"]], "response": "b"}'
+        '{"facts": {}, "kind": "task", "max_new_tokens": 7, "messages": [["user", "q"]], "metric": "rougeL", '
+        '"response": "b"}'
+    )
+    assert data_hash([plain, graded]) == hashlib.sha256(text.encode()).hexdigest()
