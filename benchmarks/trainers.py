@@ -277,12 +277,17 @@ def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """What a benchmark of training steps is given; `--one` is for the process that measures one way."""
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--model", type=Path, default=SMOLLM2)
+    parser.add_argument("--model", type=Path)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def job_of(given: argparse.Namespace) -> Job:
+    """What this process measures."""
+    return Job(given.one, given.steps, given.model, given.device, given.precision)
 
 
 def interleaved(script: str, ways: Sequence[str], given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -301,8 +306,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", default=",".join(WAYS))
     given = arguments(parser)
+    given.model = given.model or SMOLLM2
     if given.one:
-        print(MEASURED + json.dumps(measure(Job(given.one, given.steps, given.model, given.device, given.precision))))
+        print(MEASURED + json.dumps(measure(job_of(given))))
         return
     if not given.table:
         about = machine()

@@ -53,3 +53,24 @@ def test_a_table_without_a_place_gets_a_section_and_the_next_one_takes_its_place
     for table in ("| a |", "| b |"):
         script("pages").show(table, "benchmarks/x.py", page, "How fast")
     assert page.read_text() == "# Page\n\n## How fast\n\n<!-- table: benchmarks/x.py -->\n\n| b |\n\n<!-- end -->\n"
+
+
+def test_what_is_equal_is_said_of_answers(script: Any) -> None:
+    about = {"cores": 2, "cpu": "any", "versions": {}, "commit": "0123456789"}
+    runs = [
+        {"way": way, "seconds": s, "answers": answers, "peak_bytes": 1e9}
+        for way, s, answers in (("plain", 4.0, ["a", "b"]), ("secvec", 2.0, ["a", "c"]))
+    ]
+    record = {"rounds": 1, "prompts": 2, "batch": 2, "new_tokens": 8, "model": "tiny", "machine": about, "runs": runs}
+    made = script("generation").table(record)
+    assert "| secvec | 1.00 | 2.00 | 1.0 GB | 1 of 2 |" in made and "lm-eval, `HFLM`" not in made
+
+
+def test_the_clock_keeps_epochs_apart(script: Any, tmp_path: Path) -> None:
+    clock = script("clock").StepClock(str(tmp_path / "steps.json"))
+    for steps in (2, 1):
+        clock.on_train_epoch_start()
+        for _ in range(steps):
+            clock.on_train_batch_end()
+    clock.on_train_end()
+    assert [len(epoch) for epoch in json.loads((tmp_path / "steps.json").read_text())] == [2, 1]
