@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from secvec.settings.schema import LoraSettings, ModelSettings, VectorLora
 from secvec.settings.target import Plugin, to_target
 from secvec.settings.trainer import OptimizerSettings, SchedulerSettings
 from secvec.stages import find_stage
+from secvec.training.callbacks import logs
 from secvec.training.losses import response_loss
 from secvec.training.optim import build_optimizer, build_schedule
 
@@ -86,6 +87,8 @@ class SecVecModule(L.LightningModule):
         self.keep_start = False
         """Whether the trained weights are copied before the first step, for what measures their drift."""
         self.start: dict[str, Tensor] = {}
+        self.before_checkpoint: Callable[[], None] | None = None
+        """Raises what forbids a checkpoint of the weights as they are."""
         self.model: nn.Module = None  # type: ignore[assignment]  # until configure_model
         self.strict_loading = False  # a checkpoint holds what is trained; the rest comes from the folders
         self.save_hyperparameters(
@@ -130,22 +133,30 @@ class SecVecModule(L.LightningModule):
         assert held == {id(p) for _, p in self.trained()}, "the optimizer holds other parameters"
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One batch; logs `train/<term>` for every term of the loss, the mean over all processes and over the step."""
+        """One batch; logs `train/<term>` for every term of the loss, the mean over all processes and over the step.
+
+        Between two steps that are logged nothing waits for the device or for other processes. So the loss is not in
+        Lightning's progress bar, which reads it at every step.
+        """
         batch["step"], parts = self.trainer.global_step, self.trainer.accumulate_grad_batches
         self._step_batches: list[Batch] = [*(self._step_batches if batch_idx % parts else []), batch]
         terms = self.stage.loss(self, batch)
         before: dict[str, Any] = self._step_terms if batch_idx % parts else dict.fromkeys(terms, 0.0)
         self._step_terms: dict[str, Tensor] = {n: before[n] + term.detach() / parts for n, term in terms.items()}
-        self.log_dict({f"train/{name}": value for name, value in self._step_terms.items()}, sync_dist=True)
-        self.log("loss", terms["loss"].detach(), prog_bar=True, logger=False)
+        self._log_terms(self._step_terms)
         return terms["loss"]
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Lets the stage change the gradients: they are accumulated, and not clipped yet."""
         with self.trainer.precision_plugin.forward_context():
             terms = self.stage.gradients(self, self._step_batches)
-        if terms:
-            self.log_dict({f"train/{name}": value for name, value in terms.items()}, sync_dist=True)
+        self._log_terms(terms)
+
+    def _log_terms(self, terms: dict[str, Tensor]) -> None:
+        """Between two steps that are logged nothing waits for the device or for other processes."""
+        if logs(self.trainer, self.trainer.global_step + 1):
+            terms = {name: self.trainer.strategy.reduce(term.clone(), reduce_op="mean") for name, term in terms.items()}
+        self.log_dict({f"train/{name}": term for name, term in terms.items()})
 
     def validation_step(self, batches: dict[str, Batch | None], batch_idx: int) -> None:
         """Nats per response token of held-out samples by kind: `val/<kind>_loss` with the vector off.
@@ -185,6 +196,8 @@ class SecVecModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what is trained: a checkpoint of a vector is the vector, not the backbone."""
+        if self.before_checkpoint:
+            self.before_checkpoint()
         trained = {name for name, p in self.named_parameters() if p.requires_grad or part_of(name) == "kept"}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 

@@ -16,7 +16,10 @@ PAD = 0
 
 
 class Batch(TypedDict):
-    """A padded batch; B rows of T tokens."""
+    """A padded batch; B rows of T tokens.
+
+    It stays on the host: `secvec.models.logits` gives the device what the model reads of it.
+    """
 
     input_ids: Tensor
     """(B, T) int64"""

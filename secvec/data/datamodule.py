@@ -316,6 +316,10 @@ class SecVecDataModule(L.LightningDataModule):
         if name not in self._fits:
             self.fit_to(backbone.tokenizer, backbone.context, [name])
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leaves batches on the host: see `Batch`."""
+        return batch
+
     def train_dataloader(self) -> DataLoader:
         """The batches of this process for the stage of the module.
 

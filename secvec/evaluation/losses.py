@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -75,7 +75,7 @@ def row_losses(model: nn.Module, batch: Batch) -> list[float]:
 
 def response_nll(model: nn.Module, batch: Batch) -> Tensor:
     """Nats of each response token: (B, T-1), 0 elsewhere; computed where the model is."""
-    return token_losses(model, _on(next(model.parameters()).device, batch))
+    return token_losses(model, batch)
 
 
 @torch.no_grad()
@@ -87,9 +87,7 @@ def kl_to_base(
     `backbone` names the tokenizer and the context of both. Every process must call it.
     """
     parts: list[tuple[int, list[float]]] = []
-    device = next(model.parameters()).device
     for number, batch in _mine(backbone, examples, batch_size):
-        batch = _on(device, batch)
         here = before_labels(batch["labels"])
         ours, theirs = (
             logits_at(m, batch["input_ids"], batch["attention_mask"], here).log_softmax(-1) for m in (model, base)
@@ -105,7 +103,3 @@ def _mine(backbone: Backbone, examples: Sequence[Example], batch_size: int) -> l
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     starts = list(enumerate(range(0, len(rows), batch_size)))[rank::world]
     return [(number, collate([(row, False) for row in rows[start : start + batch_size]])) for number, start in starts]
-
-
-def _on(device: Any, batch: Batch) -> Batch:
-    return Batch(**{name: tensor.to(device) for name, tensor in batch.items()})  # type: ignore[typeddict-item, attr-defined]

@@ -55,7 +55,7 @@ def enable_packing(model: PreTrainedModel) -> bool:
         padded = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
         model.set_attn_implementation(PACKED)
         try:
-            packed = model(**pack(ids, mask), use_cache=False).logits[0]
+            packed = model(**pack(ids, mask, model.device), use_cache=False).logits[0]
             tolerance = 10 * torch.finfo(padded.dtype).eps ** 0.75 * float(padded.abs().max())
             same = float((packed - padded).abs().max()) <= tolerance
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
@@ -77,13 +77,16 @@ def packs(model: Any, attention_mask: Tensor) -> bool:
     return attention_mask.shape[1] <= min(limits, default=attention_mask.shape[1])
 
 
-def pack(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-    """The arguments of the model for the tokens that are not padding: (B, T) -> (1, N), row by row."""
+def pack(input_ids: Tensor, attention_mask: Tensor, device: torch.device) -> dict[str, Tensor]:
+    """The arguments of a model on `device` for the tokens that are not padding: (B, T) -> (1, N), row by row.
+
+    The lengths of the rows stay on the host, which reads them in every layer.
+    """
     here = attention_mask.bool()
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     lengths = here.sum(1, dtype=torch.int32).cpu()
     return {
-        "input_ids": input_ids[here][None],
-        "position_ids": positions[here][None],
+        "input_ids": input_ids[here][None].to(device, non_blocking=True),
+        "position_ids": positions[here][None].to(device, non_blocking=True),
         "attention_mask": lengths.view(1, 1, 1, -1),
     }

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from secvec.data.batch import IGNORE, Batch
 from secvec.models.kept import with_kept_weights
-from secvec.models.logits import logits_at
+from secvec.models.logits import logits_at, places_of
 from secvec.models.vector import vector_off
 
 
@@ -20,8 +20,9 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
     """
     targets = labels[:, 1:]
     counted = targets != IGNORE
-    nll = F.cross_entropy(logits.float(), targets[counted], reduction="none")
-    return torch.zeros(targets.shape, dtype=nll.dtype, device=nll.device).masked_scatter(counted, nll)
+    given = targets[counted].to(logits.device, non_blocking=True)
+    nll = F.cross_entropy(logits.float(), given, reduction="none")
+    return nll.new_zeros(targets.numel()).index_copy(0, places_of(counted, nll.device), nll).view(targets.shape)
 
 
 def divergence(base: Tensor, tuned: Tensor) -> Tensor:
@@ -46,7 +47,8 @@ def global_mean(total: Tensor, count: Tensor) -> Tensor:
 
     `count` may be that of the optimizer step: see `of_step`.
     """
-    count = count.detach().to(torch.float64, copy=True)  # summed in place below, and batches of a step share it
+    # a copy: it is summed in place below, and the batches of a step share it
+    count = count.detach().to(total.device, torch.float64, non_blocking=True, copy=True)
     world = 1
     if dist.is_available() and dist.is_initialized():
         world = dist.get_world_size()
@@ -114,13 +116,13 @@ def vector_loss(model: nn.Module, batch: Batch, kl_weight: float) -> dict[str, T
     of_ce, of_kl = before_labels(labels), mask.bool() & kl_rows[:, None] & (kl_weight != 0)
     at = of_ce | of_kl
     logits = logits_at(model, input_ids, mask, at)
-    nll = token_nll(logits[of_ce[at]], labels)
+    nll = token_nll(logits[places_of(of_ce[at], logits.device)], labels)
     ce = global_mean(nll.sum(), of_step(batch, (labels[:, 1:] != IGNORE).sum()))
     if kl_weight == 0:
         return {"loss": ce, "ce": ce.detach()}
     rows = never_none(kl_rows)
     with torch.no_grad(), vector_off(model):
         base = logits_at(model, input_ids[rows], mask[rows], of_kl[rows])
-    total = divergence(base, logits[of_kl[at]])
+    total = divergence(base, logits[places_of(of_kl[at], logits.device)])
     kl = global_mean(total, of_step(batch, of_kl.sum(), 1))
     return {"loss": ce + kl_weight * kl, "ce": ce.detach(), "kl": kl.detach()}

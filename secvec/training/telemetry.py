@@ -91,7 +91,6 @@ class Telemetry(L.Callback):
         values: dict[str, float] = {}
         with_vector = has_vector(model)
         for kind, batch in self.batches.items():
-            batch = module.transfer_batch_to_device(batch, module.device, 0)
             norm_on, values[f"{kind}/loss_on"] = self._gradient_norm(module, batch, kind == "undesired")
             if with_vector:
                 with vector_off(model):

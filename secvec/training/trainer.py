@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from secvec.models.sharding import local_shard
 from secvec.runs.cache import from_first, main_process
 from secvec.runs.console import table
 from secvec.settings.trainer import TrainerSettings
-from secvec.training.callbacks import TrainingMetrics
+from secvec.training.callbacks import TrainingMetrics, logged
 
 log = logging.getLogger(__name__)
 
@@ -192,16 +193,24 @@ class StageProgress(TQDMProgressBar):
         super().__init__(refresh_rate=5, leave=False)
         self.stage = stage
         self.began = time.monotonic()
+        self.loss = 0.0
 
     def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
         """The bar of an epoch, named for the whole stage."""
         super().on_train_epoch_start(trainer, *args)
         self.train_progress_bar.set_description(f"{self.stage} {trainer.current_epoch + 1}/{trainer.max_epochs}")
 
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Reads the loss after a step that is logged, which waits for the device anyway."""
+        if logged(trainer, batch_idx):
+            self.loss = float(outputs["loss"]) * trainer.accumulate_grad_batches  # Lightning has divided it
+        super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+
     def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
         """The loss and the time left of the whole stage; the bar's own is that of the epoch."""
         items = super().get_metrics(trainer, module)
         items.pop("v_num", None)
+        items["loss"] = self.loss
         done = trainer.global_step / max(1, trainer.estimated_stepping_batches)
         if done > 0:
             items["left"] = f"{(time.monotonic() - self.began) * (1 / done - 1):.0f}s"
@@ -209,27 +218,58 @@ class StageProgress(TQDMProgressBar):
 
 
 class StopWhenDiverged(L.Callback):
-    """Stops a training that has diverged, on all processes at once: the others would wait for the one that raises."""
+    """Stops a training that has diverged, on all processes at once: the others would wait for the one that raises.
+
+    The losses stay on the device until a step that is logged, so that no other step waits for it. All are looked at,
+    and the weights with them, before a checkpoint is written, and before the result is saved.
+    """
 
     def __init__(self, training: Training):
         self.training = training
+        self.losses: list[tuple[int, float, Tensor]] = []
+        """Steps before it, learning rate, and value of each loss since they were looked at."""
+
+    def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
+        """No checkpoint is made of bad weights, by whichever callback."""
+        module.before_checkpoint = partial(self.check, trainer, module)
 
     def on_before_backward(self, trainer: L.Trainer, module: L.LightningModule, loss: Tensor) -> None:
-        """Before the weights are touched."""
-        value = float(trainer.strategy.reduce(loss.detach(), reduce_op="mean"))
-        if not math.isfinite(value):
-            raise self._diverged(trainer, f"the loss is {value}")
+        """Keeps the loss of a batch."""
+        self.losses.append((trainer.global_step, trainer.optimizers[0].param_groups[0]["lr"], loss.detach()))
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Looks at the losses after a step that is logged."""
+        if logged(trainer, batch_idx):
+            self.check_losses(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
-        """The last step has no loss after it. No checkpoint is made of such weights: Lightning saves it after this."""
-        bad = sum(float((~local_shard(p).isfinite()).sum()) for _, p in module.trained())
-        bad = float(trainer.strategy.reduce(torch.tensor(bad, device=module.device), reduce_op="sum"))
-        if bad:
-            raise self._diverged(trainer, "there are weights that are no finite numbers")
+        """The last step has no loss after it."""
+        self.check(trainer, module)
 
-    def _diverged(self, trainer: L.Trainer, what: str) -> DivergedError:
-        step, steps = trainer.global_step, int(trainer.estimated_stepping_batches)
-        lr = trainer.optimizers[0].param_groups[0]["lr"]
+    def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
+        """A training that ends within an epoch."""
+        self.check(trainer, module)
+
+    def check_losses(self, trainer: L.Trainer) -> None:
+        """Raises DivergedError for the first loss that is no finite number on some process."""
+        kept, self.losses = self.losses, []
+        if not kept:
+            return
+        values = trainer.strategy.reduce(torch.stack([loss for *_, loss in kept]), reduce_op="mean").tolist()
+        for (step, lr, _), value in zip(kept, values, strict=True):
+            if not math.isfinite(value):
+                raise self._diverged(trainer, step, lr, f"the loss is {value}")
+
+    def check(self, trainer: L.Trainer, module: Any) -> None:
+        """As `check_losses`, and for weights that are no finite numbers."""
+        self.check_losses(trainer)
+        bad = torch.stack([(~local_shard(p).isfinite()).any() for _, p in module.trained()]).any().float()
+        if float(trainer.strategy.reduce(bad, reduce_op="sum")):
+            lr = trainer.optimizers[0].param_groups[0]["lr"]
+            raise self._diverged(trainer, trainer.global_step, lr, "there are weights that are no finite numbers")
+
+    def _diverged(self, trainer: L.Trainer, step: int, lr: float, what: str) -> DivergedError:
+        steps = int(trainer.estimated_stepping_batches)
         return DivergedError(
             f"stage {self.training.label} diverged: after {step} of {steps} steps {what} (learning rate {lr:.3g}). "
             f"Lower {self.training.learning_rate}, or set trainer.gradient_clip_val. Nothing of it is saved"

@@ -114,7 +114,7 @@ def test_rows_beyond_the_window_of_the_attention_are_padded(window: int | None, 
 
 def test_the_arguments_of_the_model_by_hand() -> None:
     ids = torch.tensor([[11, 12, 0], [13, 14, 15], [16, 0, 0]])
-    found = pack(ids, (ids > 0).long())
+    found = pack(ids, (ids > 0).long(), ids.device)
     assert found["input_ids"].tolist() == [[11, 12, 13, 14, 15, 16]]
     assert found["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0]]
     assert found["attention_mask"].flatten().tolist() == [2, 3, 1]
