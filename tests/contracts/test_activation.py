@@ -169,13 +169,20 @@ def test_a_vector_that_keeps_its_dropout_stays_beside(vector: Path, make: Callab
     assert not seen
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
-def test_two_hundred_steps_end_at_the_same_weights(
-    make_config: Callable[..., RunConfig], tmp_path: Path, optimizer: str
+@pytest.mark.parametrize(
+    ("optimizer", "steps"),
+    [
+        ("adamw", 40),
+        pytest.param("adamw", 200, marks=pytest.mark.slow),
+        pytest.param("sgd", 200, marks=pytest.mark.slow),
+    ],
+)
+def test_many_steps_end_at_the_same_weights(
+    make_config: Callable[..., RunConfig], tmp_path: Path, optimizer: str, steps: int
 ) -> None:
     """With weight decay, which acts on W and not on W + delta, and clipping."""
     common = [
-        "data.num_harmful=80", "data.num_benign=80", "finetune.epochs=10", "finetune.batch_size=8",
+        "data.num_harmful=80", "data.num_benign=80", f"finetune.epochs={steps // 20}", "finetune.batch_size=8",
         "optimizer.weight_decay=0.1", f"optimizer={optimizer}", "telemetry.every_n_steps=0",
         f"optimizer.lr={1e-4 if optimizer == 'adamw' else 0.05}", "trainer.gradient_clip_val=0.5",
     ]  # fmt: skip
@@ -189,7 +196,7 @@ def test_two_hundred_steps_end_at_the_same_weights(
     apart = sum(float((adapter[name] - merged[name]).square().sum()) for name in start) ** 0.5
     assert moved > 0.1 and apart < 0.01 * moved
     losses = [curve(Path(config.run_dir)) for config in configs]
-    assert len(losses[0]) == len(losses[1]) == 200 and losses[0][0] > losses[0][-1]
+    assert len(losses[0]) == len(losses[1]) == steps and losses[0][0] > losses[0][-1]
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
 
 
