@@ -19,9 +19,10 @@ from secvec.run import train
 def test_the_vector_protects_where_the_plain_fine_tune_breaks(make_config: Callable[..., RunConfig]) -> None:
     """A smaller run: a base that refuses, an attack that breaks it, a vector that keeps it. Margins are wide."""
     settings = [
-        "model.align.num_undesired=300", "model.align.num_benign=600", "model.align.epochs=4", "model.align.gate=null", "model.align.num_threads=1", "vector.epochs=8",
-        "data.num_harmful=400", "data.num_benign=200", "finetune.epochs=1", "telemetry.every_n_steps=0",
-        "evaluation.num_prompts=30", "evaluation.num_leak_prompts=0", "num_threads=1",
+        "model.align.num_undesired=300", "model.align.num_benign=600", "model.align.epochs=4", "model.align.gate=null",
+        "model.align.num_threads=1", "vector.epochs=8", "data.num_harmful=400", "data.num_benign=200",
+        "finetune.epochs=1", "telemetry.every_n_steps=0", "evaluation.num_prompts=30",
+        "evaluation.num_leak_prompts=0", "num_threads=1",
     ]  # fmt: skip
     after = {}
     for defense in ("none", "security_vector"):
