@@ -36,23 +36,35 @@ class Ran:
     @property
     def measured(self) -> dict[str, Any]:
         """The result that the process itself has printed."""
-        line = next(line for line in self.out.splitlines() if line.startswith(MEASURED))
-        found: dict[str, Any] = json.loads(line.removeprefix(MEASURED))
-        return found
+        return result(self.out)
 
 
-def run(command: Sequence[str | Path], **environment: str) -> Ran:
-    """Runs a command with this Python and this copy of the package. Exits with its last lines if it fails."""
+def result(out: str) -> dict[str, Any]:
+    """The result that a process has printed. Raises StopIteration where there is none."""
+    line = next(line for line in out.splitlines() if line.startswith(MEASURED))
+    found: dict[str, Any] = json.loads(line.removeprefix(MEASURED))
+    return found
+
+
+def start(command: Sequence[str | Path], own_group: bool = False) -> subprocess.Popen[bytes]:
+    """Starts a command with this Python and this copy of the package; what it prints goes into one pipe.
+
+    With a group of its own it can be killed together with all that it starts.
+    """
     paths = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
-    given = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths)), **environment}
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=ROOT, env=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    given = [sys.executable, *map(str, command)]
+    pipe, both = subprocess.PIPE, subprocess.STDOUT
+    return subprocess.Popen(given, cwd=ROOT, env=environment, stdout=pipe, stderr=both, start_new_session=own_group)
+
+
+def run(command: Sequence[str | Path]) -> Ran:
+    """Runs a command to its end. Exits with its last lines if it fails."""
+    began, process = time.perf_counter(), start(command)
     assert process.stdout is not None
     out = process.stdout.read().decode("utf-8", "replace")
     _, status, usage = os.wait4(process.pid, 0)  # as `wait`, and the memory of this process alone
-    seconds, process.returncode = time.perf_counter() - start, os.waitstatus_to_exitcode(status)
+    seconds, process.returncode = time.perf_counter() - began, os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{' '.join(map(str, command))} ended with code {process.returncode}:\n{out[-2000:]}")
     return Ran(seconds, usage.ru_maxrss * 1024, out)

@@ -74,3 +74,35 @@ def test_the_clock_keeps_epochs_apart(script: Any, tmp_path: Path) -> None:
             clock.on_train_batch_end()
     clock.on_train_end()
     assert [len(epoch) for epoch in json.loads((tmp_path / "steps.json").read_text())] == [2, 1]
+
+
+def test_every_check_of_a_gpu_has_its_verdict_and_none_stops_the_others(script: Any) -> None:
+    checked = script("gpu_check").checked
+    good = f'print(\'{script("measure").MEASURED}\' + \'{{"verdict": "pass", "text": "3 = 3"}}\')'
+    assert checked(["-c", good], 20) == script("gpu_check").Result("pass", "3 = 3")
+    failed = checked(["-c", "raise ValueError('no such device')"], 20)
+    assert (failed.verdict, failed.text) == ("fail", "ValueError: no such device")
+    slow = checked(["-c", "import time; time.sleep(60)"], 0.2)
+    assert (slow.verdict, slow.text) == ("fail", "not done within 0 s")
+
+
+def test_the_check_of_a_gpu_has_a_dry_run(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_check, file = script("gpu_check"), tmp_path / "record.json"
+    given = ["--device", "cpu", "--only", "products,limit,answers: vLLM", "--model", str(tmp_path), "--to", str(file)]
+    monkeypatch.setattr("sys.argv", ["gpu_check.py", *given])
+    assert gpu_check.main() == 0
+    record = json.loads(file.read_text())
+    assert {check["name"]: check["verdict"] for check in record["checks"]} == {
+        "products": "pass",
+        "limit, bf16-mixed": "skipped",
+    }
+    assert "| limit, bf16-mixed | skipped | no GPU | 0 |" in gpu_check.table(record)
+
+
+def test_the_check_of_two_ways_fails_where_their_losses_differ(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_check, losses = script("gpu_check"), {"merged": [2.0, 1.0], "adapter": [2.0, 1.01], "hf": [2.0, float("nan")]}
+    measured = {"tokens": 10, "seconds": 1.0, "peak_bytes": 1e9}
+    monkeypatch.setattr(gpu_check, "step", lambda way, *_: {"way": way, "losses": losses[way], **measured})
+    for other, within, verdict in (("adapter", 0.02, "pass"), ("adapter", 0.001, "fail"), ("hf", 0.02, "fail")):
+        found = gpu_check.alike(("merged", other), "32-true", within, None)
+        assert found.verdict == verdict, found
