@@ -29,7 +29,8 @@ SETTINGS = f"""
 stage=finetune defense=none force=true num_threads=1 data.num_benign=1 finetune.batch_size={BATCH}
 telemetry.every_n_steps=0 evaluation.num_leak_prompts=0 evaluation.num_prompts=1 evaluation.validation.num_samples=0
 evaluation.validation.every_n_steps=0 model.align.gate=null model.align.num_undesired=60 model.align.num_benign=120
-model.align.epochs=1 trainer.enable_progress_bar=false +callbacks.clock._target_=clock.StepClock
+model.align.epochs=1 model.align.num_threads=1 trainer.enable_progress_bar=false
++callbacks.clock._target_=clock.StepClock
 """.split()
 
 

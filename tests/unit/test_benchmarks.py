@@ -106,3 +106,15 @@ def test_the_check_of_two_ways_fails_where_their_losses_differ(script: Any, monk
     for other, within, verdict in (("adapter", 0.02, "pass"), ("adapter", 0.001, "fail"), ("hf", 0.02, "fail")):
         found = gpu_check.alike(("merged", other), "32-true", within, None)
         assert found.verdict == verdict, found
+
+
+def test_a_sweep_is_compared_with_as_many_runs(script: Any) -> None:
+    sweep, about = script("sweep"), {"cores": 2, "cpu": "any", "versions": {}, "commit": "0123456789"}
+    assert len(sweep.JOBS) == len({tuple(job) for job in sweep.JOBS}) == 12
+    runs = [
+        {"way": way, "seconds": s, "metrics": {"k": {"after/behavior_rate": rate}}}
+        for way, s, rate in (("sweep", 120.0, 0.5), ("shared", 240.0, 0.5), ("alone", 360.0, 0.6))
+    ]
+    made = sweep.table({"rounds": 1, "machine": about, "runs": runs})
+    assert "| 12 runs, one cache | 240 | 2.00 | 10.0 | 1.14 | 1.02 | yes |" in made
+    assert "| 360 | 3.00 | 20.0 | 1.29 | 1.03 | no |" in made
