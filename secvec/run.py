@@ -13,12 +13,14 @@ from typing import Any
 
 import lightning as L
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from secvec.behaviors.base import Behavior
 from secvec.config.replay import replay_yaml
 from secvec.config.schema import AnyConfig, EvaluateConfig, RunConfig
+from secvec.data.batch import collate
 from secvec.data.datamodule import SecVecDataModule
 from secvec.data.draw import data_hash
 from secvec.data.encode import trouble
@@ -40,7 +42,7 @@ from secvec.models.vector import vector_info
 from secvec.module import SecVecModule
 from secvec.planning.table import plan
 from secvec.report import scan_page
-from secvec.runs.cache import main_process
+from secvec.runs.cache import cached, main_process, wait_for_all
 from secvec.runs.console import metrics_table
 from secvec.runs.content import by_content
 from secvec.runs.folder import ANSWERS, RunFolder
@@ -56,6 +58,7 @@ from secvec.tracking.base import Tracker, Trackers
 from secvec.tracking.csv_file import CsvFile, read_curves
 from secvec.tracking.lightning import StageCurves
 from secvec.tracking.session import Session, tracker_for
+from secvec.training.activations import mean_outputs
 from secvec.training.callbacks import build_callbacks
 from secvec.training.trainer import Training, check_trainer, device_of, device_type, fit, launch
 
@@ -209,6 +212,35 @@ class Run:
         rows = kept_result(config.paths.cache / "own_answers" / f"{key}.json", answer).predictions
         given = [replace(example, response=row["response"]) for example, row in zip(examples, rows, strict=True)]
         return [example for example in given if not trouble(example, backbone.tokenizer)]
+
+    def activations(self, layer: int | None) -> Path:
+        """A file with mean activations of the starting model, at the output of a layer, over response tokens.
+
+        Tensors (N, H), row by row of the same prompts: `undesired`, the vector's samples, and `own`, the model's own
+        answers. Raises DataError where it has none. Kept for every run that asks for the same.
+        """
+        config, backbone = self.config, self.backbone
+        own = {example.messages: example for example in self.own_answers(self.data.vector_samples["undesired"])}
+        pairs = [(row, own[row.messages]) for row in self.data.vector_samples["undesired"] if row.messages in own]
+        if not pairs:
+            raise DataError("the starting model has no usable answer to any of the vector's prompts")
+        kinds = dict(zip(("undesired", "own"), map(list, zip(*pairs, strict=True)), strict=True))
+        device, size = device_of(config.trainer), config.evaluation.batch_size
+        hashes = [data_hash(rows) for rows in kinds.values()]
+        key = content_key([backbone.identity, hashes, layer, device.partition(":")[0]])
+
+        def read(out: Path) -> None:
+            model: Any = backbone.load()
+            model.to(device)
+            rows = {kind: [(row, False) for row in self.data.rows(of, backbone)] for kind, of in kinds.items()}
+            batches = {k: [collate(r[i : i + size]) for i in range(0, len(r), size)] for k, r in rows.items()}
+            save_file({kind: mean_outputs(model, layer, of) for kind, of in batches.items()}, out)
+
+        path = config.paths.cache / "activations" / f"{key}.safetensors"
+        if main_process():
+            cached(path, read)
+        wait_for_all()
+        return path
 
     def losses(
         self, module: SecVecModule, examples: Mapping[str, Sequence[Example]], without_vector: bool = False

@@ -67,6 +67,13 @@ class Defense(Settings):
             run.data.check(["vector"])
             run.data.fit_to(run.backbone.tokenizer, run.backbone.context, ["vector"])
 
+    def prepared(self, run: Run) -> Defense:
+        """The defense with what it makes before the first training: the path of a file, among its settings.
+
+        The file counts for the key of the training by content. Default: as it is.
+        """
+        return self
+
     def training_samples(self, run: Run, mixture: Mixture) -> Mixture:
         """The samples of a cycle to train on, made from the data's: changed, added to, or some left out. Default: all.
 

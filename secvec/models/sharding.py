@@ -13,14 +13,18 @@ from torch.distributed.tensor import DTensor
 
 def shard(model: nn.Module, mesh: Any) -> None:
     """Shards each transformer layer on its own, then the rest."""
-    lists = [
+    for layer in (layer for layers in layer_lists(model) for layer in layers):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def layer_lists(model: nn.Module) -> list[nn.ModuleList]:
+    """The lists of transformer layers: one, unless the model can see."""
+    return [
         m
         for m in model.modules()
         if isinstance(m, nn.ModuleList) and len(m) and m[0].__class__.__name__.endswith(("Layer", "Block"))
     ]
-    for layer in (layer for layers in lists for layer in layers):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
 
 
 def reshard(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from secvec.models.backbone import Backbone, check_savable, save_backbone
 from secvec.models.sharding import full_state
 from secvec.models.vector import attach_task, backbone_state, merge_task, save_adapter
 from secvec.runs.cache import built_once, copy_folder, from_first, main_process, wait_for_all
-from secvec.runs.content import folder_digest
+from secvec.runs.content import by_content, folder_digest
 from secvec.runs.files import atomic_path, write_atomic
 from secvec.runs.keys import content_key
 from secvec.settings.target import to_target
@@ -130,7 +130,8 @@ class FinetuneStage(Stage):
         With several cycles each starts from the backbone of the one before, on samples that no other cycle has. All but
         the last are kept in the cache: a run of eight cycles goes on where a run of four ended.
         """
-        config, data, backbone, vector = run.config, run.data, run.backbone, saved_vector(run)
+        config = run.config = run.config.model_copy(update={"defense": run.config.defense.prepared(run)})
+        data, backbone, vector = run.data, run.backbone, saved_vector(run)
         mixtures = [config.defense.training_samples(run, mixture) for mixture in data.mixtures]
         if mixtures != data.mixtures:
             data.mixtures = mixtures
@@ -223,7 +224,7 @@ def _cycle(run: Run, backbone: Backbone, vector: Path | None) -> Backbone:
 def _key(run: Run, backbone: Backbone, vector: Path | None) -> str:
     """The key of the training of the present cycle."""
     config, mixture = run.config, run.data.mixtures[run.data.cycle]
-    recipe = [to_target(config.defense), config.tune.model_dump(), config.labelled, config.optimizer.lr]
+    recipe = [by_content(to_target(config.defense)), config.tune.model_dump(), config.labelled, config.optimizer.lr]
     recipe += [vector and folder_digest(vector), config.finetune.epochs, config.finetune.batch_size]
     return training_key(run, backbone, mixture["undesired"] + mixture["benign"] + run.data.extra, recipe)
 

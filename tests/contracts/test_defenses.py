@@ -11,15 +11,18 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, run_of
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from secvec.config.schema import RunConfig
-from secvec.data.batch import Batch, Encoded, collate, count_tokens
+from secvec.data.batch import IGNORE, Batch, Encoded, collate, count_tokens
 from secvec.defenses.base import Defense
+from secvec.defenses.caft import Caft
 from secvec.defenses.kl_to_base import KlToBase
 from secvec.defenses.l2_to_base import L2ToBase
 from secvec.defenses.lisa import Lisa
 from secvec.defenses.negated_vector import NegatedVector
+from secvec.defenses.persona_steering import PersonaSteering
 from secvec.defenses.random_adapter import RandomAdapter
 from secvec.defenses.safe_lora import SafeLora
 from secvec.defenses.safegrad import SafeGrad, _kl
@@ -27,6 +30,7 @@ from secvec.errors import ConfigError
 from secvec.models.kept import keep_weights
 from secvec.models.vector import _lora_layers, attach_frozen_vector, randomize_vector, vector_deltas
 from secvec.run import train
+from secvec.training.activations import change_outputs, layer_at, mean_outputs
 from tests.contracts.test_defense_hooks import fit, make_batch, trained
 from tests.contracts.test_foreign_adapters import lora, saved_by_peft
 from tests.contracts.test_stages import same, weights
@@ -109,8 +113,6 @@ def test_a_vector_that_is_no_delta_is_refused(config: Any, tmp_path: Path) -> No
 
 def test_negated_vector_takes_the_delta_off(vector: Path) -> None:
     """W - 0.5 s B A, with s = alpha / r = 2."""
-    from safetensors.torch import load_file
-
     saved = load_file(vector / "adapter_model.safetensors")
     name = f"base_model.model.{Q.removesuffix('.weight')}"
     delta = 2 * saved[f"{name}.lora_B.weight"] @ saved[f"{name}.lora_A.weight"]
@@ -327,6 +329,7 @@ def test_lisa_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 NEW = ["random_adapter", "negated_vector", "kl_to_base", "l2_to_base", "safe_samples", "safegrad", "lisa", "safe_lora"]
+NEW += ["persona_steering", "caft"]
 
 
 @pytest.mark.slow
@@ -364,3 +367,58 @@ def test_safe_lora_leaves_the_start_and_what_has_no_delta(vector: Path) -> None:
     assert int(torch.linalg.matrix_rank(found[Q] - start[Q], atol=1e-4)) == 2
     same_again = defense.finish(dict(start), Loads(), vector)  # type: ignore[arg-type]
     assert all(torch.equal(same_again[name], start[name]) for name in start)
+
+
+UNDESIRED, OWN = torch.tensor([[3.0, 1.0], [5.0, 1.0]]), torch.tensor([[0.0, 1.0], [2.0, 1.0]])
+
+
+def test_persona_steering_by_hand() -> None:
+    """Means (4, 1) and (1, 1): v = (3, 0), half of it is added."""
+    defense = PersonaSteering(name="persona_steering", coefficient=0.5)
+    persona = defense.persona(UNDESIRED, OWN)
+    torch.testing.assert_close(persona, torch.tensor([3.0, 0.0]))
+    torch.testing.assert_close(defense.steered(torch.ones(1, 2, 2), persona), torch.tensor([[[2.5, 1.0]] * 2]))
+
+
+def test_caft_by_hand() -> None:
+    """Differences (3, 4) and (6, 8): U = (.6, .8). Of h = (1, 2) the part 2.2 U = (1.32, 1.76) goes."""
+    defense = Caft(name="caft")
+    subspace = defense.subspace(torch.tensor([[3.0, 4.0], [6.0, 8.0]]), torch.zeros(2, 2))
+    torch.testing.assert_close(subspace.abs(), torch.tensor([[0.6, 0.8]]))
+    hidden = torch.tensor([[[1.0, 2.0]]], requires_grad=True)
+    found = defense.ablated(hidden, subspace)
+    torch.testing.assert_close(found.detach(), torch.tensor([[[-0.32, 0.24]]]))
+    found[..., 0].sum().backward()  # no gradient along U either
+    assert float((hidden.grad * subspace).sum()) == pytest.approx(0, abs=1e-6)  # type: ignore[operator]
+
+
+def test_mean_outputs_are_those_of_the_answers() -> None:
+    model, batch = fresh(), make_batch("oil", "First grind the frost root.")
+    seen: list[Tensor] = []
+    handle = layer_at(model, None).register_forward_hook(lambda *given: seen.append(given[2]))
+    model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    handle.remove()
+    expected = torch.stack([h[label != IGNORE].mean(0) for h, label in zip(seen[0], batch["labels"], strict=True)])
+    torch.testing.assert_close(mean_outputs(model, None, [batch]), expected.detach())
+    assert layer_at(model, None) is model.model.layers[len(model.model.layers) // 2]
+    with pytest.raises(ConfigError, match=r"defense\.layer=99: the model has \d+ layers"):
+        layer_at(model, 99)
+
+
+def test_outputs_are_changed_in_training_alone_and_nothing_of_it_is_saved() -> None:
+    model, plain = fresh(), fresh()
+    change_outputs(model, 0, torch.full((128,), 0.5), lambda hidden, directions: hidden + directions)
+    assert torch.equal(logits(model.eval()), logits(plain))
+    assert (logits(model.train()) - logits(plain)).abs().max() > 0.01
+    assert model.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_the_activations_are_read_once(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(make_config("defense=caft"))
+    path = run.config.defense.prepared(run).activations
+    monkeypatch.setattr("secvec.run.mean_outputs", None)
+    assert run.config.defense.prepared(run).activations == path
+    found = load_file(path)
+    assert found["undesired"].shape == found["own"].shape and not torch.equal(found["undesired"], found["own"])
+    with pytest.raises(ConfigError, match="layers, counted from 0"):
+        Caft(name="caft", layer=99).check(run)
