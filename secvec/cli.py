@@ -94,7 +94,7 @@ def report_user_errors(main: Callable[[], None], config_name: str) -> int:
     except SecVecError as error:
         message, code = str(error), error.exit_code
     except KeyboardInterrupt:
-        message, code = "interrupted; the same command goes on from the last whole epoch, batch or job", 130
+        message, code = "interrupted; the same command goes on from the last checkpoint, batch or job", 130
     except Exception as error:
         if HydraConfig.initialized() and not isinstance(error, HydraException | OmegaConfBaseException):
             traceback.print_exc()

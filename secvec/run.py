@@ -128,8 +128,9 @@ class Run:
             epochs,
             config.trainer,
             validates=config.evaluation.validation.num_samples != 0,
+            checkpoint=config.checkpoint,
         )
-        fit(
+        self.folder.record.checkpoint_bytes[label] = fit(
             module,
             self.data,
             training,

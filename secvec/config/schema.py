@@ -36,6 +36,7 @@ from secvec.settings.schema import (
 from secvec.settings.target import Plugin
 from secvec.settings.trainer import (
     CallbackSettings,
+    CheckpointSettings,
     LoggerSettings,
     OptimizerSettings,
     SchedulerSettings,
@@ -323,6 +324,7 @@ class RunConfig(AnyConfig):
     optimizer: OptimizerSettings
     scheduler: SchedulerSettings
     callbacks: dict[str, CallbackSettings]
+    checkpoint: CheckpointSettings
     telemetry: TelemetrySettings
     force: bool
     """Run again although the run folder holds a finished run."""

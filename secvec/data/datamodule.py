@@ -73,6 +73,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self.sizes, self.batch_sizes, self.seed, self.rank, self.world = sizes, batch_sizes, seed, rank, world
         self.accumulate = accumulate
         self.epoch = 0
+        self.first = 0
+        """The batch that the next pass begins with."""
         self.sampler = self  # where Lightning looks for set_epoch
 
     def set_epoch(self, epoch: int) -> None:
@@ -85,7 +87,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         steps = torch.tensor_split(self._permutation(0, self.epoch), self.steps)
         parts = [part.tolist() for rows in steps for part in torch.tensor_split(rows, self.accumulate)]
-        for number, batch in enumerate(parts):
+        first, self.first = self.first, 0
+        for number, batch in enumerate(parts[first:], first):
             offset = self.sizes[0]
             for stream in range(1, len(self.sizes)):
                 batch += [offset + i for i in self._round(stream, self.epoch * len(self) + number)]
@@ -105,16 +108,56 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
 
 class StepLoader(DataLoader):
-    """Batches that know the tokens of their optimizer step: each counts by its tokens, not as one of so many."""
+    """Batches that know the tokens of their optimizer step: each counts by its tokens, not as one of so many.
+
+    Its state is for checkpoints after whole steps: how many batches of which epoch were served, and torch's random
+    state, which dropout draws from.
+    """
+
+    served = 0
+    resumed: Mapping[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training is."""
+        cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
+        return {"epoch": self._batches.epoch, "served": self.served, "rng": [torch.get_rng_state(), *cuda]}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """The next pass goes on from there: in the same epoch, or in the next one where it had ended."""
+        self.resumed = state_dict
+
+    @property
+    def _batches(self) -> GlobalBatchSampler:
+        sampler: Any = self.batch_sampler
+        return sampler
+
+    def _begin(self) -> Iterator[Batch]:
+        state, self.resumed = self.resumed, None
+        within = state is not None and state["epoch"] == self._batches.epoch
+        self.served = self._batches.first = state["served"] if state and within else 0
+        if state and not within:
+            _set_random_state(state["rng"])
+        batches = super().__iter__()  # draws a number, as at the beginning of every epoch
+        if state and within:
+            _set_random_state(state["rng"])
+        return batches
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        batches = super().__iter__()
-        while step := list(islice(batches, self.batch_sampler.accumulate)):  # type: ignore[union-attr]
+        batches = self._begin()
+        while step := list(islice(batches, self._batches.accumulate)):
             if len(step) > 1:
                 counts = tuple(torch.stack(n).double().mean() for n in zip(*map(count_tokens, step), strict=True))
                 for batch in step:
                     batch["step_tokens"] = counts
-            yield from step
+            for batch in step:
+                self.served += 1
+                yield batch
+
+
+def _set_random_state(states: Sequence[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state)
 
 
 def training_loader(streams: Streams, seed: int, rank: int = 0, world: int = 1, accumulate: int = 1) -> DataLoader:

@@ -42,7 +42,7 @@ class RunFolder:
         if (path / FILE).is_file():
             before = Record.read(path / FILE)
             if before.key == record.key:
-                for name in ("stages", "data", "wall_seconds", "processes", "metrics", "ledger"):
+                for name in ("stages", "data", "wall_seconds", "checkpoint_bytes", "processes", "metrics", "ledger"):
                     setattr(record, name, getattr(before, name))
             elif before.key:
                 raise ArtifactError(

@@ -11,7 +11,7 @@ from typing import Any
 import secvec
 from secvec.runs.content import by_content
 
-NOT_IN_KEY = {"stage", "paths", "logger", "recipe", "run_dir", "sweep", "force", "plan", "key", "hydra"}
+NOT_IN_KEY = {"stage", "paths", "logger", "recipe", "run_dir", "sweep", "force", "plan", "key", "hydra", "checkpoint"}
 """Settings that do not change results: where files go, which part of the run is wanted. See `key_settings`."""
 
 READ = ("behavior", "data", "vector", "scan", "model", "judge", "answer_judge", "task_folder")

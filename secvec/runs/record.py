@@ -76,6 +76,8 @@ class Record(BaseModel):
     """Stages that ended well."""
     data: DataSummary = DataSummary()
     wall_seconds: dict[str, float] = {}
+    checkpoint_bytes: dict[str, int] = {}
+    """Training -> bytes of all checkpoints that were written for it, since it last began or went on."""
     processes: dict[str, int] = {}
     """Stage -> how many processes ran it."""
     metrics: dict[str, Measurement] = {}

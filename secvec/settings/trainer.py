@@ -20,7 +20,7 @@ OURS = {
     "logger": "choose loggers by their group, as in logger=[csv,wandb]",
     "callbacks": "choose callbacks by their group, as in callbacks=early_stopping",
     "default_root_dir": "everything is written below paths.outputs",
-    "enable_checkpointing": "every epoch is kept until its stage ends; callbacks=best_checkpoint keeps the best",
+    "enable_checkpointing": "`checkpoint` says when one is written; callbacks=best_checkpoint keeps the best",
     "use_distributed_sampler": "our own sampler divides each batch over the processes",
     "barebones": "a run needs its callbacks and loggers",
 }
@@ -121,6 +121,26 @@ class CallbackSettings(Target):
             self.build()
         except Exception as error:
             raise ValueError(f"{self.target}: {' '.join(str(error).split())}") from None
+        return self
+
+
+class CheckpointSettings(Settings):
+    """After how many epochs, optimizer steps or minutes a checkpoint is written, from which a training can go on.
+
+    Whichever comes first. None: not by this.
+    """
+
+    every_n_epochs: Count | None
+    every_n_steps: Count | None
+    every_n_minutes: Rate | None
+
+    @model_validator(mode="after")
+    def _by_something(self) -> CheckpointSettings:
+        if not any(self.model_dump().values()):
+            raise ValueError(
+                "set one of every_n_epochs, every_n_steps, every_n_minutes: without a checkpoint a "
+                "training that is cut off begins anew"
+            )
         return self
 
 

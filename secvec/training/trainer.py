@@ -20,7 +20,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
@@ -31,10 +31,13 @@ from secvec.models.backbone import LedgerRow
 from secvec.models.sharding import local_shard
 from secvec.runs.cache import from_first, main_process
 from secvec.runs.console import table
-from secvec.settings.trainer import TrainerSettings
+from secvec.settings.trainer import CheckpointSettings, TrainerSettings
 from secvec.training.callbacks import TrainingMetrics, logged
 
 log = logging.getLogger(__name__)
+
+
+EVERY_EPOCH = CheckpointSettings(every_n_epochs=1, every_n_steps=None, every_n_minutes=None)
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Training:
     trainer: TrainerSettings
     validates: bool = True
     """Whether the validation loop runs at the end of each epoch."""
+    checkpoint: CheckpointSettings = EVERY_EPOCH
 
     @property
     def checkpoints(self) -> Path:
@@ -89,22 +93,17 @@ def fit(
     logger: Logger,
     out: Path,
     callbacks: Sequence[L.Callback] = (),
-) -> None:
-    """Trains `module` and saves it below `out`; a training that was cut off goes on from its last whole epoch.
+) -> int:
+    """Trains `module` and saves it below `out`; a training that was cut off goes on from its last checkpoint.
 
-    Its checkpoints go only when the result is saved. Raises DivergedError as soon as the loss is no number, and after
-    an epoch for weights that are none; ArtifactError for checkpoints that are cut short.
+    Its checkpoints go only when the result is saved. Returns the bytes of those that were written.
+
+    Raises DivergedError for a loss or weights that are no finite numbers (see `StopWhenDiverged`), ArtifactError for
+    checkpoints that are cut short.
     """
     L.seed_everything(training.seed, verbose=False)
     checkpoints, last = training.checkpoints, from_first(training.newest)
-    keep = LastTwo(
-        checkpoints,
-        filename="last",
-        save_top_k=1,
-        every_n_epochs=1,
-        enable_version_counter=False,
-        save_on_train_epoch_end=True,
-    )
+    keep = LastTwo(checkpoints, training.checkpoint)
     arguments = training.trainer.arguments(training.epochs)
     if not training.validates:
         arguments["limit_val_batches"] = 0
@@ -112,7 +111,7 @@ def fit(
     ours = [TrainingMetrics(), ShowLedger(training.label), StopWhenDiverged(training), *progress, keep]
     runner = L.Trainer(**arguments, logger=logger, callbacks=[*ours, *callbacks], default_root_dir=training.folder)
     if last:
-        log.info("%s: going on from the last whole epoch (%s)", training.label, last)
+        log.info("%s: going on from the last checkpoint (%s)", training.label, last)
     with interruptible(runner):
         runner.fit(module, data, ckpt_path=last and str(last), weights_only=True if last else None)
     module.save(out)
@@ -121,6 +120,7 @@ def fit(
         shutil.rmtree(checkpoints, ignore_errors=True)
         with suppress(OSError):
             checkpoints.parent.rmdir()  # another stage's may be there
+    return keep.written
 
 
 @contextmanager
@@ -167,14 +167,62 @@ def device_type(settings: TrainerSettings) -> str:
     return device_of(settings).partition(":")[0]
 
 
-class LastTwo(ModelCheckpoint):
-    """Keeps `last.ckpt`, and the one before it for the case that a crash cuts the last one short."""
+class LastTwo(Checkpoint):
+    """Writes `last.ckpt` as often as the settings say, after whole optimizer steps.
+
+    Keeps the one before it as `before.ckpt`, for the case that a crash cuts the last one short. The disk never holds
+    more than two. They hold what is trained, its optimizer state, and the place in the data.
+    """
+
+    def __init__(self, folder: Path, settings: CheckpointSettings):
+        self.folder, self.settings = folder, settings
+        self.written = 0
+        """Bytes of all checkpoints."""
+        self._step, self._time, self._due = 0, time.monotonic(), False
+        self._data: dict[str, Any] | None = None
+
+    def on_load_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+        """Remembers the place in the data until there is a loader."""
+        self._data = checkpoint.get("data")
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
-        """Makes room: the disk never holds more than two."""
-        last = Path(self.dirpath or "") / "last.ckpt"
+        """Adds the place in the data. Lightning does, but it does not read it where the schedule needs the steps."""
+        checkpoint["data"] = trainer.train_dataloader.state_dict()  # type: ignore[union-attr]
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        """Goes on in the data."""
+        self._step, self._time = trainer.global_step, time.monotonic()
+        if self._data:
+            trainer.train_dataloader.load_state_dict(self._data)  # type: ignore[union-attr]
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Within an epoch. After its last step it is saved as at the end of an epoch."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        steps, minutes = self.settings.every_n_steps, self.settings.every_n_minutes
+        self._due = steps is not None and trainer.global_step % steps == 0
+        if minutes:
+            late = time.monotonic() - self._time >= 60 * minutes
+            self._due |= trainer.strategy.broadcast(late)
+        if self._due and batch_idx + 1 < trainer.num_training_batches:
+            self._save(trainer, module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
+        """After an epoch."""
+        every = self.settings.every_n_epochs
+        if self._due or (every and (trainer.current_epoch + 1) % every == 0):
+            self._save(trainer, module)
+
+    def _save(self, trainer: L.Trainer, module: Any) -> None:
+        if trainer.fast_dev_run or trainer.global_step == self._step:  # type: ignore[attr-defined]
+            return
+        module.before_checkpoint()  # before the last one is moved
+        last = self.folder / "last.ckpt"
         if main_process() and last.is_file():
             last.replace(last.with_name("before.ckpt"))
+        trainer.save_checkpoint(last)
+        self.written += last.stat().st_size if main_process() else 0
+        self._step, self._time, self._due = trainer.global_step, time.monotonic(), False
 
 
 def _is_whole(file: Path) -> bool:
