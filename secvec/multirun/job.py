@@ -1,5 +1,7 @@
 """One job of a multirun: a process of its own, in a folder of its own, whose record says how it ended."""
 
+from __future__ import annotations
+
 import fcntl
 import os
 import signal
@@ -12,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import secvec
+from secvec.multirun.forked import Forked
 from secvec.runs.record import FILE, Record, record_failure
 
 STOP_SECONDS = 20.0
 """Time that a job has after Ctrl-C to write its record, before it is killed."""
 GROUP_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE")
 """Variables of a process group around the multirun. A job does not get them, nor SLURM's: it makes its own group."""
+Process = subprocess.Popen[bytes] | Forked
 
 
 @dataclass(eq=False)
@@ -70,8 +74,8 @@ class Job:
         last = "infer" if wanted == "all" else wanted
         return bool(record and record.key == self.key and record.status == "completed" and last in record.stages)
 
-    def start(self, ignored: Sequence[signal.Signals] = ()) -> subprocess.Popen[bytes] | None:
-        """Starts the process, which ignores the signals in `ignored`.
+    def start(self, ignored: Sequence[signal.Signals] = (), forked: bool = False) -> Process | None:
+        """Starts the process, which ignores the signals in `ignored`; `forked`: from one that has imported everything.
 
         Returns None while another process, perhaps of a multirun that was killed, works in the folder; also when that
         process has finished the run: `code` is then 0. The process itself holds the lock of the folder, and the kernel
@@ -95,6 +99,8 @@ class Job:
                 return None
             self.busy, self.began = False, time.time()
             around = {k: v for k, v in os.environ.items() if k not in GROUP_VARIABLES and not k.startswith("SLURM_")}
+            if forked:
+                return Forked(self.command, around | self.environment, self.console, lock.fileno(), ignored)
             with self.console.open("wb") as out:
                 return subprocess.Popen(
                     self.command,
@@ -157,13 +163,13 @@ def this_program() -> str:
     return os.pathsep.join(path for path in paths if path)
 
 
-def end_group(process: subprocess.Popen[bytes]) -> None:
+def end_group(process: Process) -> None:
     """Kills what an ended job left in its process group: the other ranks would wait for ever and hold their GPUs."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def stop(processes: Sequence[Process]) -> None:
     """Ends processes and those that they started, all at the same time: by SIGINT first, then by SIGKILL."""
     for sign, patience in ((signal.SIGINT, STOP_SECONDS), (signal.SIGKILL, 5.0)):
         for process in processes:

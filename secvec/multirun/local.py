@@ -5,10 +5,11 @@ import socket
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 
-from secvec.multirun.job import Job, end_group, stop
+from secvec.multirun.job import Job, Process, end_group, stop
 from secvec.settings.multirun import ProcessSettings
 
 GB = 2**30
@@ -34,7 +35,7 @@ class LocalExecutor:
         self.threads = max(1, cores // (self.slots * processes)) if self.slots > 1 else None
         self.need = (settings.memory_gb or 0.0) * GB
         """Memory of one job in bytes: as set, or the most that a job which ended well took; 0: not known yet."""
-        self.running: dict[Job, subprocess.Popen[bytes]] = {}
+        self.running: dict[Job, Process] = {}
         self.memory: dict[Job, int] = {}
         self.peak: dict[Job, int] = {}
         self.cards: dict[Job, list[str]] = {}
@@ -48,7 +49,9 @@ class LocalExecutor:
                 break
             self.cards[job] = self._free_gpus(job)
             job.environment |= self._environment(job)
-            if (process := job.start()) is not None:
+            # what the server has imported may have asked for the GPUs, and then no fork of it can use them
+            forked = not self.gpus and Path(job.command[1]).is_file()
+            if (process := job.start(forked=forked)) is not None:
                 self.running[job] = process
                 started.append(job)
         return started

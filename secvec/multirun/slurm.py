@@ -2,14 +2,13 @@
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from secvec.errors import ConfigError
-from secvec.multirun.job import Job, stop, this_program
+from secvec.multirun.job import Job, Process, stop, this_program
 from secvec.settings.multirun import SlurmSettings
 
 WAIT_SECONDS = 0.5
@@ -22,7 +21,7 @@ class Task:
 
     def __init__(self, job: Job):
         self.job = job
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Process | None = None
 
     def __call__(self) -> int:
         """Its exit code."""
@@ -32,9 +31,11 @@ class Task:
             time.sleep(WAIT_SECONDS)
         self.process = process
         try:
-            while process.poll() is None:  # not wait(): `checkpoint` interrupts here, and polls the process too
+            while (
+                code := process.poll()
+            ) is None:  # not wait(): `checkpoint` interrupts here, and polls the process too
                 time.sleep(WAIT_SECONDS)
-            return process.returncode
+            return code
         finally:
             stop([process])
 
