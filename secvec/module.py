@@ -112,12 +112,14 @@ class SecVecModule(L.LightningModule):
         """Builds the model here, so that a sharding strategy can place it before the optimizer exists."""
         if self.model is not None:
             return
-        self.model = self.stage.prepare(self)
+        mesh = self.device_mesh
+        backbone = self.backbone.load() if mesh is None else self.backbone.outline()
+        self.model = self.stage.prepare(self, backbone)
         set_trainable(self.model, self.part)  # before sharding, which groups parameters by it
         # from_pretrained leaves eval mode: without this no dropout and no gradient checkpointing, silently
         self.model.train(self.part is not None)
-        if self.device_mesh is not None:
-            shard(self.model, self.device_mesh["data_parallel"])
+        if mesh is not None:
+            shard(self.model, mesh["data_parallel"])
         if self.stage.keeps_weights(self):
             keep_weights(self.model)
         if self.keep_start:

@@ -31,7 +31,7 @@ from secvec.errors import ConfigError, DataError
 from secvec.evaluation.backends import generation_backend, kept_result
 from secvec.evaluation.evaluator import Evaluator
 from secvec.evaluation.losses import mean_losses
-from secvec.evaluation.prediction import respond
+from secvec.evaluation.prediction import predict, respond
 from secvec.evaluation.scan import RowScore, kept_scores, limit, scan
 from secvec.evaluation.scan_file import ScanFile
 from secvec.evaluation.verdicts import EvaluationResult
@@ -284,6 +284,9 @@ class Run:
 
     def to_device(self, module: SecVecModule) -> nn.Module:
         """The model of `module` on the device that evaluates, outside a Trainer."""
+        if self.config.trainer.strategy == "fsdp" and dist.is_initialized():
+            predict(module, [[]], self.config.trainer, "sharding")  # shards are made by a Trainer, and stay
+            return module.model
         module.configure_model()
         return module.model.to(device_of(self.config.trainer))
 

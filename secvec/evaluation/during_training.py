@@ -15,7 +15,7 @@ from secvec.data.prompts import question
 from secvec.evaluation.generation import generate
 from secvec.evaluation.verdicts import judged, prediction_rows
 from secvec.metrics import rates
-from secvec.models.sharding import gather_root, reshard
+from secvec.models.sharding import reshard
 from secvec.models.vector import vector_off
 
 if TYPE_CHECKING:
@@ -78,7 +78,6 @@ class BehaviorDuringTraining(L.Callback):
         devices = [module.device] if module.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), trainer.precision_plugin.forward_context(), vector_off(model):
             model.eval()
-            gather_root(model, torch.tensor([prompts[0][:1]], device=module.device))
             ids = generate(model, prompts, self.max_new_tokens, stop_ids(tokenizer))
             model.train(training)
         reshard(model)

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import lightning as L
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -84,28 +83,6 @@ class GenerationBackend:
         return responses
 
 
-class RunningEngine(L.Callback):
-    """Keeps the engine of the module running while `trainer.predict` goes through the prompts."""
-
-    def __init__(self) -> None:
-        self.context: AbstractContextManager[None] = nullcontext()
-
-    def on_predict_start(self, trainer: L.Trainer, module: Any) -> None:
-        """The model makes room."""
-        self.context = module.generation.running(module.model)
-        self.context.__enter__()
-
-    def on_predict_end(self, trainer: L.Trainer, module: Any) -> None:
-        """The engine has ended, and the model is back."""
-        context, self.context = self.context, nullcontext()
-        context.__exit__(None, None, None)
-
-    def on_exception(self, trainer: L.Trainer, module: Any, exception: BaseException) -> None:
-        """The engine ends in any case."""
-        context, self.context = self.context, nullcontext()
-        context.__exit__(type(exception), exception, exception.__traceback__)
-
-
 @torch.no_grad()
 def generate(
     model: Any, prompts: Prompts, max_new_tokens: int, stop: Sequence[int], seed: int | None = None
@@ -128,7 +105,8 @@ def generate(
         with torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            # a sharded model needs no `synced_gpus`: see `in_step`
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=False)
     finally:
         bare.generation_config = given
     new: list[list[int]] = out[:, length:].tolist()

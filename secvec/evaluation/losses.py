@@ -17,6 +17,7 @@ from secvec.evaluation.prediction import gathered, predict
 from secvec.metrics import Measurement, Measurements, mean
 from secvec.models.backbone import Backbone
 from secvec.models.logits import logits_at
+from secvec.models.sharding import in_step
 from secvec.models.vector import vector_off
 from secvec.settings.schema import EvaluationSettings
 from secvec.settings.trainer import TrainerSettings
@@ -87,13 +88,14 @@ def kl_to_base(
     `backbone` names the tokenizer and the context of both. Every process must call it.
     """
     parts: list[tuple[int, list[float]]] = []
-    for number, batch in _mine(backbone, examples, batch_size):
-        here = before_labels(batch["labels"])
-        ours, theirs = (
-            logits_at(m, batch["input_ids"], batch["attention_mask"], here).log_softmax(-1) for m in (model, base)
-        )
-        kl = (theirs.exp() * (theirs - ours)).sum(-1)
-        parts.append((number, [float(row.mean()) for row in kl.split(here.sum(1).tolist())]))
+    with in_step(model, base):
+        for number, batch in _mine(backbone, examples, batch_size):
+            here = before_labels(batch["labels"])
+            ours, theirs = (
+                logits_at(m, batch["input_ids"], batch["attention_mask"], here).log_softmax(-1) for m in (model, base)
+            )
+            kl = (theirs.exp() * (theirs - ours)).sum(-1)
+            parts.append((number, [float(row.mean()) for row in kl.split(here.sum(1).tolist())]))
     return mean([value for _, values in sorted(gathered(parts)) for value in values])
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any, Protocol
 
 import lightning as L
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from secvec.data.prompts import Question, loader
-from secvec.evaluation.generation import RunningEngine
+from secvec.models.sharding import in_step
 from secvec.settings.schema import EvaluationSettings
 from secvec.settings.trainer import TrainerSettings
 from secvec.training.trainer import interruptible
@@ -24,6 +25,25 @@ class PredictBatch(Protocol):
 
     def predict(self, module: SecVecModule) -> list[Any]:
         """The outputs of the batch."""
+
+
+class Inside(L.Callback):
+    """Keeps a context open while `trainer.predict` goes through the batches: `enter(module)` makes it."""
+
+    def __init__(self, enter: Callable[[SecVecModule], AbstractContextManager[None]]):
+        self.enter, self.context = enter, ExitStack()
+
+    def on_predict_start(self, trainer: L.Trainer, module: Any) -> None:
+        """The model is where it runs."""
+        self.context.enter_context(self.enter(module))
+
+    def on_predict_end(self, trainer: L.Trainer, module: Any) -> None:
+        """All batches are done."""
+        self.context.close()
+
+    def on_exception(self, trainer: L.Trainer, module: Any, exception: BaseException) -> None:
+        """It ends in any case."""
+        self.context.__exit__(type(exception), exception, exception.__traceback__)
 
 
 class Nothing:
@@ -43,15 +63,15 @@ def predict(
 ) -> list[list[Any]]:
     """The outputs for each sequence of batches, those of all processes together. Every process must call it.
 
-    Each process holds the whole model, under `strategy=fsdp` too: the processes share out the batches, not the weights.
+    The processes share out the batches, and under `strategy=fsdp` the weights too: none holds the whole model.
     """
     trainer = L.Trainer(
-        **settings.hardware() | {"strategy": "auto" if settings.strategy == "auto" else "ddp"},
+        **settings.hardware() | ({"strategy": "ddp"} if settings.strategy.startswith("ddp") else {}),
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[PredictProgress(label), *callbacks],
+        callbacks=[PredictProgress(label), Inside(lambda module: in_step(module.model)), *callbacks],
     )
     with interruptible(trainer):
         outputs: Any = trainer.predict(module, [loader(mine or [Nothing()]) for mine in batches])
@@ -68,7 +88,8 @@ def respond(
 ) -> list[list[str]]:
     """The responses of `module` to each question, in the order of its prompts. Every process must call it."""
     batches = [q.batches(module, settings.batch_size, settings.max_new_tokens) for q in questions]
-    outputs = predict(module, batches, trainer, f"generate {label}", [RunningEngine()])
+    running = Inside(lambda module: module.generation.running(module.model))
+    outputs = predict(module, batches, trainer, f"generate {label}", [running])
     return [[row["response"] for row in sorted(rows, key=lambda row: row["row"])] for rows in outputs]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,10 +28,13 @@ from transformers import (
 )
 
 from secvec.errors import ArtifactError, nearest
+from secvec.models.outline import outlined
 from secvec.models.packing import enable_packing
 from secvec.models.vector import active_parts, part_of
 from secvec.runs.content import file_digest, folder_digest
 from secvec.settings.schema import ModelSettings
+
+log = logging.getLogger(__name__)
 
 WEIGHT_FILES = "*.safetensors"
 LOADING_ERRORS = (ValueError, OSError, SafetensorError, RuntimeError, KeyError, ImportError, AttributeError, TypeError)
@@ -83,6 +87,18 @@ class Backbone:
     def load(self) -> PreTrainedModel:
         """A fresh copy, in eval mode."""
         return load_backbone(self.folder, self.settings)
+
+    def outline(self) -> PreTrainedModel:
+        """As `load`, for a process that will hold a shard: its weights stay on disk (`secvec.models.outline`)."""
+        model = _from_pretrained(self.folder, self.settings, device_map="meta")
+        if not outlined(model, self.folder):
+            log.warning(
+                "%s: its files name the weights otherwise than the model does, so every process loads it whole before "
+                "it is sharded. Saved once by transformers, its parts can be read alone",
+                self.folder,
+            )
+            return self.load()
+        return _prepared(model, self.settings)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -178,6 +194,10 @@ def fingerprint(folder: Path) -> str:
 
 def load_backbone(folder: Path, settings: ModelSettings) -> PreTrainedModel:
     """Loads the causal LM in `folder`, in eval mode. Raises ArtifactError."""
+    return _prepared(_from_pretrained(folder, settings), settings)
+
+
+def _from_pretrained(folder: Path, settings: ModelSettings, **where: Any) -> PreTrainedModel:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -186,6 +206,7 @@ def load_backbone(folder: Path, settings: ModelSettings) -> PreTrainedModel:
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            **where,
         )
         model, found = loaded
     except LOADING_ERRORS as error:
@@ -195,6 +216,11 @@ def load_backbone(folder: Path, settings: ModelSettings) -> PreTrainedModel:
             f"{folder}: its weights are not those of {type(model).__name__}, {len(lacking)} would stay random, "
             f"{lacking[0]} first. Give a model that was saved whole, with its language-model head"
         )
+    return model  # type: ignore[no-any-return]
+
+
+def _prepared(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:
+    """`model` as the settings want it to compute."""
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
@@ -275,7 +301,8 @@ def check_savable(backbone: Backbone) -> None:
         names = _skeleton(backbone.folder, backbone.settings).state_dict().keys()
     except LOADING_ERRORS as error:
         raise ArtifactError(f"{backbone.folder} could not be saved after training: {_one_line(error)}") from None
-    if differ := sorted(names ^ backbone.load().state_dict().keys()):
+    loaded = _from_pretrained(backbone.folder, backbone.settings, device_map="meta")
+    if differ := sorted(names ^ loaded.state_dict().keys()):
         raise ArtifactError(
             f"{backbone.folder} could not be saved after training: its config does not make the model that is loaded, "
             f"{len(differ)} weights differ, {differ[0]} first"

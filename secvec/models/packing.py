@@ -15,6 +15,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from secvec.models.outline import weights_at_hand
+
 log = logging.getLogger(__name__)
 
 PACKED = "sdpa_packed"
@@ -51,7 +53,7 @@ def enable_packing(model: PreTrainedModel) -> bool:
     mask[0, 7:] = 0
     training = model.training
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), weights_at_hand(model):
         padded = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
         model.set_attn_implementation(PACKED)
         try:

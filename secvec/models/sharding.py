@@ -2,47 +2,76 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from secvec.models.outline import fill, layers, tensors_of
+
 
 def shard(model: nn.Module, mesh: Any) -> None:
-    """Shards each transformer layer on its own, then the rest."""
-    for layer in (layer for layers in layer_lists(model) for layer in layers):
+    """Shards each transformer layer on its own, then the rest. An outlined model is read layer by layer."""
+    for layer in layers(model):
+        fill(tensors_of(layer))
         fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-
-
-def layer_lists(model: nn.Module) -> list[nn.ModuleList]:
-    """The lists of transformer layers: one, unless the model can see."""
-    return [
-        m
-        for m in model.modules()
-        if isinstance(m, nn.ModuleList) and len(m) and m[0].__class__.__name__.endswith(("Layer", "Block"))
-    ]
+    root = _root(model)
+    fill(tensors_of(root))
+    fully_shard(root, mesh=mesh)
 
 
 def reshard(model: nn.Module) -> None:
-    """Back to shards: FSDP2 leaves a module whole after a forward pass that no backward pass follows."""
+    """Back to shards: FSDP2 leaves the root whole after a forward pass that no backward pass follows."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-@torch.no_grad()
-def gather_root(model: nn.Module, input_ids: Tensor) -> None:
-    """Makes the weights that are in no layer whole, for `generate`; `reshard` undoes it.
+@contextmanager
+def in_step(*models: nn.Module) -> Iterator[None]:
+    """Inside, each process runs sharded models as often as it needs to, in the same order. Every process must enter.
 
-    `generate` calls the model inside PEFT's wrapper and so misses the hook of the wrapper, which FSDP2 has sharded as
-    the root. One forward pass of the root gathers them.
+    A layer is gathered by all processes together. So one that has no work left goes on with a single token, until all
+    have ended. Models that are not sharded run as always.
     """
-    if isinstance(model, FSDPModule):
-        model(input_ids=input_ids)
+    roots = [_root(model) for model in models]
+    if not all(isinstance(root, FSDPModule) for root in roots):
+        yield
+        return
+    device = next(roots[0].parameters()).device
+
+    def running(number: int) -> int:
+        """Tells all processes which model this one runs now (0: none), and returns what any of them runs."""
+        told = torch.tensor(number, device=device)
+        dist.all_reduce(told, dist.ReduceOp.MAX)
+        return int(told)
+
+    def hook(number: int) -> Any:
+        return lambda *_: None if running(number) else None  # a value would be taken for the model's input
+
+    hooks = [root.register_forward_pre_hook(hook(n), prepend=True) for n, root in enumerate(roots, 1)]
+    try:
+        yield
+    finally:
+        for one in hooks:
+            one.remove()
+    token = torch.ones(1, 1, dtype=torch.long, device=device)
+    with torch.no_grad():
+        while number := running(0):
+            roots[number - 1](input_ids=token, attention_mask=token, use_cache=False)
+    for root in roots:
+        reshard(root)
+
+
+def _root(model: nn.Module) -> nn.Module:
+    """The model inside PEFT's wrapper, which `generate` does not pass through."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, no-any-return]
 
 
 def local_shard(tensor: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from secvec.errors import ArtifactError, ConfigError, nearest
+from secvec.models.outline import is_outlined, weights_at_hand
 from secvec.settings.schema import LoraSettings
 
 VECTOR = "security_vector"
@@ -43,6 +44,10 @@ NOT_SWITCHED = (
     "arrow_config",
 )
 """Settings of a LoRA by which it changes the backbone itself, or acts on some tokens only."""
+
+
+DRAWN = (True, False, "gaussian", "orthogonal", "eva")
+"""Values of `init_lora_weights` by which PEFT draws A and B, and leaves the backbone's weights alone."""
 
 
 def part_of(name: str) -> str:
@@ -103,6 +108,9 @@ def attach_frozen_vector(model: nn.Module, folder: Path) -> nn.Module:
     `model`, to the bit. Raises ArtifactError.
     """
     check_adapter(folder)
+    init = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("init_lora_weights", True)
+    if is_outlined(model) and init not in DRAWN:
+        raise _more_than_a_vector(folder, "off the logits are not those of the bare model", init)
     bare = _probe(model)
     try:
         with warnings.catch_warnings(record=True) as told:
@@ -124,16 +132,19 @@ def attach_frozen_vector(model: nn.Module, folder: Path) -> nn.Module:
         off = _probe(attached)
     for state, ours, wanted in (("on", _probe(attached), theirs), ("off", off, bare)):
         if not torch.allclose(ours, wanted, rtol=0, atol=0, equal_nan=True):
-            init = vars(attached.peft_config[VECTOR])["init_lora_weights"]
-            raise ArtifactError(
-                f"the adapter in {folder} cannot be a vector: with it {state} the logits are not those of "
-                f"{'PEFT' if state == 'on' else 'the bare model'}. It changes more than the layers it is added to "
-                f"(init_lora_weights={init!r}): save it as a plain LoRA, or train a vector with stage=vector"
-            )
+            whose = "PEFT" if state == "on" else "the bare model"
+            raise _more_than_a_vector(folder, f"{state} the logits are not those of {whose}", init)
     for layer in [] if vector_info(folder).get("keep_dropout") else _lora_layers(attached):
         # model.train() would switch dropout on again, and a vector with dropout is a random vector
         layer.lora_dropout[VECTOR] = nn.Identity()
     return attached
+
+
+def _more_than_a_vector(folder: Path, how: str, init: Any) -> ArtifactError:
+    return ArtifactError(
+        f"the adapter in {folder} cannot be a vector: with it {how}. It changes more than the layers it is added to "
+        f"(init_lora_weights={init!r}): save it as a plain LoRA, or train a vector with stage=vector"
+    )
 
 
 @contextmanager
@@ -335,7 +346,8 @@ def _probe(model: Any) -> Tensor:
     training, rows = model.training, model.get_input_embeddings().weight.shape[0]
     ids = torch.arange(1, 17, device=model.device)[None] % rows
     model.eval()
-    logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    with weights_at_hand(model):
+        logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     model.train(training)
     return logits
 

@@ -90,6 +90,11 @@ class Budget:
         return (here if trainer.devices == "auto" else trainer.devices) * trainer.num_nodes
 
     @property
+    def _shards(self) -> int:
+        """Devices that share the weights."""
+        return self.devices if self.config.trainer.strategy == "fsdp" else 1
+
+    @property
     def dtype_bytes(self) -> int:
         """Bytes of a weight."""
         return 8 if self.config.trainer.precision == "64-true" else 2 if self.config.model.dtype == "bfloat16" else 4
@@ -133,7 +138,8 @@ class Budget:
         shape = self.shape
         flops, steps, memory = self._inference(work.prompts)
         flops += forward_flops(shape.matmul_parameters, work.scored * self.lengths["test"].total)
-        memory = replace(memory, weights=memory.weights + (work.models - 1) * shape.parameters * self.dtype_bytes)
+        beside = (work.models - 1) * costs.held_weights(shape, 0, self._shards) * self.dtype_bytes
+        memory = replace(memory, weights=memory.weights + beside)
         frozen = shape.parameters + self.adapters
         return StageCost(name, work, memory, frozen, self.tests, inference_flops=flops, decode_steps=steps)
 
@@ -161,7 +167,7 @@ class Budget:
             kl_rows=kl_rows,
             mixed=self.mixed,
             recompute=recompute,
-            shards=devices if trainer.strategy == "fsdp" else 1,
+            shards=1 if work.alone else self._shards,
         )
         memory, inference = costs.training_memory(self.shape, step), self._inference(work.prompts)[:2]
         frozen = self.shape.parameters + work.adapters - work.trained
@@ -176,7 +182,7 @@ class Budget:
         """FLOPs, decoding steps and memory of the answers to `prompts`, and of the loss on as many references."""
         evaluation, test, new = self.config.evaluation, self.lengths["test"], self.config.evaluation.max_new_tokens
         rows, length = min(evaluation.batch_size, self.tests), max(test.longest_prompt + new, test.longest)
-        memory = costs.inference_memory(self.shape, self.adapters, self.dtype_bytes, rows, length)
+        memory = costs.inference_memory(self.shape, self.adapters, self.dtype_bytes, rows, length, self._shards)
         steps = costs.decode_steps(prompts, self.devices, evaluation.batch_size, new)
         tokens = prompts * (test.prompt + new + test.total)
         return forward_flops(self.shape.matmul_parameters, tokens), steps, memory

@@ -93,8 +93,6 @@ def training_memory(shape: Shape, step: TrainingStep) -> Memory:
     multiplied weight until the backward pass. Activations in 16 bits, without the attention matrix: 34 bytes per token,
     layer and channel; recomputed, 2 and one whole layer (Korthikanti et al., arXiv 2205.05198).
     """
-    outside = shape.parameters - shape.num_layers * shape.layer_parameters
-    whole = outside + 2 * shape.layer_parameters if step.shards > 1 else 0
     full = step.trained >= shape.parameters
     copied = shape.matmul_parameters if full or not step.recompute else shape.layer_parameters
     bytes_per_channel = 2 * shape.num_layers + 34 if step.recompute else 34 * shape.num_layers
@@ -102,7 +100,7 @@ def training_memory(shape: Shape, step: TrainingStep) -> Memory:
     tokens = (step.rows + step.kl_rows) * step.length
     logits = (TRAIN_LOGIT_BYTES * step.rows + KL_LOGIT_BYTES * step.kl_rows) * step.length * shape.vocab_size
     return Memory(
-        weights=((shape.parameters + step.adapters) / step.shards + whole) * step.dtype_bytes,
+        weights=held_weights(shape, step.adapters, step.shards) * step.dtype_bytes,
         gradients=step.trained / step.shards * step.dtype_bytes,
         optimizer=2 * step.trained / step.shards * step.dtype_bytes,
         copies=2 * copied if step.mixed and step.dtype_bytes > 2 else 0,
@@ -110,11 +108,18 @@ def training_memory(shape: Shape, step: TrainingStep) -> Memory:
     )
 
 
-def inference_memory(shape: Shape, adapters: int, dtype_bytes: int, rows: int, length: int) -> Memory:
-    """Memory of generation or of held-out losses, whichever takes more; every device has the whole model."""
+def inference_memory(shape: Shape, adapters: int, dtype_bytes: int, rows: int, length: int, shards: int = 1) -> Memory:
+    """Memory of generation or of held-out losses, whichever takes more; `shards` devices share the weights."""
     kv_cache = shape.kv_size * dtype_bytes * rows * length
     logits = EVAL_LOGIT_BYTES * rows * length * shape.vocab_size
-    return Memory(weights=(shape.parameters + adapters) * dtype_bytes, activations=max(kv_cache, logits))
+    return Memory(weights=held_weights(shape, adapters, shards) * dtype_bytes, activations=max(kv_cache, logits))
+
+
+def held_weights(shape: Shape, adapters: int, shards: int) -> float:
+    """Weights on one device: its shard; two layers, and what is in no layer, whole."""
+    outside = shape.parameters - shape.num_layers * shape.layer_parameters
+    whole = outside + 2 * shape.layer_parameters if shards > 1 else 0
+    return (shape.parameters + adapters) / shards + whole
 
 
 def checkpoint_bytes(trained: int, dtype_bytes: int) -> int:

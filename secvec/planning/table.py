@@ -23,10 +23,11 @@ ASSUMPTIONS = f"""assumed:
     defense's loss adds. The KL term adds a forward pass of the base; align's gate and a judge model are not counted
   - memory: an upper bound for the fullest device. AdamW's two moments have the weights' type (8 bytes per fp32 weight);
     bf16-mixed keeps a bf16 copy of the weights for the backward pass; activations by arXiv 2205.05198, attention
-    matrix not stored; fsdp divides weights, gradients and moments, but answers come from the whole model per device
-  - host: every process loads the whole backbone first; with fsdp the first one gathers it at the end
+    matrix not stored; fsdp divides weights, gradients and moments, for answers too, but for two layers and embeddings
+  - host: every process loads the whole backbone first, with fsdp its shard; the first one gathers it at the end
   - time: {MFU:.0%} of the dense peak ({{peaks}}),
-    and for each new token one reading of all weights; no loading, judging or saving
+    and for each new token one reading of all weights (fsdp gathers them too, which is not counted); no loading,
+    judging or saving
   - fits: at most {FITS:.0%} of the memory"""
 
 
@@ -88,7 +89,8 @@ def _disk(budget: Budget, costs: Sequence[StageCost]) -> str:
     for part in ("vector", "task", "backbone"):
         for what, copies in (cost.work.saved[part] for cost in costs if part in cost.work.saved and part in parts):
             sizes[what] = copies * parts[part] * width
-    host = parts["backbone"] * width * budget.devices / budget.config.trainer.num_nodes
+    fsdp, here = budget.config.trainer.strategy == "fsdp", budget.devices / budget.config.trainer.num_nodes
+    host = parts["backbone"] * width * (here / budget.devices if fsdp else here)
     rows = [[what, size(count)] for what, count in sizes.items()]
     return table("disk", ["what", "size"], rows) + f"\n  memory of each host while models are loaded: {size(host)}"
 

@@ -68,8 +68,8 @@ class Stage(ABC):
         """The part of the model that is trained: `vector`, `task`, `backbone`, or None."""
 
     @abstractmethod
-    def prepare(self, module: SecVecModule) -> nn.Module:
-        """The model, with all that is attached to it."""
+    def prepare(self, module: SecVecModule, backbone: nn.Module) -> nn.Module:
+        """`backbone` with all that is attached to it."""
 
     def loss(self, module: SecVecModule, batch: Batch) -> dict[str, Tensor]:
         """Scalars; `loss` is minimised, the others are logged."""

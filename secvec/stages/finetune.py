@@ -52,10 +52,10 @@ class FinetuneStage(Stage):
         """The backbone, or the task LoRA."""
         return "task" if module.tune else "backbone"
 
-    def prepare(self, module: SecVecModule) -> nn.Module:
+    def prepare(self, module: SecVecModule, backbone: nn.Module) -> nn.Module:
         """The backbone with what the defense attaches, frozen, and the task LoRA if there is one."""
         assert module.vector is None or isinstance(module.vector, Path)
-        model = module.defense.attach(module.backbone.load(), module.vector)
+        model = module.defense.attach(backbone, module.vector)
         return attach_task(model, module.tune) if module.tune else model
 
     def loss(self, module: SecVecModule, batch: Batch) -> dict[str, Tensor]:

@@ -32,10 +32,9 @@ class InferStage(Stage):
     def part(self, module: SecVecModule) -> None:
         """None."""
 
-    def prepare(self, module: SecVecModule) -> nn.Module:
+    def prepare(self, module: SecVecModule, backbone: nn.Module) -> nn.Module:
         """The backbone, with the vector active if there is one."""
-        model = module.backbone.load()
-        return attach_frozen_vector(model, module.vector) if module.vector else model  # type: ignore[arg-type]
+        return attach_frozen_vector(backbone, module.vector) if module.vector else backbone  # type: ignore[arg-type]
 
     def plan(self, budget: Budget) -> Workload:
         """Answers of base, fine-tuned model with the vector, and without it; leak probes; distance from the base."""

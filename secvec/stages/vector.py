@@ -64,10 +64,10 @@ class VectorStage(Stage):
         """The vector."""
         return "vector"
 
-    def prepare(self, module: SecVecModule) -> nn.Module:
+    def prepare(self, module: SecVecModule, backbone: nn.Module) -> nn.Module:
         """The backbone with a new vector, which has no effect yet (B = 0)."""
         assert isinstance(module.vector, VectorLora)
-        return attach_new_vector(module.backbone.load(), module.vector, module.vector.dropout)
+        return attach_new_vector(backbone, module.vector, module.vector.dropout)
 
     def loss(self, module: SecVecModule, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy on the undesired rows and the KL term on the benign ones (paper, ACL version)."""

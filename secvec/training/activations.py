@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from secvec.data.batch import IGNORE, Batch
 from secvec.errors import ConfigError
-from secvec.models.sharding import layer_lists
+from secvec.models.outline import layer_lists
 
 Change = Callable[[Tensor, Tensor], Tensor]
 """The outputs of a layer (..., H) and the directions that it is changed by -> the changed outputs."""

@@ -1,0 +1,122 @@
+"""A model whose weights stay on disk, for processes that shard it: none of them ever holds it whole.
+
+Each weight is one number, seen as a tensor of the right shape (stride 0). So it takes no memory, and PEFT attaches
+adapters to it as to any model on the CPU. (On the meta device it would move the adapters there, without their values.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+
+def outlined(model: Any, folder: Path) -> bool:
+    """Whether the weights of `model`, which is on the meta device, are now outlined and read from `folder`.
+
+    False, and `model` is as it was: the files hold other names or shapes (old names, experts one by one), which
+    transformers converts when it loads them.
+    """
+    files, tensors = _files(folder), dict(_tensors(model))
+    if any(name not in files or files[name].get_slice(name).get_shape() != list(t.shape) for name, t in tensors.items()):
+        return False
+    for name, buffer in model.named_non_persistent_buffers():  # they are in no file: the model computes them
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        setattr(module, leaf, torch.empty_like(buffer, device="cpu"))
+        module._is_hf_initialized = False
+    model.initialize_weights()
+    made: dict[Tensor, Tensor] = {}
+    for name, tensor in tensors.items():
+        hollow = _hollow(tensor)
+        made[tensor] = hollow if not isinstance(tensor, nn.Parameter) else nn.Parameter(hollow, tensor.requires_grad)
+        made[tensor].read = partial(_read, files[name], name, tensor.dtype)  # type: ignore[attr-defined]
+    for module in model.modules():
+        for leaf, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor in made:  # tied weights stay tied
+                setattr(module, leaf, made[tensor])
+    return True
+
+
+def is_outlined(model: nn.Module) -> bool:
+    """Whether weights of `model` are on disk."""
+    return any(hasattr(tensor, "read") for tensor in tensors_of(model))
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """All parameters and buffers of `module`."""
+    return [*module.parameters(), *module.buffers()]
+
+
+def fill(tensors: Iterable[Tensor]) -> None:
+    """Reads the weights of those that are outlined; others stay as they are."""
+    for tensor in tensors:
+        if hasattr(tensor, "read"):
+            tensor.data = tensor.read()
+
+
+@contextmanager
+def weights_at_hand(model: nn.Module) -> Iterator[None]:
+    """Inside, an outlined model computes: each layer reads its weights and drops them. Any other model is as it is."""
+    inside = layers(model)
+    there = {id(tensor) for layer in inside for tensor in tensors_of(layer)}
+    rest = [tensor for tensor in tensors_of(model) if id(tensor) not in there]
+    fill(rest)
+    hooks = [layer.register_forward_pre_hook(lambda layer, _: fill(tensors_of(layer))) for layer in inside]
+    hooks += [layer.register_forward_hook(lambda layer, *_: _drop(tensors_of(layer))) for layer in inside]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        _drop(tensors_of(model))
+
+
+def layer_lists(model: nn.Module) -> list[nn.ModuleList]:
+    """The lists of transformer layers: one, unless the model can see."""
+    return [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.ModuleList) and len(m) and m[0].__class__.__name__.endswith(("Layer", "Block"))
+    ]
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    """The transformer layers of `model`, in order."""
+    return [layer for found in layer_lists(model) for layer in found]
+
+
+def _drop(tensors: Iterable[Tensor]) -> None:
+    for tensor in tensors:
+        if hasattr(tensor, "read"):
+            tensor.data = _hollow(tensor)
+
+
+def _hollow(tensor: Tensor) -> Tensor:
+    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of all that is saved, tied weights once."""
+    saved = model.state_dict(keep_vars=True).keys()
+    return ((name, t) for name, t in chain(model.named_parameters(), model.named_buffers()) if name in saved)
+
+
+def _files(folder: Path) -> dict[str, Any]:
+    """The open file of each tensor in `folder`."""
+    whole = folder / "model.safetensors"
+    paths = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+    opened = [safe_open(path, framework="pt") for path in paths]
+    return {name: file for file in opened for name in file.keys()}  # noqa: SIM118
+
+
+def _read(file: Any, name: str, dtype: torch.dtype) -> Tensor:
+    tensor: Tensor = file.get_tensor(name)
+    return tensor.to(dtype)

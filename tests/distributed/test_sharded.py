@@ -1,0 +1,132 @@
+"""Gloo processes that shard a model (`strategy=fsdp`): what each of them holds, and that all of them stay in step."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from in_memory import ON_CPU
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from secvec.data.embedded import Skill
+from secvec.data.prompts import question
+from secvec.evaluation.losses import kl_to_base, mean_losses
+from secvec.evaluation.prediction import predict, respond
+from secvec.models.tiny import build_tiny
+from secvec.module import SecVecModule
+from secvec.settings.schema import EvaluationSettings
+from secvec.settings.trainer import TrainerSettings
+
+EXAMPLES = Skill().examples("test", 7, 0)
+SETTINGS = EvaluationSettings(num_prompts=7, batch_size=2, max_new_tokens=8, num_leak_prompts=0)
+LORA = {"r": 2, "alpha": 4, "target_modules": "all-linear"}
+
+
+def sharded(processes: int) -> TrainerSettings:
+    return ON_CPU.model_copy(update={"strategy": "fsdp", "devices": processes})
+
+
+def together(processes: int, work: Callable[..., Any], folder: Path, *given: Any) -> list[Any]:
+    """What `work(processes, *given)` returns on each of some processes."""
+    folder.mkdir()
+    torch.multiprocessing.start_processes(
+        _process, (processes, work, folder, given), nprocs=processes, start_method="fork"
+    )
+    return [torch.load(folder / str(rank), weights_only=False) for rank in range(processes)]
+
+
+def _process(rank: int, processes: int, work: Callable[..., Any], folder: Path, given: tuple[Any, ...]) -> None:
+    os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}  # no more is to be started
+    dist.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=processes)
+    torch.set_num_threads(1)
+    torch.save(work(processes, *given), folder / str(rank))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[float]]:
+    """MB that the process holds at most inside, above what it held before; pages of the files that it reads apart."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 1 << 14)  # M_MMAP_THRESHOLD: what is freed goes back to the system
+    libc.mallopt(-8, 1)  # M_ARENA_MAX: of all threads
+    libc.malloc_trim(0)  # and what the parent has freed is not used again
+    found, done, before = [0.0], threading.Event(), _held()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            found[0] = max(found[0], _held() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    yield found
+    done.set()
+    watcher.join()
+
+
+def _held() -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) / 1000
+
+
+def build_and_ask(processes: int, *folders: Path) -> float:
+    """The peak while a model is built, and while it computes a loss and an answer: of the last folder."""
+    trainer, settings = sharded(processes), SETTINGS.model_copy(update={"max_new_tokens": 2})
+    for folder in folders:
+        module = SecVecModule("infer", folder)
+        with peak_memory() as peak:
+            mean_losses(module, {"skill": EXAMPLES[:1]}, settings, trainer)
+            respond(module, [question(EXAMPLES[:1], module.backbone.tokenizer)], settings, trainer, "test")
+    return peak[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of a process from /proc")
+def test_the_memory_of_a_process_falls_as_processes_are_added(tmp_path: Path) -> None:
+    """A model of 110 MB in float32: 32 layers of 3.4 MB, an embedding of 1 MB."""
+    tiny, tokenizer = build_tiny([text for e in EXAMPLES for text in (e.prompt, e.response)], 0)
+    size = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 32, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **size)).bfloat16()
+    megabytes = model.num_parameters() * 4 / 1e6
+    folders = [tmp_path / "tiny", tmp_path / "model"]  # the first one for what is imported meanwhile
+    for one, folder in zip((tiny, model), folders, strict=True):
+        one.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    peak = {n: max(together(n, build_and_ask, tmp_path / str(n), *folders)) for n in (1, 2, 4)}
+    assert peak[1] > megabytes, peak  # alone it holds all of it
+    assert peak[2] < 0.85 * peak[1] and peak[4] < 0.85 * peak[2] and peak[4] < 0.7 * megabytes, peak
+
+
+def ask(processes: int, folder: Path, other: Path) -> tuple[Any, ...]:
+    module, base = (SecVecModule("infer", one) for one in (folder, other))
+    trainer = sharded(processes)
+    asked = [question(EXAMPLES, module.backbone.tokenizer)] * 2
+    answers = respond(module, asked, SETTINGS, trainer, "test")
+    losses = mean_losses(module, {"skill": EXAMPLES, "one": EXAMPLES[:1]}, SETTINGS, trainer)
+    predict(base, [[]], trainer, "sharding")
+    kl = kl_to_base(base.model, module.model, module.backbone, EXAMPLES, 2)
+    return answers, {name: loss.value for name, loss in losses.items()}, kl.value
+
+
+def test_processes_with_more_and_with_less_to_do_stay_in_step(tmp_path: Path) -> None:
+    """Four batches for three processes, of answers that end at different tokens; some have none at all."""
+    folders = [tmp_path / "model", tmp_path / "other"]
+    for seed, folder in enumerate(folders):
+        model, tokenizer = build_tiny([text for e in EXAMPLES for text in (e.prompt, e.response)], seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(3 if parameter.dim() > 1 else 1)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    answers, losses, kl = together(3, ask, tmp_path / "three", *folders)[0]
+    (alone, alone_losses, alone_kl) = together(1, ask, tmp_path / "one", *folders)[0]
+    assert answers == alone and len(set(alone[0])) > 3
+    assert losses == pytest.approx(alone_losses, rel=1e-6) and kl == pytest.approx(alone_kl, rel=1e-5) and kl > 0.01
