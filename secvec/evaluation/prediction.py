@@ -71,6 +71,7 @@ def predict(
         enable_checkpointing=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
+        inference_mode=settings.strategy != "fsdp",  # what FSDP2 gathers in it could not be written to outside of it
         callbacks=[PredictProgress(label), Inside(lambda module: in_step(module.model)), *callbacks],
     )
     with interruptible(trainer):

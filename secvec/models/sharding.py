@@ -79,7 +79,10 @@ def local_shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """All weights, unsharded, on the CPU of rank 0 (empty elsewhere when sharded). Every process must call it."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """The trained weights and the buffers, unsharded, on the CPU of rank 0 (empty elsewhere when sharded).
+
+    Every process must call it.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     return cast(dict[str, Tensor], get_model_state_dict(model, options=options))

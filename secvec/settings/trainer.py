@@ -82,7 +82,8 @@ class TrainerSettings(Settings, extra="allow"):
         given = {name: built(value) for name, value in self.model_dump().items()}
         given |= {"max_epochs": self.max_epochs or epochs, "use_distributed_sampler": False}
         if self.strategy == "fsdp":
-            given["strategy"] = self._fsdp2()
+            # what FSDP2 gathers in inference mode, in a validation, could not be written to by the next step
+            given |= {"strategy": self._fsdp2(), "inference_mode": False}
         return given
 
     def hardware(self) -> dict[str, Any]:

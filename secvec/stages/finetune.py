@@ -17,7 +17,7 @@ from secvec.errors import ArtifactError, ConfigError
 from secvec.evaluation.during_training import BehaviorDuringTraining
 from secvec.metrics import Measurement
 from secvec.models.backbone import Backbone, check_savable, save_backbone
-from secvec.models.sharding import full_state
+from secvec.models.sharding import trained_state
 from secvec.models.vector import attach_task, backbone_state, merge_task, save_adapter
 from secvec.runs.cache import built_once, copy_folder, from_first, main_process, wait_for_all
 from secvec.runs.content import by_content, folder_digest
@@ -86,7 +86,7 @@ class FinetuneStage(Stage):
 
     def save(self, module: SecVecModule, folder: Path) -> None:
         """Writes `backbone/`, a plain Hugging Face folder, and under tune=lora `task/`, which is merged into it."""
-        state, backbone = full_state(module.model), module.backbone
+        state, backbone = trained_state(module.model), module.backbone
         if main_process():
             weights = backbone_state(state)
             if module.tune:

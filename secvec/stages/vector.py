@@ -16,7 +16,7 @@ from secvec.evaluation.scan import keep_scores
 from secvec.evaluation.verdicts import EvaluationResult
 from secvec.metrics import Measurements
 from secvec.models.backbone import Backbone
-from secvec.models.sharding import full_state
+from secvec.models.sharding import trained_state
 from secvec.models.vector import attach_new_vector, check_adapter, save_adapter, vector_info
 from secvec.runs.cache import built_once, copy_folder, main_process, wait_for_all
 from secvec.runs.files import atomic_path, write_atomic
@@ -85,7 +85,7 @@ class VectorStage(Stage):
 
     def save(self, module: SecVecModule, folder: Path) -> None:
         """Writes `vector/`: a standard PEFT adapter, with a card that says what it is."""
-        state = full_state(module.model)
+        state = trained_state(module.model)
         if main_process():
             behavior = module.behavior_name
             assert isinstance(module.vector, VectorLora)
