@@ -25,7 +25,8 @@ def outlined(model: Any, folder: Path) -> bool:
     transformers converts when it loads them.
     """
     files, tensors = _files(folder), dict(_tensors(model))
-    if any(name not in files or files[name].get_slice(name).get_shape() != list(t.shape) for name, t in tensors.items()):
+    shapes = {name: file.get_slice(name).get_shape() for name, file in files.items()}
+    if any(shapes.get(name) != list(tensor.shape) for name, tensor in tensors.items()):
         return False
     for name, buffer in model.named_non_persistent_buffers():  # they are in no file: the model computes them
         owner, _, leaf = name.rpartition(".")

@@ -53,7 +53,10 @@ def in_step(*models: nn.Module) -> Iterator[None]:
         return int(told)
 
     def hook(number: int) -> Any:
-        return lambda *_: None if running(number) else None  # a value would be taken for the model's input
+        def before(*_: Any) -> None:  # a value would be taken for the model's input
+            running(number)
+
+        return before
 
     hooks = [root.register_forward_pre_hook(hook(n), prepend=True) for n, root in enumerate(roots, 1)]
     try:
