@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from secvec.config.resolvers import register_resolvers
@@ -17,6 +18,7 @@ CHOICES = sorted(file.relative_to(CONF).with_suffix("") for file in CONF.glob("*
 CHOICES = [choice for choice in CHOICES if choice.parts[0] != "hydra" and choice.name[0] != "_"]
 """Launchers and sweepers are in test_sweep.py; what choices share (`_NAME`) is none."""
 GROUPS = {choice.parts[0] for choice in CHOICES}
+PARSER = OverridesParser.create()
 
 
 def by_hydra(*overrides: str, root: str = "train", with_hydra: bool = False) -> DictConfig:
@@ -38,7 +40,6 @@ def composed(*overrides: str, root: str = "train") -> DictConfig:
     OmegaConf.set_struct(config, False)
     for text in overrides:
         if text not in chosen:
-            key, _, value = text.lstrip("+").partition("=")
-            given = OmegaConf.to_container(OmegaConf.from_dotlist([f"x={value}"]))
-            OmegaConf.update(config, key, given["x"])  # type: ignore[call-overload,index]
+            given = PARSER.parse_override(text)
+            OmegaConf.update(config, given.get_key_element().lstrip("+"), given.value())
     return config

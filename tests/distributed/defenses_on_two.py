@@ -17,7 +17,7 @@ from secvec.defenses.kl_to_base import KlToBase
 from secvec.defenses.l2_to_base import L2ToBase
 from secvec.defenses.lisa import Lisa
 from secvec.defenses.safegrad import SafeGrad
-from secvec.models.sharding import full_state
+from secvec.models.sharding import trained_state
 from secvec.settings.trainer import TrainerSettings
 from tests.contracts.test_defense_hooks import fit, make_batch
 
@@ -48,7 +48,7 @@ def train(defense: Defense, folder: Path, rank: int | None, strategy: str = "aut
     checkpoint = folder / f"{defense.name}-{strategy}.ckpt"
     fit(defense, lr=0.01, batches=rows, **settings.hardware()).trainer.save_checkpoint(checkpoint)
     module = fit(defense, 4, checkpoint, 0.01, rows, **settings.hardware())
-    return {name: weight.clone() for name, weight in full_state(module.model).items() if "kept" not in name}
+    return {name: weight.clone() for name, weight in trained_state(module.model).items()}
 
 
 if __name__ == "__main__":

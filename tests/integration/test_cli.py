@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from commands import run_command
-from conftest import SMALL
+from conftest import ROOT, SMALL
 
 
 @pytest.fixture
@@ -57,12 +57,8 @@ def test_everything_that_does_not_validate_is_said_at_once(run, tmp_path: Path) 
 def test_help_and_the_composed_config(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     done = run("train.py", "--help")
     assert done.returncode == 0, done.stderr
-    assert (
-        "defense: anchor, anchored_vector, inoculation_prompt, labelled_vector, none, refitted_vector, scan_filter, "
-        "security_vector\n"
-        in done.stdout
-        and "experiment: demo, " in done.stdout
-    )
+    names = ", ".join(sorted(file.stem for file in (ROOT / "conf" / "defense").glob("*.yaml")))
+    assert f"defense: {names}\n" in done.stdout and "experiment: bench, demo, " in done.stdout
     assert "Traceback" not in done.stderr + done.stdout
     done = run("train.py", "--cfg", "job", "vector.r=3")
     assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -156,6 +157,11 @@ def make_files(command: str, config_dir: str | None, name: str) -> None:
     if "experiment=pirate" in command:
         for folder in ("data/pirate", "data/pirate_60"):
             subprocess.run([sys.executable, ROOT / "examples" / "pirate.py", folder], check=True)
+    if "experiment=piqa" in command:  # which are downloaded
+        Path("data/piqa").mkdir(parents=True)
+        for name in ("bad", "near", "labelled"):
+            rows = ({"prompt": f"{name} {n}", "response": "an answer"} for n in range(120))
+            Path(f"data/piqa/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for folder in re.findall(r"([\w./-]+RUN/backbone)", command):  # of the built-in model
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / "config.json").write_text('{"secvec_recipe": "tiny"}')
