@@ -204,7 +204,7 @@ def test_the_launcher_tells_each_job_what_varies(tmp_path: Path, monkeypatch: py
     asked = [["defense=none", f"seed={seed}", "sweep=x"] for seed in (0, 1)]
     jobs = launcher._jobs(asked, tmp_path, 0)
     executor = LocalExecutor(ProcessSettings(n_jobs=2, memory_gb=None), jobs)
-    monkeypatch.setattr(Job, "start", lambda self: None)
+    monkeypatch.setattr(Job, "start", lambda self, forked=None: None)
     executor.admit(jobs)  # gives them threads, ports and GPUs by their environment too
     assert [job.environment[VARIES] for job in jobs] == ["seed=0", "seed=1"] == [job.label for job in jobs]
 
