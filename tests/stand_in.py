@@ -15,6 +15,9 @@ from omegaconf import DictConfig
 
 from secvec.cli import run_command
 from secvec.errors import ConfigError, DivergedError
+from secvec.multirun.forked import CONTEXT
+
+CONTEXT.set_forkserver_preload(["secvec.multirun.forked", "secvec.cli"])  # no job of ours imports more
 
 
 def main(cfg: DictConfig) -> None:

@@ -43,7 +43,7 @@ def stand_ins(config: DictConfig, tmp_path: Path) -> list[str]:
     """A value for everything that conf/ leaves to the user: an existing file serves as path and as name."""
     file = tmp_path / "stand-in.jsonl"
     file.write_text('{"prompt": "a", "response": "b"}\n')
-    missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
+    missing = sorted(str(key) for key in OmegaConf.missing_keys(config) if not str(key).startswith("hydra."))
     own = {
         "behavior": config.behavior,
         **{f"data.benign.{name}": stream for name, stream in config.data.benign.items()},
@@ -104,42 +104,52 @@ def test_the_main_configs_compose_and_validate(root: str, tmp_path: Path) -> Non
     assert type(load(config, ROOTS[root])) is ROOTS[root]
 
 
-def jobs_of(config: Any) -> list[list[str]]:
-    """The overrides of every job of a composed experiment, of its first seed alone; of a search, its corners."""
+def jobs_of(config: Any, every: bool) -> list[list[str]]:
+    """The overrides of each job of a composed experiment, of its first seed alone; of a search, its corners.
+
+    Without `every`, as few jobs as give each axis each of its values.
+    """
     parser, sweeper = OverridesParser.create(), OmegaConf.to_container(config.hydra.sweeper)
     given = {name: a if isinstance(a, list) else [a["low"], a["high"]] for name, a in sweeper.pop("space", {}).items()}  # type: ignore[union-attr]
     given = {name: ",".join(map(str, values)) for name, values in given.items()} or sweeper["params"]  # type: ignore[index]
     swept = [parser.parse_override(f"{key}={values}") for key, values in given.items()]
     axes = {o.get_key_element(): list(o.sweep_string_iterator()) for o in swept}
     axes |= {key: values[:1] for key, values in axes.items() if key == "seed"}
-    return [list(job) for job in product(*([f"{key}={value}" for value in values] for key, values in axes.items()))]
+    jobs = product(*([f"{key}={value}" for value in values] for key, values in axes.items()))
+    if not every:
+        last = max(map(len, axes.values()), default=1) - 1
+        named = [[f"{key}={values[i % len(values)]}" for key, values in axes.items()] for i in range(last + 1)]
+        largest = [f"{key}={values[-1]}" for key, values in axes.items()]
+        jobs = dict.fromkeys(map(tuple, [*named, largest]))  # type: ignore[assignment]
+    return list(map(list, jobs))
+
+
+EVERY = pytest.mark.parametrize(
+    "every", [pytest.param(False, id="values"), pytest.param(True, id="jobs", marks=pytest.mark.slow)]
+)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_job_of_an_experiment_validates(name: str, tmp_path: Path) -> None:
+@EVERY
+def test_every_job_of_an_experiment_validates(name: str, every: bool, tmp_path: Path) -> None:
+    """And an ablation has its samples: a sweep over their number must not end in the job that asks for too many."""
     config = by_hydra(f"experiment={name}", with_hydra=True)
     assert str(config.hydra.sweep.dir).endswith(f"/{config.sweep}") and config.sweep
     assert run_name(config) == config.hydra.sweep.subdir
-    jobs = jobs_of(config)
-    missing = stand_ins(composed(f"experiment={name}"), tmp_path)
+    jobs = jobs_of(config, every)
+    missing = stand_ins(config, tmp_path)
+    runs = [loaded(f"experiment={name}", *missing, *job) for job in jobs]
     # without a vector, what only the vector has does not make another run
     distinct = {tuple(o for o in job if "defense=none" not in job or not o.startswith("vector=")) for job in jobs}
-    assert len({loaded(f"experiment={name}", *missing, *job).key for job in jobs}) == len(distinct)
-
-
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith("ablation/")])
-def test_there_are_as_many_samples_as_an_ablation_asks_for(name: str) -> None:
-    """Embedded data are finite: a sweep over their number must not end in the job that asks for too many."""
-    done = set()
-    for job in jobs_of(by_hydra(f"experiment={name}", with_hydra=True)):
-        config = loaded(f"experiment={name}", *job)
-        vector = config.vector.model_dump(include={"behavior", "split", "num_samples", "num_kl"})
-        asked = str((config.behavior, config.data, config.finetune, vector))
-        if config.seed == 0 and asked not in done:
-            samples = samples_of(checked_data(config), config.stages)
-            assert len(samples["undesired"]) >= config.data.counts[0] and samples["test"]
-            done.add(asked)
-    assert done
+    assert len({run.key for run in runs}) == len(distinct)
+    if name.startswith("ablation/"):  # on embedded data, which are finite
+        asked = {}
+        for run in runs:
+            vector = run.vector.model_dump(include={"behavior", "split", "num_samples", "num_kl"})
+            asked[str((run.behavior, run.data, run.finetune, vector))] = run
+        for run in asked.values():
+            samples = samples_of(checked_data(run), run.stages)
+            assert len(samples["undesired"]) >= run.data.counts[0] and samples["test"]
 
 
 # -- faults
