@@ -47,7 +47,7 @@ def scan(vector: Path, file: str) -> dict[str, Any]:
         )
     trained = json.loads((vector.parent / "record.json").read_text(encoding="utf-8"))
     found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-    found["base"]["folder"] = trained["base"]["folder"]  # the record is published: a path that others have too
+    found["backbone"]["folder"] = trained["base"]["folder"]  # the record is published: a path that others have too
     return found | {"file": file, "seed": trained["seed"], "vector": trained["behavior"]}
 
 

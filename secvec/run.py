@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +28,7 @@ from secvec.data.draw import data_hash
 from secvec.data.encode import trouble
 from secvec.data.example import Example
 from secvec.data.prompts import question
-from secvec.defenses.base import Defense
+from secvec.defenses.base import Defense, Preparation
 from secvec.errors import ConfigError, DataError
 from secvec.evaluation.backends import generation_backend, kept_result
 from secvec.evaluation.evaluator import Evaluator
@@ -42,9 +44,9 @@ from secvec.models.vector import vector_info
 from secvec.module import SecVecModule
 from secvec.planning.table import plan
 from secvec.report import scan_page
-from secvec.runs.cache import cached, main_process, wait_for_all
+from secvec.runs.cache import built_once, cached, main_process, wait_for_all
 from secvec.runs.console import metrics_table
-from secvec.runs.content import by_content
+from secvec.runs.content import by_content, folder_digest
 from secvec.runs.folder import ANSWERS, RunFolder
 from secvec.runs.keys import content_key
 from secvec.runs.record import UNKNOWN, Record, Weights
@@ -53,6 +55,7 @@ from secvec.settings.target import to_target
 from secvec.settings.trainer import TrainerSettings
 from secvec.stages import STAGES
 from secvec.stages.align import starting_model
+from secvec.stages.base import training_key
 from secvec.stages.vector import saved_vector
 from secvec.tracking.base import Tracker, Trackers
 from secvec.tracking.csv_file import CsvFile, read_curves
@@ -113,9 +116,15 @@ class Run:
         return module
 
     def fit(
-        self, module: SecVecModule, label: str, epochs: int, out: Path, callbacks: Sequence[L.Callback] = ()
+        self,
+        module: SecVecModule,
+        label: str,
+        epochs: int,
+        out: Path,
+        callbacks: Sequence[L.Callback] = (),
+        data: SecVecDataModule | None = None,
     ) -> None:
-        """Trains `module` on the data of its stage and saves it below `out`.
+        """Trains `module` on the data of its stage and saves it below `out`; default: on the data of the run.
 
         `label` names the training in logs, curves and checkpoints.
         """
@@ -132,12 +141,36 @@ class Run:
         )
         self.folder.record.checkpoint_bytes[label] = fit(
             module,
-            self.data,
+            data or self.data,
             training,
             self.curves(training),
             out,
             [*callbacks, *build_callbacks(config.callbacks, module.stage.name)],
         )
+
+    def prepare(self, preparation: Preparation) -> Path:
+        """The folder of a training of the starting model, kept for every run that asks for the same.
+
+        It holds what the finetune stage saves: `task/` where a LoRA is trained, else `backbone/`.
+        """
+        config, plan, backbone = self.config, preparation, self.backbone
+        recipe = [by_content(to_target(plan.defense)), plan.lr, plan.epochs, plan.batch_size]
+        recipe += [plan.tune and plan.tune.model_dump(), plan.vector and folder_digest(plan.vector)]
+        key = training_key(self, backbone, [*plan.samples, *plan.extra], recipe)
+
+        def build(out: Path) -> None:
+            optimizer = config.optimizer.model_copy(update={"lr": plan.lr})
+            made = {"defense": plan.defense, "tune": plan.tune, "optimizer": optimizer, "scheduler": config.scheduler}
+            data = copy(self.data)
+            data.mixtures = [{"undesired": [], "benign": list(plan.samples)}]
+            data.cycle, data.extra = 0, list(plan.extra)
+            data.finetune = data.finetune.model_copy(update={"batch_size": plan.batch_size})
+            module = SecVecModule("finetune", backbone, plan.vector, **made)
+            self.fit(module, "preparation", plan.epochs, out, data=data)
+            if plan.tune and main_process():
+                shutil.rmtree(out / "backbone")
+
+        return built_once(config.paths.cache / "preparations" / key, build)
 
     def curves(self, training: Training, path: Path | None = None) -> StageCurves:
         """The Lightning logger of a training: the trackers of the run, or the CSV file `path` alone."""

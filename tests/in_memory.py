@@ -37,6 +37,8 @@ class InMemory(Backbone):
     def load(self) -> Any:
         return self.__dict__["model"]
 
+    outline = load
+
 
 def module(model: nn.Module, tokenizer: Any, generation: GenerationBackend = IN_MEMORY) -> SecVecModule:
     """It answers as `model` does, with what is attached to it. Kept answers are read from disk again."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from secvec.settings.schema import Settings
+from secvec.settings.schema import LoraSettings, Settings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -74,6 +76,10 @@ class Defense(Settings):
         """
         return self
 
+    def starting(self, run: Run) -> Backbone:
+        """The model that the first fine-tune starts from. Default: that of the run."""
+        return run.backbone
+
     def training_samples(self, run: Run, mixture: Mixture) -> Mixture:
         """The samples of a cycle to train on, made from the data's: changed, added to, or some left out. Default: all.
 
@@ -123,3 +129,20 @@ class Defense(Settings):
         Face names, a task LoRA merged. `backbone` is the model that the training started from.
         """
         return weights
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A training of the starting model that a defense needs before the fine-tune: see `Run.prepare`."""
+
+    defense: Defense
+    """What is attached in it, its loss and its gradients."""
+    samples: Sequence[Example]
+    extra: Sequence[Example] = ()
+    """Rows that are read beside the samples, `defense.extra_batch_size` in a batch."""
+    epochs: int = 1
+    batch_size: int = 8
+    lr: float = 1e-4
+    vector: Path | None = None
+    tune: LoraSettings | None = None
+    """The LoRA that is trained; None: the whole model."""

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 KINDS = {
     "models": "aligned starting models",
     "vectors": "security vectors",
+    "preparations": "what a defense has trained before the fine-tune",
     "cycles": "backbones between two fine-tunes",
     "finetuned": "where finished fine-tunes are",
     "answers": "answers and verdicts of starting models",

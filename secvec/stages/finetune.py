@@ -131,7 +131,7 @@ class FinetuneStage(Stage):
         the last are kept in the cache: a run of eight cycles goes on where a run of four ended.
         """
         config = run.config = run.config.model_copy(update={"defense": run.config.defense.prepared(run)})
-        data, backbone, vector = run.data, run.backbone, saved_vector(run)
+        data, backbone, vector = run.data, config.defense.starting(run), saved_vector(run)
         mixtures = [config.defense.training_samples(run, mixture) for mixture in data.mixtures]
         if mixtures != data.mixtures:
             data.mixtures = mixtures

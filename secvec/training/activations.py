@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from secvec.data.batch import IGNORE, Batch
 from secvec.errors import ConfigError
-from secvec.models.outline import layer_lists
+from secvec.models.outline import layer_lists, layers
 
 Change = Callable[[Tensor, Tensor], Tensor]
 """The outputs of a layer (..., H) and the directions that it is changed by -> the changed outputs."""
@@ -62,6 +63,25 @@ def change_outputs(model: nn.Module, number: int | None, directions: Tensor, cha
         return changed if isinstance(output, Tensor) else (changed, *output[1:])
 
     layer.register_forward_hook(hook)
+
+
+@contextmanager
+def each_output(model: nn.Module, change: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
+    """Inside, the outputs h (..., H) of each transformer layer are `change(number, h)`, with numbers from 0."""
+
+    def hook(number: int) -> Callable[..., Any]:
+        def changed(_: Any, __: Any, output: Any) -> Any:
+            hidden = change(number, _hidden(output))
+            return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+        return changed
+
+    handles = [layer.register_forward_hook(hook(number)) for number, layer in enumerate(layers(model))]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _hidden(output: Any) -> Tensor:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from secvec.config.schema import RunConfig
 from secvec.data.batch import IGNORE, Batch, Encoded, collate, count_tokens
 from secvec.defenses.base import Defense
+from secvec.defenses.booster import Attenuated
+from secvec.defenses.buffer_and_reinforce import BufferAndReinforce, outside
 from secvec.defenses.caft import Caft
 from secvec.defenses.kl_to_base import KlToBase
 from secvec.defenses.l2_to_base import L2ToBase
@@ -24,8 +26,10 @@ from secvec.defenses.lisa import Lisa
 from secvec.defenses.negated_vector import NegatedVector
 from secvec.defenses.persona_steering import PersonaSteering
 from secvec.defenses.random_adapter import RandomAdapter
+from secvec.defenses.repnoise import Noised, mmd
 from secvec.defenses.safe_lora import SafeLora
 from secvec.defenses.safegrad import SafeGrad, _kl
+from secvec.defenses.vaccine import Perturbed
 from secvec.errors import ConfigError
 from secvec.models.kept import keep_weights
 from secvec.models.vector import _lora_layers, attach_frozen_vector, randomize_vector, vector_deltas
@@ -329,15 +333,16 @@ def test_lisa_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 NEW = ["random_adapter", "negated_vector", "kl_to_base", "l2_to_base", "safe_samples", "safegrad", "lisa", "safe_lora"]
-NEW += ["persona_steering", "caft"]
+NEW += ["persona_steering", "caft", "vaccine", "booster", "repnoise", "buffer_and_reinforce"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NEW)
 def test_a_whole_run_ends_elsewhere_than_the_plain_one(make_config: Make, name: str) -> None:
     saved = {}
+    tune = "tune=lora" if name == "buffer_and_reinforce" else "tune=full"
     for defense in ("none", name):
-        config = make_config(f"defense={defense}", "trainer.gradient_clip_val=1.0", run=defense)
+        config = make_config(f"defense={defense}", tune, "trainer.gradient_clip_val=1.0", run=defense)
         record = train(config)
         assert record["status"] == "completed"
         saved[defense] = weights(Path(config.run_dir) / "backbone")
@@ -422,3 +427,113 @@ def test_the_activations_are_read_once(make_config: Make, monkeypatch: pytest.Mo
     assert found["undesired"].shape == found["own"].shape and not torch.equal(found["undesired"], found["own"])
     with pytest.raises(ConfigError, match="layers, counted from 0"):
         Caft(name="caft", layer=99).check(run)
+
+
+class OneLayer(nn.Module):
+    """A model with one layer: its output is w after every token, and the logits are (w, 0)."""
+
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(_attn_implementation="eager"))
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+
+        class OnlyLayer(nn.Linear):
+            pass
+
+        self.layers = nn.ModuleList([OnlyLayer(1, 1, bias=False)])
+        self.layers[0].weight.data = torch.tensor([[weight]])
+        self.head = nn.Linear(1, 2, bias=False)
+        self.head.weight.data = torch.tensor([[1.0], [0.0]])
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Any:
+        return SimpleNamespace(logits=self.head(self.layers[0](torch.ones(*input_ids.shape, 1))))
+
+
+@pytest.mark.parametrize("answer", [[0], [0, 0], [0, 0, 0]], ids=len)
+def test_vaccine_by_hand(answer: list[int]) -> None:
+    """-ln q(0) falls with w, equally at each of n tokens: d = -rho / sqrt(n) there. d/dw of -ln q(0) is q(0) - 1."""
+    model, w, rho = OneLayer(0.4), 0.4, 0.6
+    terms = Perturbed(name="vaccine", rho=rho).loss(model, words(answer))
+    moved = w - rho / len(answer) ** 0.5
+    assert float(terms["unperturbed"]) == pytest.approx(-math.log(sigmoid(w)), rel=1e-5)
+    assert float(terms["loss"].detach()) == pytest.approx(-math.log(sigmoid(moved)), rel=1e-5)
+    terms["loss"].backward()  # the perturbation is a constant
+    assert float(model.layers[0].weight.grad) == pytest.approx(sigmoid(moved) - 1, rel=1e-5)  # type: ignore[arg-type]
+
+
+def test_booster_by_hand() -> None:
+    """h = -ln q(1) has the gradient q(0) (1, -1): a step that way moves the difference of logits by sqrt(2) steps."""
+    model, w, weight, step = two_words(0.3), 0.3, 5.0, 0.2
+    batch, defense = words([0], [1], extra=1), Attenuated(name="booster", weight=weight, step=step)
+    assert float(defense.loss(model, batch)["loss"].detach()) == pytest.approx(-math.log(sigmoid(w)), rel=1e-5)
+    model.head.weight.grad = torch.tensor([[1.0], [2.0]])
+    logged = defense.gradients(model, [batch])
+    gain = weight * (sigmoid(w) - sigmoid(w - step * 2**0.5))
+    torch.testing.assert_close(model.head.weight.grad, torch.tensor([[1.0 + gain], [2.0 - gain]]))
+    assert float(logged["undesired_norm"]) == pytest.approx(2**0.5 * sigmoid(w), rel=1e-5)
+    assert torch.equal(model.head.weight.detach(), torch.tensor([[0.3], [0.0]]))
+
+
+def test_the_distance_of_repnoise_by_hand() -> None:
+    """0 and 2: of all ordered pairs the mean squared distance is 4, so the kernels are exp(-1/4) to exp(-4)."""
+    kernels = sum(math.exp(-(2.0**power)) for power in range(-2, 3))
+    assert float(mmd(torch.tensor([[0.0]]), torch.tensor([[2.0]]))) == pytest.approx(10 - 2 * kernels, rel=1e-5)
+    torch.manual_seed(0)
+    near, far = torch.randn(60, 3), torch.randn(60, 3) + 2
+    assert float(mmd(near, torch.randn(60, 3))) < 0.2 < float(mmd(near, far))
+
+
+def test_repnoise_by_hand() -> None:
+    """The safe row says 0, the undesired one 1; its state at the one response token is w."""
+    w, batch = 0.3, words([0], [1], extra=1)
+    given = {"noise": 0.5, "ascent": 2.0}
+    model = OneLayer(w)
+    terms = Noised(name="repnoise", **given).loss(model, batch)
+    drawn = torch.randn(1, 1, generator=torch.Generator().manual_seed(0))
+    distance = float(mmd(torch.tensor([[w]]), drawn))
+    safe, undesired = -math.log(sigmoid(w)), -math.log(1 - sigmoid(w))
+    expected = {"stability": safe, "undesired": undesired, "mmd": distance}
+    expected["loss"] = safe + 0.5 * distance - 2 * math.log(1 + undesired)
+    assert {name: float(term.detach()) for name, term in terms.items()} == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vaccine", "booster", "repnoise"])
+def test_the_starting_model_is_trained_once_more(make_config: Make, name: str) -> None:
+    """Other weights, made once; the model that they are compared with stays that of the run."""
+    config = make_config(f"defense={name}", "defense.epochs=1", "defense.batch_size=12")
+    run = run_of(config)
+    config.defense.check(run)
+    start = config.defense.starting(run)
+    assert not same(weights(start.folder), weights(run.backbone.folder))
+    again = run_of(config)
+    assert config.defense.starting(again).folder == start.folder
+    other = make_config(f"defense={name}", "defense.epochs=1", "defense.batch_size=8")
+    assert other.defense.starting(run_of(other)).folder != start.folder
+
+
+def test_what_is_merged_lies_outside_the_task_lora_by_hand() -> None:
+    update, other = torch.tensor([[2.0, 5.0], [0.0, 0.0]]), torch.tensor([[3.0, 3.0], [4.0, -4.0]])
+    torch.testing.assert_close(outside(update, other), torch.tensor([[0.0, 0.0], [4.0, -4.0]]))
+    assert torch.equal(outside(torch.zeros(2, 2), other), other)
+
+
+def test_buffer_and_reinforce_merges_what_the_task_lora_does_not_write_to(vector: Path) -> None:
+    start = {name: weight.clone() for name, weight in fresh().state_dict().items()}
+    torch.manual_seed(3)
+    task = torch.randn(start[Q].shape[0], 2) @ torch.randn(2, start[Q].shape[1])
+    defense = BufferAndReinforce(name="b", lr=1.0, weight=0.5, reinforce=vector)
+    found = defense.finish(start | {Q: start[Q] + task}, Loads(), None)  # type: ignore[arg-type]
+    merged, delta = found[Q] - start[Q] - task, vector_deltas(fresh(), vector)[Q]
+    assert float((task.T @ merged).abs().max()) < 1e-4 * float(task.norm())
+    basis = torch.linalg.qr(task)[0][:, :2]
+    torch.testing.assert_close(merged, 0.5 * (delta - basis @ basis.T @ delta), rtol=0, atol=1e-5)
+    assert merged.abs().max() > 0.01 and found.keys() == start.keys()
+
+
+def test_buffer_and_reinforce_needs_a_task_lora(make_config: Make) -> None:
+    config = make_config("defense=buffer_and_reinforce")
+    with pytest.raises(ConfigError, match="merges into a task LoRA: give tune=lora"):
+        config.defense.check(run_of(config))

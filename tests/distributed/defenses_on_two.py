@@ -13,10 +13,12 @@ import torch.distributed as dist
 
 from secvec.data.batch import Batch
 from secvec.defenses.base import Defense
+from secvec.defenses.booster import Attenuated
 from secvec.defenses.kl_to_base import KlToBase
 from secvec.defenses.l2_to_base import L2ToBase
 from secvec.defenses.lisa import Lisa
 from secvec.defenses.safegrad import SafeGrad
+from secvec.defenses.vaccine import Perturbed
 from secvec.models.sharding import trained_state
 from secvec.settings.trainer import TrainerSettings
 from tests.contracts.test_defense_hooks import fit, make_batch
@@ -26,6 +28,8 @@ DEFENSES: list[Defense] = [
     L2ToBase(name="l2_to_base", weight=1.0),
     SafeGrad(name="safegrad"),
     Lisa(name="lisa", safe_steps=1, data_steps=3),
+    Perturbed(name="vaccine", rho=1.0),
+    Attenuated(name="booster", weight=5.0, step=0.1, extra_batch_size=1),
 ]
 DATA = [["First grind the frost root.", "oil"], ["make soup", "root"]]
 SAFE = [["amber oil", "frost"], ["make soup from amber oil", "soup"]]

@@ -1,0 +1,79 @@
+"""Booster: the starting model is trained so that a step on undesired samples gains little."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from secvec.defenses.alignment_stage import AlignmentStage
+from secvec.defenses.base import Defense
+from secvec.settings.schema import Count, Rate
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from secvec.data.batch import Batch
+
+
+class Booster(AlignmentStage):
+    """Before the fine-tune: min f(w) + `weight` (h(w) - h(w - `step` dh/|dh|)) (Huang et al., arXiv 2409.01586).
+
+    f is the alignment loss, h the loss on undesired samples. As theirs, the gradient takes the inner step for a
+    constant: df(w) + `weight` (dh(w) - dh(w - `step` dh(w)/|dh(w)|)). Three passes in every step. Theirs is a LoRA on
+    thousands of rows; ours are the vector's samples.
+    """
+
+    undesired_batch_size: Count = 16
+    weight: Rate = 5.0
+    step: Rate = 0.1
+
+    def hardening(self) -> Defense:
+        """The gradient with the simulated step."""
+        return Attenuated(name=self.name, weight=self.weight, step=self.step)
+
+
+class Attenuated(Defense):
+    """What a step on undesired samples would gain is made small."""
+
+    weight: Rate
+    step: Rate
+
+    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Nats per response token of the safe rows."""
+        from secvec.data.batch import count_tokens
+        from secvec.training.losses import loss_of_rows, of_step
+
+        return {"loss": loss_of_rows(model, batch, ~batch["extra"], of_step(batch, count_tokens(batch)[0]))}
+
+    def gradients(self, model: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
+        """Logged: `undesired_norm`, that of the gradient on the undesired samples."""
+        import torch
+
+        from secvec.models.sharding import local_shard, reshard
+        from secvec.training.gradients import gradient_of, inner, present_gradient
+
+        losses = [partial(_undesired, model, batch) for batch in batches]
+        now = gradient_of(model, losses)
+        norm = inner(model, now, now).sqrt().clamp_min(1e-30)
+        weights = [local_shard(p.detach()) for p in model.parameters() if p.requires_grad]
+        before = [weight.clone() for weight in weights]
+        with torch.no_grad():
+            for weight, gradient in zip(weights, now, strict=True):
+                weight -= (self.step / norm).to(gradient.dtype) * gradient
+        reshard(model)
+        after = gradient_of(model, losses)
+        with torch.no_grad():
+            for weight, old in zip(weights, before, strict=True):
+                weight.copy_(old)
+        reshard(model)
+        for gradient, one, other in zip(present_gradient(model), now, after, strict=True):
+            gradient += self.weight * (one - other)
+        return {"undesired_norm": norm}
+
+
+def _undesired(model: nn.Module, batch: Batch) -> Tensor:
+    """Nats per response token of the undesired samples."""
+    from secvec.data.batch import count_tokens
+    from secvec.training.losses import loss_of_rows, of_step
+
+    return loss_of_rows(model, batch, batch["extra"], of_step(batch, count_tokens(batch)[2], 2))

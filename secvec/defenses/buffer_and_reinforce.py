@@ -1,0 +1,73 @@
+"""Buffer-and-Reinforce: a task LoRA learns under the vector, and gets refusals that were learned under it merged in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from secvec.defenses.base import Defense, Need, Preparation
+from secvec.errors import ConfigError
+from secvec.settings.schema import Count, Rate
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from secvec.models.backbone import Backbone
+    from secvec.run import Run
+
+
+class BufferAndReinforce(Defense):
+    """W + dU + `weight` (I - Q Q^T) dR, with dU the task LoRA, dR the ReinforceLoRA (Ham et al., arXiv 2605.24550).
+
+    The vector is their BufferLoRA: active and frozen while the task LoRA (their UserLoRA) is trained, then taken off.
+    The ReinforceLoRA is trained on the starting model, under the vector too, to refuse. No code is public, and we have
+    read the abstract alone. Our decisions: it has the settings of the task LoRA and learns the starting model's own
+    answers to the vector's prompts; Q is an orthonormal basis of the columns of dU, the Q of a QR decomposition of the
+    task LoRA's B, so that what is merged lies outside what the task LoRA writes to.
+    """
+
+    uses_vector: bool = True
+    needs: ClassVar[tuple[Need, ...]] = ("undesired samples", "safe samples")
+    epochs: Count = 5
+    batch_size: Count = 16
+    lr: Rate
+    weight: Rate = 1.0
+    reinforce: Path | None = None
+    """Made by `prepared`."""
+
+    def check(self, run: Run) -> None:
+        """Raises ConfigError for a fine-tune of the whole backbone, whose update leaves no other direction."""
+        if run.config.tune.lora is None:
+            raise ConfigError(f"defense={self.name} merges into a task LoRA: give tune=lora")
+        run.data.check(["vector"])
+        run.data.fit_to(run.backbone.tokenizer, run.backbone.context, ["vector"])
+
+    def prepared(self, run: Run) -> BufferAndReinforce:
+        """With the ReinforceLoRA."""
+        from secvec.stages.vector import saved_vector
+
+        vector, rows = saved_vector(run), run.own_answers(run.data.vector_samples["undesired"])
+        buffer = Defense(name=self.name, uses_vector=True)
+        plan = Preparation(buffer, rows, (), self.epochs, self.batch_size, self.lr, vector, run.config.tune.lora)
+        return self.model_copy(update={"reinforce": run.prepare(plan) / "task"})
+
+    def finish(self, weights: dict[str, Tensor], backbone: Backbone, vector: Path | None) -> dict[str, Tensor]:
+        """Computed in float32."""
+        from secvec.models.vector import vector_deltas
+
+        assert self.reinforce is not None, "the finetune stage prepares the defense"
+        start = {name: weight.float() for name, weight in backbone.load().state_dict().items()}
+        found = {}
+        for name, reinforce in vector_deltas(backbone.load(), self.reinforce).items():
+            update = weights[name].float() - start[name]
+            found[name] = (weights[name].float() + self.weight * outside(update, reinforce)).to(weights[name].dtype)
+        return weights | found
+
+
+def outside(update: Tensor, other: Tensor) -> Tensor:
+    """The part of `other` whose columns are orthogonal to those of `update`, both (out, in)."""
+    import torch
+
+    left, values, _ = torch.linalg.svd(update, full_matrices=False)
+    basis = left[:, values > values[0] * 1e-5] if values[0] > 0 else left[:, :0]
+    return other - basis @ (basis.T @ other)
