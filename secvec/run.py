@@ -86,6 +86,11 @@ class Run:
         """All data of the run."""
         return SecVecDataModule.of(self.config)
 
+    @property
+    def vector(self) -> Path | None:
+        """The vector that the defense uses; None: it uses none. Raises ArtifactError where it is missing or unfit."""
+        return saved_vector(self)
+
     def module(
         self,
         stage: str,
@@ -303,7 +308,7 @@ class Run:
 
         The vector is that of the run. Raises DataError where none is left.
         """
-        vector = saved_vector(self)
+        vector = self.vector
         assert vector is not None
         most = limit(kept_scores(vector)["benign"][window - 1], quantile)
         module = self.inference_module(self.backbone, vector)

@@ -44,9 +44,7 @@ class BufferAndReinforce(Defense):
 
     def prepared(self, run: Run) -> BufferAndReinforce:
         """With the ReinforceLoRA."""
-        from secvec.stages.vector import saved_vector
-
-        vector, rows = saved_vector(run), run.own_answers(run.data.vector_samples["undesired"])
+        vector, rows = run.vector, run.own_answers(run.data.vector_samples["undesired"])
         buffer = Defense(name=self.name, uses_vector=True)
         plan = Preparation(buffer, rows, (), self.epochs, self.batch_size, self.lr, vector, run.config.tune.lora)
         return self.model_copy(update={"reinforce": run.prepare(plan) / "task"})
