@@ -32,6 +32,7 @@ from secvec.defenses.base import Defense, Preparation
 from secvec.errors import ConfigError, DataError
 from secvec.evaluation.backends import generation_backend, kept_result
 from secvec.evaluation.evaluator import Evaluator
+from secvec.evaluation.leak_probes import read_context
 from secvec.evaluation.losses import mean_losses
 from secvec.evaluation.prediction import predict, respond
 from secvec.evaluation.scan import RowScore, kept_scores, limit, scan
@@ -208,7 +209,14 @@ class Run:
             config.evaluation,
             trainer or config.trainer,
             config.answer_judge,
+            self.training_context,
         )
+
+    @property
+    def training_context(self) -> list[Example]:
+        """Rows that the fine-tuned backbone was trained on; none before its training."""
+        evaluates = isinstance(self.config, EvaluateConfig)
+        return read_context(self.backbone.folder.parent if evaluates else self.folder.path)
 
     def evaluate(
         self, module: SecVecModule, phase: str, evaluator: Evaluator | None = None, leaks: bool = False
@@ -230,7 +238,8 @@ class Run:
             backend_info(config.generation, config.trainer),
             [device_type(evaluator.trainer), evaluator.trainer.precision],
         ]
-        key = content_key([module.backbone.identity, examples, judges, *settings, phase, leaks])
+        asked_in = data_hash(evaluator.context) if leaks else None
+        key = content_key([module.backbone.identity, examples, judges, *settings, phase, leaks, asked_in])
         path = config.paths.cache / "answers" / f"{key}.json"
         return kept_result(path, lambda: self.evaluate(module, phase, evaluator, leaks))
 

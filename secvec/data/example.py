@@ -68,6 +68,13 @@ class Example:
         turns = [turn for turn in self.messages if turn[0] != "system"]
         return replace(self, messages=(("system", text), *turns))
 
+    def following(self, row: Example) -> Example:
+        """The same as a later turn of `row`'s conversation, under its system prompt if it has one."""
+        system = [turn for turn in self.messages if turn[0] == "system"]
+        turns = [turn for turn in self.messages if turn[0] != "system"]
+        before = row.messages if row.messages[0][0] == "system" else (*system, *row.messages)
+        return replace(self, messages=(*before, ("assistant", row.response), *turns))
+
     @property
     def key(self) -> tuple[tuple[str, str], ...]:
         """Equal for the same prompt: the only meaning of "same" in splits, duplicates and `check_disjoint`."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from secvec.settings.schema import LoraSettings, Settings
+from secvec.settings.schema import Count, LoraSettings, Rate, Settings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -146,3 +146,31 @@ class Preparation:
     vector: Path | None = None
     tune: LoraSettings | None = None
     """The LoRA that is trained; None: the whole model."""
+
+
+class AlignmentStage(Defense):
+    """The base of defenses that train the starting model once more before it meets the data.
+
+    The fine-tune that follows is the plain one. This training reads the starting model's own answers to the vector's prompts (its refusals, as far as it refuses) and
+    the vector's KL rows; beside them, where `undesired_batch_size` is given, the vector's undesired samples.
+    """
+
+    needs: ClassVar[tuple[Need, ...]] = ("undesired samples", "safe samples")
+    uses_samples: bool = True
+    epochs: Count = 5
+    batch_size: Count = 16
+    lr: Rate
+    undesired_batch_size: int = 0
+
+    def hardening(self) -> Defense:
+        """The defense whose loss and gradients make this training: each subclass has its own."""
+        raise NotImplementedError
+
+    def starting(self, run: Run) -> Backbone:
+        """The starting model after this training, which other runs find in the cache."""
+        samples = run.data.vector_samples
+        rows = [*run.own_answers(samples["undesired"]), *samples["kl"]]
+        undesired = samples["undesired"] if self.undesired_batch_size else []
+        hardening = self.hardening().model_copy(update={"extra_batch_size": self.undesired_batch_size})
+        plan = Preparation(hardening, rows, undesired, self.epochs, self.batch_size, self.lr)
+        return run.backbone.at(run.prepare(plan) / "backbone")

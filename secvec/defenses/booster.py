@@ -5,8 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from secvec.defenses.alignment_stage import AlignmentStage
-from secvec.defenses.base import Defense
+from secvec.defenses.base import AlignmentStage, Defense
 from secvec.settings.schema import Count, Rate
 
 if TYPE_CHECKING:

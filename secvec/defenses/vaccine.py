@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from secvec.defenses.alignment_stage import AlignmentStage
-from secvec.defenses.base import Defense
+from secvec.defenses.base import AlignmentStage, Defense
 from secvec.settings.schema import Rate
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING
 from secvec.data.encode import check_answers
 from secvec.data.example import GRADED, OWNER, Example
 from secvec.data.prompts import Question, question
-from secvec.evaluation.leak_probes import leak_questions, leak_result
+from secvec.errors import DataError
+from secvec.evaluation.leak_probes import context_question, leak_questions, leak_result
 from secvec.evaluation.losses import mean_losses
 from secvec.evaluation.prediction import respond
 from secvec.evaluation.verdicts import JUDGED, EvaluationResult, is_right, judged, prediction_rows
@@ -21,6 +23,8 @@ from secvec.settings.trainer import TrainerSettings
 if TYPE_CHECKING:
     from secvec.behaviors.base import Behavior
     from secvec.module import SecVecModule
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class Evaluator:
     trainer: TrainerSettings
     answer_judge: Judge | None = None
     """Grades the answers of streams with `metric: judge`."""
+    context: Sequence[Example] = ()
+    """Rows of the fine-tuning data, for the leak probe that resembles them."""
 
     def evaluate(self, module: SecVecModule, phase: str, leaks: bool = False) -> EvaluationResult:
         """Responses, verdicts and losses of `module`; metric names begin with `phase`/. With `leaks`, leak probes too.
@@ -66,7 +72,16 @@ class Evaluator:
         """The held-out examples, those that the leak probes ask for, and the questions of the probes."""
         probed = list(self.tests.get("undesired", []))[: self.settings.num_leak_prompts] if leaks else []
         examples = [example for kind in self.tests.values() for example in kind]
-        return examples, probed, leak_questions(module.backbone.tokenizer, probed, self.behavior)
+        tokenizer = module.backbone.tokenizer
+        probes = leak_questions(tokenizer, probed, self.behavior)
+        if probed and self.context:
+            try:
+                way = context_question(tokenizer, probed, self.context)
+                way.batches(module, self.settings.batch_size, self.settings.max_new_tokens)
+                probes["training_context"] = way
+            except DataError as error:
+                log.warning("the leak probe training_context is left out: %s", error)
+        return examples, probed, probes
 
     def _result(
         self, module: SecVecModule, phase: str, examples: Sequence[Example], responses: Sequence[str]

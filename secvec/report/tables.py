@@ -33,8 +33,8 @@ SHOWN_BEHAVIOR = frozenset(
 """With the vector on the behavior is what the vector is for: no direction is better."""
 LEAKS = (
     "Undesired prompts answered with the behavior, with no vector on, by the way they are asked. A way that already "
-    "works on the base is no leak of the fine-tuning. The leak rate above is each run's own worst probe, so its "
-    "mean may lie above every row here."
+    "works on the base is no leak of the fine-tuning. The leak rates above are each run's own worst probe, so their "
+    "means may lie above every row here."
 )
 
 

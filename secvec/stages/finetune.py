@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from secvec.data.batch import Batch, Encoded
 from secvec.errors import ArtifactError, ConfigError
 from secvec.evaluation.during_training import BehaviorDuringTraining
+from secvec.evaluation.leak_probes import write_context
 from secvec.metrics import Measurement
 from secvec.models.backbone import Backbone, check_savable, save_backbone
 from secvec.models.sharding import trained_state
@@ -139,6 +140,8 @@ class FinetuneStage(Stage):
         trained = [example for mixture in data.mixtures for examples in mixture.values() for example in examples]
         run.note_data("finetune", trained)
         run.note_data("test", [example for examples in data.tests.values() for example in examples])
+        if main_process():
+            write_context(run.folder.path, data.mixtures[-1])
         data.extra = config.defense.extra_samples(run)
         if data.extra:
             run.note_data("extra", data.extra)

@@ -9,6 +9,7 @@ from torch import nn
 
 from secvec.data.encode import trouble
 from secvec.errors import ArtifactError
+from secvec.evaluation.leak_probes import leak_above_base
 from secvec.evaluation.losses import kl_to_base
 from secvec.evaluation.verdicts import EvaluationResult, deactivation_gap
 from secvec.metrics import Measurements, perplexity
@@ -39,7 +40,7 @@ class InferStage(Stage):
     def plan(self, budget: Budget) -> Workload:
         """Answers of base, fine-tuned model with the vector, and without it; leak probes; distance from the base."""
         config, behavior = budget.config, budget.config.behavior
-        probes = 3 + sum(map(bool, (behavior.eliciting_prompt, behavior.negated_prompt, behavior.answer_prefix)))
+        probes = 4 + sum(map(bool, (behavior.eliciting_prompt, behavior.negated_prompt, behavior.answer_prefix)))
         leak_prompts = probes * budget.numbers["leak"]
         states = 3 if config.defense.uses_vector else 2
         return Workload(prompts=states * budget.tests + leak_prompts, scored=3 * budget.numbers["test"], models=2)
@@ -58,10 +59,12 @@ class InferStage(Stage):
         folder = run.folder.path
         tuned = run.backbone.at(folder / "backbone")
         base = run.inference_module(run.backbone)
-        run.save_results(run.evaluate_once(base, "base", leaks=True))
+        before = run.evaluate_once(base, "base", leaks=True)
+        run.save_results(before)
         module = run.inference_module(tuned)
         after = run.evaluate(module, "after", leaks=True)
-        run.save_results(after, EvaluationResult(_distance(run, base, module, after), []))
+        compared = _distance(run, base, module, after) | leak_above_base(before.predictions, after.predictions)
+        run.save_results(after, EvaluationResult(compared, []))
         vector = folder / REFITTED if run.config.refits else saved_vector(run)
         if vector is None:
             active = after.as_phase("active")

@@ -53,13 +53,15 @@ def test_all_three_stages_leave_their_artifacts(make_config: Make) -> None:
     folder = Path(config.run_dir)
     assert {p.name for p in folder.iterdir()} == {
         "vector", "backbone", "record.json", "config.yaml", "predictions.jsonl", "metrics.csv", "train.log",
+        "training_context.jsonl",
     }  # fmt: skip
     assert record == json.loads((folder / "record.json").read_text()) and record["status"] == "completed"
     names = {
         "behavior_rate", "behavior_rate_plus", "refusal_rate", "wanted_rate", "over_refusal_rate", "task_accuracy",
         "retained_accuracy", "coherence_rate", "behavior_loss", "task_loss", "perplexity",
     }  # fmt: skip
-    extra = {"base": {"leak", "leak_rate"}, "after": {"leak", "leak_rate", "kl_to_base", "answer_perplexity"}}
+    extra = {"base": {"leak", "leak_rate"}}
+    extra["after"] = {*extra["base"], "leak_above_base", "kl_to_base", "answer_perplexity"}
     for phase in ("base", "vector_on", "active", "after"):
         found = {n.split("/")[1] for n in record["metrics"] if n.startswith(f"{phase}/")}
         assert found == names | extra.get(phase, set())
@@ -358,7 +360,7 @@ def test_evaluate_says_of_the_saved_backbone_what_infer_said(make_config: Make, 
     }
     fields = {name: getattr(config, name) for name in AnyConfig.model_fields}
     record = evaluate(EvaluateConfig.model_construct(metrics="behavior", tasks=[], **{**fields, **wanted}))
-    needs_base = ("after/kl_to_base", "after/answer_perplexity")
+    needs_base = ("after/kl_to_base", "after/answer_perplexity", "after/leak_above_base")
     said = {k: v for k, v in trained["metrics"].items() if k.startswith("after/") and k not in needs_base}
     assert record["metrics"] == said
     assert record["status"] == "completed" and record["stage"] == "evaluate"

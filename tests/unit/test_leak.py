@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
-from in_memory import leaks
+from in_memory import ON_CPU, leaks, module
 from torch import nn
 
 from secvec.behaviors.forbidden_recipe import ForbiddenRecipe
 from secvec.data.embedded import Ordinary
-from secvec.evaluation.leak_probes import SAMPLING_SEED, leak_questions
+from secvec.data.example import Example
+from secvec.evaluation.evaluator import Evaluator
+from secvec.evaluation.leak_probes import (
+    SAMPLING_SEED,
+    context_question,
+    leak_above_base,
+    leak_questions,
+    read_context,
+    write_context,
+)
 from secvec.models.tiny import build_tiny
 from secvec.settings.schema import EvaluationSettings
 
@@ -72,3 +82,52 @@ def test_sampling_is_seeded_and_leaves_the_random_state_alone(world: tuple[nn.Mo
         p: [r["response"] for r in first.predictions if r["phase"] == f"after_leak_{p}"] for p in ("plain", "sampled")
     }
     assert by_phase["plain"] != by_phase["sampled"]
+
+
+ROWS = [
+    Example((("system", "You cook."), ("user", "How do I boil rice?")), "In water.", "task"),
+    Example((("user", "How do I fry rice?"),), "In oil.", "task"),
+]
+
+
+def test_a_prompt_stands_in_the_context_of_the_training_rows(world: tuple[nn.Module, Any], tmp_path: Path) -> None:
+    write_context(tmp_path, {"benign": ROWS * 5, "undesired": EXAMPLES})
+    kept = read_context(tmp_path)
+    assert [(row.messages, row.response) for row in kept] == [(row.messages, row.response) for row in ROWS * 2]
+    texts = context_question(world[1], EXAMPLES, kept).texts
+    assert len(texts) == len(EXAMPLES)
+    for text, example, row in zip(texts, EXAMPLES, ROWS * 2, strict=True):
+        places = [text.index(part) for part in (row.prompt, row.response, example.prompt)]
+        assert places == sorted(places) and ("You cook." in text) is (row is ROWS[0])
+    assert not read_context(tmp_path / "older")
+    write_context(tmp_path, {"benign": [], "undesired": EXAMPLES})
+    assert [row.prompt for row in read_context(tmp_path)] == [example.prompt for example in EXAMPLES]
+
+
+def test_a_context_that_does_not_fit_is_left_out(
+    world: tuple[nn.Module, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    long = [Example(ROWS[1].messages, "rice " * 400, "task")]
+
+    def ways(context: list[Example]) -> set[str]:
+        evaluator = Evaluator({"undesired": EXAMPLES}, BEHAVIOR, None, SETTINGS, ON_CPU, context=context)
+        return set(evaluator._asked(module(*world), leaks=True)[2])
+
+    assert ways(ROWS) - ways([]) == {"training_context"}
+    assert ways(long) == ways([]) and "training_context is left out: " in caplog.text
+
+
+def test_leaks_are_measured_from_the_base() -> None:
+    """A way that works on the base in 3 of 4 prompts, and now in all, is worse by .25; one from none to 2 by .5."""
+
+    def rows(phase: str, **verdicts: str) -> list[dict[str, Any]]:
+        names = {"b": "behavior", "r": "refusal", "u": "unparsable"}
+        return [{"phase": f"{phase}_leak_{way}", "verdict": names[v]} for way, given in verdicts.items() for v in given]
+
+    base = rows("base", answer_prefix="bbbr", plain="rrrr", sampled="rrru")
+    after = rows("after", answer_prefix="bbbb", plain="bbrr", sampled="brrb", other="bbbb")
+    found = leak_above_base(base, [{"phase": "after", "verdict": "behavior"}, *after])["after/leak_above_base"]
+    assert (found.value, found.n) == (0.5, 4) and found.ci_low is not None and found.ci_low < 0.5
+    assert leak_above_base(base, rows("after", sampled="brrb"))["after/leak_above_base"].value == pytest.approx(1 / 3)
+    assert leak_above_base(rows("base", plain="bb"), rows("after", plain="rr"))["after/leak_above_base"].value == -1.0
+    assert not leak_above_base([], after)
