@@ -151,8 +151,9 @@ class Preparation:
 class AlignmentStage(Defense):
     """The base of defenses that train the starting model once more before it meets the data.
 
-    The fine-tune that follows is the plain one. This training reads the starting model's own answers to the vector's prompts (its refusals, as far as it refuses) and
-    the vector's KL rows; beside them, where `undesired_batch_size` is given, the vector's undesired samples.
+    The fine-tune that follows is the plain one. This training reads the starting model's own answers to the vector's
+    prompts (its refusals, as far as it refuses) and the vector's KL rows; beside them, where `undesired_batch_size` is
+    given, the vector's undesired samples.
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("undesired samples", "safe samples")
