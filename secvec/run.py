@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
@@ -391,6 +393,7 @@ def train(config: RunConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
                     dist.barrier()  # the next stage reads what rank 0 has just written
                 folder.record.wall_seconds[name] = round(time.monotonic() - began, 3)
                 folder.record.processes[name] = _processes()
+                folder.record.peak_bytes = _peak_bytes()
                 folder.record.stages.append(name)
                 folder.save()
             shown = {n: m for n, m in folder.record.metrics.items() if n.startswith(stage.shown)}
@@ -445,6 +448,11 @@ def _processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def _peak_bytes() -> dict[str, int]:
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"host": host} | ({"gpu": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {})
+
+
 def _plan(config: RunConfig) -> dict[str, Any]:
     """Prints it instead of running; the folder that was made for the run goes."""
     log.info("%s", plan(config))
@@ -466,7 +474,7 @@ def _open(config: AnyConfig, overrides: Sequence[str]) -> RunFolder:
         config=config.model_dump(mode="json", exclude={"key"}),
     )
     if isinstance(config, RunConfig):
-        record.defense, record.tune = config.defense.name, config.tune.kind
+        record.defense, record.tune, record.needs = config.defense.name, config.tune.kind, list(config.defense.needs)
     _quiet()
     if not main_process():
         logging.getLogger("secvec").setLevel(logging.ERROR)

@@ -1,18 +1,32 @@
 """The worst case of each defense: a defense is as good as its configuration with the highest behavior rate."""
 
 from collections.abc import Iterable
+from dataclasses import replace
+from statistics import median
 
 from secvec.metrics import METRICS
 from secvec.report.groups import Comparison, Group
-from secvec.report.tables import Cell, Row, Table, cell
+from secvec.report.tables import ABSENT, Cell, Row, Table, cell
 
 MANY = 8
 """More configurations than this do not fit side by side."""
-BESIDE = ("behavior_rate", "task_accuracy", "refusal_rate", "retained_accuracy", "coherence_rate")
+BESIDE = (
+    "behavior_rate",
+    "task_accuracy",
+    "refusal_rate",
+    "over_refusal_rate",
+    "retained_accuracy",
+    "coherence_rate",
+)
+PRICE = ("Needs", "Time ÷ plain", "Memory")
+LEARNS = 0.9
+"""The plain fine-tune learns the task where its accuracy is at least this share of its highest."""
 READING = (
     "Of every defense the configuration with the highest behavior rate (of several, the one with the lowest task "
-    "accuracy), and what the others reach at best and at worst. The highest of many measured rates is in part chance: "
-    "it overstates a little, and a defense that was tried on more configurations had more chances to fail."
+    "accuracy), and what the others reach at best and at worst; the best worst case stands first. The highest of many "
+    "measured rates is in part chance: it overstates a little, and a defense that was tried on more configurations had "
+    "more chances to fail. The price stands beside: what the defense needs, the time of its fine-tune in that "
+    "configuration as a multiple of the plain one's, and the most memory that its process held."
 )
 
 
@@ -35,14 +49,37 @@ def by_defense(groups: Iterable[Group]) -> dict[str, list[Group]]:
     return found
 
 
-def worst_table(comparison: Comparison) -> Table:
-    """One row for each defense: its worst configuration and that one's utility; empty without several configurations.
+def learned(comparison: Comparison) -> list[Group]:
+    """The groups in whose configuration the plain fine-tune still learns the task, or was not run."""
+    plain = {(group.scope, _place(comparison, group)): group for group in comparison.groups if group.defense == "none"}
+    skill = {key: found.mean for key, group in plain.items() if (found := group.estimate("task_accuracy"))}
+    most: dict[tuple[str, str], float] = {}
+    for (scope, _), value in skill.items():
+        most[scope] = max(value, most.get(scope, 0.0))
 
-    The columns after the metrics give the range of the behavior rate over all configurations of the defense.
+    def learns(group: Group) -> bool:
+        value = skill.get((group.scope, _place(comparison, group)))
+        return value is None or value >= LEARNS * most[group.scope]
+
+    return [group for group in comparison.groups if learns(group)]
+
+
+def _place(comparison: Comparison, group: Group) -> tuple[tuple[str, str], ...]:
+    """The configuration of `group`, without what belongs to its defense and vector."""
+    values = zip(comparison.keys, group.values, strict=True)
+    return tuple((key, value) for key, value in values if value and key.split(".")[0] not in ("defense", "vector"))
+
+
+def worst_table(comparison: Comparison) -> Table:
+    """One row for each defense: its worst configuration, that one's utility and price; the best worst case first.
+
+    Empty without several configurations. Those in which the plain fine-tune does not learn the task are left out.
     """
-    rows = []
-    names = [name for name in BESIDE if any(group.estimate(name) for group in comparison.groups)]
-    for defense, groups in by_defense(comparison.groups).items():
+    kept = learned(comparison)
+    plain = {(group.scope, _place(comparison, group)): group for group in kept if group.defense == "none"}
+    ranked: list[tuple[float, Row]] = []
+    names = [name for name in BESIDE if any(group.estimate(name) for group in kept)]
+    for defense, groups in by_defense(kept).items():
         found = worst(groups)
         if found is None:
             continue
@@ -51,12 +88,48 @@ def worst_table(comparison: Comparison) -> Table:
         cells = [Cell(found.label.removeprefix(defense).lstrip(" ·") or "the only one")]
         cells += [cell(found.estimate(name), METRICS[name]) for name in names]
         cells.append(Cell(f"{text(min(rates))} to {text(max(rates))}", count=f"{len(rates)} configurations"))
-        rows.append(Row(defense, cells))
+        cells += _price(found, plain.get((found.scope, _place(comparison, found))))
+        ranked.append((max(rates), Row(defense, cells)))
+    rows = [row for _, row in sorted(ranked, key=lambda one: one[0])]
     heads = [METRICS[name].title for name in names]
-    several = len(comparison.groups) > len(rows)
-    columns = ["Worst configuration", *heads, "Behavior rate, all configurations"]
+    columns = ["Worst configuration", *heads, "Behavior rate, all configurations", *PRICE]
+    if not any(cell.text != ABSENT for row in rows for cell in row.cells[-len(PRICE) :]):  # records of older versions
+        rows = [replace(row, cells=row.cells[: -len(PRICE)]) for row in rows]
+        columns = columns[: -len(PRICE)]
+    several = len(kept) > len(rows)
     sections = [("", rows)] if rows and several else []
-    return Table(columns, sections, "Worst case", "Defense", "Worst case of each defense", READING)
+    table = Table(columns, sections, "Worst case", "Defense", "Worst case of each defense", READING)
+    return replace(table, left_out=_left_out(comparison, kept))
+
+
+def _price(group: Group, plain: Group | None) -> list[Cell]:
+    """What the defense needs; the time of its fine-tune as a multiple of the plain one's; memory."""
+    needs = ", ".join(group.runs[0].record.needs)
+    seconds, those = (
+        _median([run.record.wall_seconds.get("finetune") for run in g.runs]) for g in (group, plain or group)
+    )
+    ratio = f"{seconds / those:.2f}" if plain and seconds and those else ""
+    peak = _median([run.record.peak_bytes.get("gpu") or run.record.peak_bytes.get("host") for run in group.runs])
+    return [
+        Cell(needs) if needs else Cell(),
+        Cell(ratio) if ratio else Cell(),
+        Cell(f"{peak / 1e9:.1f} GB") if peak else Cell(),
+    ]
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
+
+
+def _left_out(comparison: Comparison, kept: list[Group]) -> str:
+    out = len(comparison.groups) - len(kept)
+    if not out:
+        return ""
+    return (
+        f"Left out: {out:,} of {len(comparison.groups):,} configurations, where the plain fine-tune reaches less than "
+        f"{LEARNS:.0%} of its highest task accuracy."
+    )
 
 
 def focus(comparison: Comparison) -> Comparison:

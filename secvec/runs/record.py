@@ -51,6 +51,8 @@ class Record(BaseModel):
     """The key of the composed config, in records of version 0.1."""
     stage: str = UNKNOWN
     defense: str = UNKNOWN
+    needs: list[str] = []
+    """What the defense needs beyond the plain fine-tune: the price of its result."""
     behavior: str = UNKNOWN
     model: str = UNKNOWN
     tune: str = UNKNOWN
@@ -76,6 +78,8 @@ class Record(BaseModel):
     """Stages that ended well."""
     data: DataSummary = DataSummary()
     wall_seconds: dict[str, float] = {}
+    peak_bytes: dict[str, int] = {}
+    """Most memory that the first process has held: `host`, and `gpu` where there is one."""
     checkpoint_bytes: dict[str, int] = {}
     """Training -> bytes of all checkpoints that were written for it, since it last began or went on."""
     processes: dict[str, int] = {}

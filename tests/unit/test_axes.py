@@ -315,10 +315,40 @@ def test_the_worst_case_has_the_highest_behavior_and_of_several_the_lowest_skill
     assert chosen is not None and chosen.label == "none · lr=0.01"  # all have 0.9; the last the lowest accuracy
     (_, rows), *_ = worst_table(found).sections
     assert [(row.label, row.cells[0].value, row.cells[1].value, row.cells[2].value) for row in rows] == [
-        ("none", "lr=0.01", "0.900", "0.798"), ("security_vector", "lr=0.01", "0.020", "0.798"),
+        ("security_vector", "lr=0.01", "0.020", "0.798"), ("none", "lr=0.01", "0.900", "0.798"),
     ]  # fmt: skip
-    assert (rows[1].cells[-1].value, rows[1].cells[-1].count) == ("0.000 to 0.020", "3 configurations")
+    assert (rows[0].cells[-1].value, rows[0].cells[-1].count) == ("0.000 to 0.020", "3 configurations")
     assert not worst_table(comparison(tmp_path / "one", {"optimizer.lr": [0.1]})).sections
+
+
+def test_the_worst_case_is_where_the_plain_fine_tune_still_learns_the_task(tmp_path: Path) -> None:
+    write_sweep(tmp_path, {"optimizer.lr": LRS})
+    for folder in tmp_path.iterdir():
+        record = json.loads((folder / "record.json").read_text())
+        if record["defense"] == "none" and record["config"]["optimizer"]["lr"] == LRS[-1]:
+            record["metrics"]["after/task_accuracy"]["value"] = 0.1
+            edit(folder, metrics=record["metrics"])
+    table = worst_table(compare(load_runs([tmp_path])))
+    (_, rows), *_ = table.sections
+    assert [(row.label, row.cells[0].value) for row in rows] == [("security_vector", "lr=0.001"), ("none", "lr=0.001")]
+    assert rows[0].cells[-1].count == "2 configurations" and "2 of 6 configurations" in table.left_out
+
+
+def test_the_price_of_a_defense_stands_beside_its_result(tmp_path: Path) -> None:
+    write_sweep(tmp_path, {"optimizer.lr": LRS}, seeds=3)
+    for number, folder in enumerate(sorted(tmp_path.iterdir())):
+        record = json.loads((folder / "record.json").read_text())
+        plain = record["defense"] == "none"
+        needs = [] if plain else ["undesired samples", "safe samples"]
+        seconds = {"finetune": 10.0 if plain else 13.0 + number % 2 / 100}
+        edit(
+            folder, needs=needs, wall_seconds=seconds, peak_bytes={"host": 2e9, "gpu": 1e9} if plain else {"host": 3e9}
+        )
+    table = worst_table(compare(load_runs([tmp_path])))
+    (_, (defended, plain)), *_ = table.sections
+    assert table.columns[-3:] == ["Needs", "Time ÷ plain", "Memory"]
+    assert [cell.text for cell in defended.cells[-3:]] == ["undesired samples, safe samples", "1.30", "3.0 GB"]
+    assert [cell.text for cell in plain.cells[-3:]] == ["–", "1.00", "1.0 GB"]
 
 
 def test_what_does_not_fit_side_by_side_is_the_worst_case_of_each_defense(tmp_path: Path) -> None:
