@@ -15,6 +15,7 @@ from secvec.defenses.base import Defense
 from secvec.evaluation.generation import GenerationBackend
 from secvec.models.backbone import Backbone, LedgerRow, ledger, set_trainable
 from secvec.models.kept import keep_weights
+from secvec.models.outline import layers
 from secvec.models.sharding import local_shard, reshard, shard
 from secvec.models.vector import has_vector, part_of, vector_off
 from secvec.settings.messages import checked
@@ -118,6 +119,9 @@ class SecVecModule(L.LightningModule):
         set_trainable(self.model, self.part)  # before sharding, which groups parameters by it
         # from_pretrained leaves eval mode: without this no dropout and no gradient checkpointing, silently
         self.model.train(self.part is not None)
+        if self.part and (backend := self.backbone.settings.compile):
+            for layer in layers(self.model):  # the output head changes its inputs in every step
+                layer.compile(backend=backend, dynamic=True)
         if mesh is not None:
             shard(self.model, mesh["data_parallel"])
         if self.stage.keeps_weights(self):

@@ -73,7 +73,8 @@ class Backbone:
     def identity(self) -> list[str | bool]:
         """What tells a loaded copy from all others: what its folder holds, and how it is loaded."""
         settings = self.settings
-        return [folder_digest(self.folder), settings.dtype, settings.trust_remote_code, settings.packing]
+        how = [settings.dtype, settings.trust_remote_code, settings.packing, *filter(None, [settings.compile])]
+        return [folder_digest(self.folder), *how]
 
     @property
     def num_bytes(self) -> int:
@@ -118,7 +119,7 @@ class Backbone:
 
     def hyperparameters(self) -> dict[str, Any]:
         """Plain values from which `of` makes it again."""
-        fields = {"name", "revision", "trust_remote_code", "dtype", "gradient_checkpointing", "packing"}
+        fields = {"name", "revision", "trust_remote_code", "dtype", "gradient_checkpointing", "packing", "compile"}
         return self.settings.model_dump(mode="json", include=fields) | {"name_or_path": str(self.folder)}
 
 

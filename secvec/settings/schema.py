@@ -58,6 +58,8 @@ class ModelSettings(Settings):
     gradient_checkpointing: bool = False
     packing: bool = True
     """Rows of a training batch in one sequence without padding, each attending to itself, where the model can."""
+    compile: Literal["inductor", "aot_eager", "eager"] | None = None
+    """torch.compile of each transformer layer while it is trained, by this backend (two are for finding faults)."""
 
     @property
     def is_built_in(self) -> bool:
