@@ -269,11 +269,12 @@ class SecVecDataModule(L.LightningDataModule):
         return {kind: examples for kind, examples in (tests | {"look_alike": look_alikes}).items() if examples}
 
     def _test(self, kind: str) -> list[Example]:
+        split = self.evaluation.split
         if kind == "undesired":
-            return self.behavior.examples("test", self.evaluation.num_prompts, self.seed)
+            return self.behavior.examples(split, self.evaluation.num_prompts, self.seed)
         kinds = (kind, "untrusted") if kind == "task" else (kind,)
         streams = [stream for stream in self.data.streams if stream.kind in kinds]
-        examples = draw_benign(streams, "test", self.evaluation.num_prompts, self.seed) if streams else []
+        examples = draw_benign(streams, split, self.evaluation.num_prompts, self.seed) if streams else []
         if not self.data.untrusted:
             return examples
         trusted = (self.behavior, self._vector_behavior, *self.data.serving("vector")[0])
@@ -312,7 +313,12 @@ class SecVecDataModule(L.LightningDataModule):
         tests: list[Asked] = [("evaluation.num_prompts", num, partial(self._test, kind)) for kind in TESTED]
         check_counts([*tests, *(one for stage in stages for one in asked.get(stage, list)())])
         trained: dict[str, Callable[[], list[Example]]] = {
-            "vector": lambda: [*self._undesired, *self._kl, *self.held_out],
+            # the gate's prompts are of the validation split
+            "vector": lambda: [
+                *self._undesired,
+                *self._kl,
+                *(self.held_out if self.evaluation.split == "test" else []),
+            ],
             "finetune": lambda: [example for mixture in self.mixtures for lot in mixture.values() for example in lot],
         }
         for stage in stages:

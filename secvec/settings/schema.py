@@ -158,6 +158,8 @@ class EvaluationSettings(Settings):
     max_new_tokens: Count
     num_leak_prompts: Annotated[int, Field(ge=0)] | None
     """Most undesired prompts that the leak probes put in every way; None: all; 0: no leak probes."""
+    split: Literal["test", "validation"] = "test"
+    """Of the held-out prompts. `validation`: to choose settings by; only results on `test` are results."""
     validation: ValidationSettings = ValidationSettings(num_samples=32, num_prompts=8, every_n_steps=0)
     """While a stage trains."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,3 +119,22 @@ def test_a_sweep_is_compared_with_as_many_runs(script: Any) -> None:
     made = sweep.table({"rounds": 1, "machine": about, "runs": runs})
     assert "| 12 runs, one cache | 240 | 2.00 | 10.0 | 1.14 | 1.02 | yes |" in made
     assert "| 360 | 3.00 | 20.0 | 1.29 | 1.03 | no |" in made
+
+
+def test_a_setting_is_chosen_that_learns_the_task_and_not_the_behavior(script: Any) -> None:
+    def rows(*measured: tuple[float, float]) -> list[dict[str, float]]:
+        return [{"value": i, "behavior_rate": b, "task_accuracy": t} for i, (b, t) in enumerate(measured)]
+
+    chosen = script("defenses").chosen
+    assert chosen(rows((0.9, 1.0), (0.2, 0.96), (0.0, 0.5), (0.2, 0.99)), 1.0) == 3
+    assert chosen(rows((0.9, 0.3), (0.2, 0.6), (0.0, 0.5)), 1.0) == 1  # none learns it
+
+
+def test_every_defense_has_as_many_tries(script: Any) -> None:
+    defenses = script("defenses")
+    assert {len(values) for _, values in defenses.SETTINGS.values()} == {4}
+    swept = yaml.safe_load((ROOT / "conf" / "experiment" / "bench.yaml").read_text())
+    named = set(swept["hydra"]["sweeper"]["params"]["defense"].split(","))
+    assert named == {*defenses.SETTINGS, *defenses.UNTUNED}
+    here = {file.stem for file in (ROOT / "conf" / "defense").glob("*.yaml")}
+    assert here - named == {"buffer_and_reinforce", "refitted_vector"}  # of tune=lora, and of several cycles

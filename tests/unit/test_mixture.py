@@ -13,6 +13,7 @@ import pytest
 from secvec.behaviors.forbidden_recipe import ForbiddenRecipe
 from secvec.behaviors.several import Several
 from secvec.config.schema import DataSettings, RunConfig
+from secvec.data.datamodule import SecVecDataModule
 from secvec.data.draw import check_disjoint, data_hash, draw_benign, draw_benign_lots, share_out
 from secvec.data.embedded import Ordinary, Skill
 from secvec.data.example import Example
@@ -133,3 +134,18 @@ def test_the_hash_of_data_is_that_of_their_content() -> None:
         '"response": "b"}'
     )
     assert data_hash([plain, graded]) == hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.mark.parametrize("behavior", ["forbidden_recipe", "stereotype", "task_error"])
+def test_settings_are_chosen_on_prompts_that_are_neither_trained_nor_tested(
+    make_config: Callable[..., RunConfig], behavior: str
+) -> None:
+    given = [f"behavior={behavior}", "evaluation.num_prompts=100"]
+    data = {
+        split: SecVecDataModule.of(make_config(*given, f"evaluation.split={split}")) for split in ("validation", "test")
+    }
+    for one in data.values():
+        one.check(["vector", "finetune"])  # nothing that is trained is asked
+    for kind in ("undesired", "task", "ordinary"):
+        chosen, tested = ({example.key for example in one.tests[kind]} for one in data.values())
+        assert len(chosen) == len(tested) == 100 and not chosen & tested
