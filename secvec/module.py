@@ -123,7 +123,7 @@ class SecVecModule(L.LightningModule):
             for layer in layers(self.model):  # the output head changes its inputs in every step
                 layer.compile(backend=backend, dynamic=True)
         if mesh is not None:
-            shard(self.model, mesh["data_parallel"])
+            shard(self.model, mesh)
         if self.stage.keeps_weights(self):
             keep_weights(self.model)
         if self.keep_start:

@@ -17,7 +17,11 @@ from secvec.models.outline import fill, layers, tensors_of
 
 
 def shard(model: nn.Module, mesh: Any) -> None:
-    """Shards each transformer layer on its own, then the rest. An outlined model is read layer by layer."""
+    """Shards each transformer layer on its own, then the rest. An outlined model is read layer by layer.
+
+    `mesh` is Lightning's, (data parallel, tensor parallel). With several in both it is one of copies and their shards.
+    """
+    mesh = mesh["data_parallel"] if mesh["tensor_parallel"].size() == 1 else mesh
     for layer in layers(model):
         fill(tensors_of(layer))
         fully_shard(layer, mesh=mesh)
@@ -80,6 +84,16 @@ def _root(model: nn.Module) -> nn.Module:
 def local_shard(tensor: Tensor) -> Tensor:
     """The part of a sharded tensor that this process holds, or the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def over_shards(total: Tensor, model: nn.Module) -> Tensor:
+    """`total`, summed over the processes that hold the shards of `model`; what copies hold counts once."""
+    sharded = next((p for p in model.parameters() if isinstance(p, DTensor)), None)
+    if sharded is not None:
+        dist.all_reduce(total)
+        mesh = sharded.device_mesh
+        total /= dist.get_world_size() // mesh.size(mesh.ndim - 1)
+    return total
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:

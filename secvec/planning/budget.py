@@ -92,7 +92,8 @@ class Budget:
     @property
     def _shards(self) -> int:
         """Devices that share the weights."""
-        return self.devices if self.config.trainer.strategy == "fsdp" else 1
+        trainer = self.config.trainer
+        return self.devices // trainer.replicas if trainer.strategy == "fsdp" else 1
 
     @property
     def dtype_bytes(self) -> int:

@@ -90,7 +90,8 @@ def _disk(budget: Budget, costs: Sequence[StageCost]) -> str:
         for what, copies in (cost.work.saved[part] for cost in costs if part in cost.work.saved and part in parts):
             sizes[what] = copies * parts[part] * width
     fsdp, here = budget.config.trainer.strategy == "fsdp", budget.devices / budget.config.trainer.num_nodes
-    host = parts["backbone"] * width * (here / budget.devices if fsdp else here)
+    held = here * budget.config.trainer.replicas / budget.devices if fsdp else here
+    host = parts["backbone"] * width * held
     rows = [[what, size(count)] for what, count in sizes.items()]
     return table("disk", ["what", "size"], rows) + f"\n  memory of each host while models are loaded: {size(host)}"
 

@@ -28,13 +28,19 @@ OURS = {
 
 
 class TrainerSettings(Settings, extra="allow"):
-    """Arguments of `lightning.Trainer`: any of them, but for those in `OURS`. Lightning checks their values here."""
+    """Arguments of `lightning.Trainer`: any of them, but for those in `OURS`. Lightning checks their values here.
+
+    `replicas` is ours.
+    """
 
     accelerator: Literal["cpu", "gpu", "auto"]
     devices: Count | Literal["auto"]
     num_nodes: Count = 1
     strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true", "fsdp"]
     """`fsdp`: FSDP2, Lightning's ModelParallelStrategy."""
+    replicas: Count = 1
+    """Under `fsdp`, copies of the weights, each sharded over its share of the processes (HSDP). Several nodes:
+    `num_nodes`, so that shards are gathered within a node."""
     precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true"]
     gradient_clip_val: Rate | None
     accumulate_grad_batches: Count = 1
@@ -47,6 +53,13 @@ class TrainerSettings(Settings, extra="allow"):
             raise ValueError(f"devices={self.devices} needs a strategy: choose trainer=ddp or trainer=fsdp")
         if self.strategy == "fsdp" and self.precision == "64-true":
             raise ValueError("strategy=fsdp does not shard 64-true: choose 32-true, bf16-mixed or bf16-true")
+        if self.replicas > 1 and self.strategy != "fsdp":
+            raise ValueError(f"replicas={self.replicas} are copies of sharded weights: choose trainer=fsdp")
+        if self.devices != "auto" and self.devices * self.num_nodes % self.replicas:
+            raise ValueError(
+                f"replicas={self.replicas} must divide the {self.devices * self.num_nodes} processes "
+                "(devices x num_nodes)"
+            )
         return self
 
     @model_validator(mode="after")
@@ -70,7 +83,9 @@ class TrainerSettings(Settings, extra="allow"):
         logging.disable(logging.INFO)
         try:
             with warnings.catch_warnings(action="ignore"):
-                L.Trainer(**self.model_dump() | {k: built(v) for k, v in others.items()} | here | alone)
+                L.Trainer(
+                    **self.model_dump(exclude={"replicas"}) | {k: built(v) for k, v in others.items()} | here | alone
+                )
         except Exception as error:
             raise ValueError(" ".join(str(error).split())) from None
         finally:
@@ -79,7 +94,7 @@ class TrainerSettings(Settings, extra="allow"):
 
     def arguments(self, epochs: int | None = None) -> dict[str, Any]:
         """Keyword arguments of `lightning.Trainer`; `epochs` counts where `max_epochs` is None."""
-        given = {name: built(value) for name, value in self.model_dump().items()}
+        given = {name: built(value) for name, value in self.model_dump(exclude={"replicas"}).items()}
         given |= {"max_epochs": self.max_epochs or epochs, "use_distributed_sampler": False}
         if self.strategy == "fsdp":
             # what FSDP2 gathers in inference mode, in a validation, could not be written to by the next step
@@ -102,10 +117,11 @@ class TrainerSettings(Settings, extra="allow"):
         from lightning.pytorch.strategies import ModelParallelStrategy
 
         devices = torch.cuda.device_count() if self.devices == "auto" else self.devices
-        # Lightning's own sizes are one data-parallel group per node: every process would train on its own gradient
-        return ModelParallelStrategy(
-            data_parallel_size=devices * self.num_nodes, tensor_parallel_size=1, save_distributed_checkpoint=False
-        )
+        processes = devices * self.num_nodes
+        # Lightning's own sizes are one data-parallel group per node: every process would train on its own gradient.
+        # Its two dimensions are ours of HSDP: copies, and the shards of a copy
+        sizes = (processes, 1) if self.replicas == 1 else (self.replicas, processes // self.replicas)
+        return ModelParallelStrategy(*sizes, save_distributed_checkpoint=False)
 
 
 class CallbackSettings(Target):

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from secvec.models.sharding import local_shard
+from secvec.models.sharding import local_shard, over_shards
 
 
 def gradient_of(model: nn.Module, losses: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
@@ -43,7 +43,4 @@ def present_gradient(model: nn.Module) -> list[Tensor]:
 
 def inner(model: nn.Module, a: Iterable[Tensor], b: Iterable[Tensor]) -> Tensor:
     """The inner product of two gradients of `model`, over all its parameters and shards, in float64."""
-    total = torch.stack([(x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)]).sum()
-    if any(isinstance(p, DTensor) for p in model.parameters()):
-        dist.all_reduce(total)
-    return total
+    return over_shards(torch.stack([(x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)]).sum(), model)

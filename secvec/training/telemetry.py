@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secvec.data.batch import Batch, Encoded, collate
 from secvec.metrics import Measurement, Measurements
-from secvec.models.sharding import local_shard, reshard
+from secvec.models.sharding import local_shard, over_shards, reshard
 from secvec.models.vector import has_vector, vector_off
 from secvec.training.losses import response_loss
 
@@ -125,7 +125,4 @@ def _square(tensor: Tensor) -> Tensor:
 
 def _total(module: SecVecModule, squares: Sequence[Tensor]) -> Tensor:
     """Sum over tensors, and over processes when each holds a shard."""
-    total = torch.stack([square.to(module.device) for square in squares]).sum()
-    if module.device_mesh is not None:
-        torch.distributed.all_reduce(total)
-    return total
+    return over_shards(torch.stack([square.to(module.device) for square in squares]).sum(), module)

@@ -24,7 +24,9 @@ from tests.contracts.test_stages import weights
 # AdamW divides a gradient by its own size, so it turns rounding noise in tiny gradients into whole steps; a large eps
 # keeps the comparison about the strategies. float64 where the strategy can (FSDP2 under Lightning cannot).
 SMOOTH = ["optimizer.eps=1e-2", "optimizer.lr=1e-2", "vector.lr=1e-1"]
-CASES = {"ddp": ("64-true", 1e-9), "fsdp": ("32-true", 1e-5)}
+CASES = {"ddp": ("64-true", 1e-9), "fsdp": ("32-true", 1e-5), "hsdp": ("32-true", 1e-5)}
+COPIES = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=4", "trainer.replicas=2"]
+"""Two copies of the weights, each sharded over two of four processes."""
 HALVES = [
     "trainer.accumulate_grad_batches=2", "finetune.batch_size=6", "vector.batch_size=6", "vector.kl_batch_size=6",
 ]  # fmt: skip
@@ -43,9 +45,10 @@ def losses(folder: Path) -> dict[tuple[str, str, str], float]:
         ("fsdp", "lora", []),
         pytest.param("ddp", "lora", [], marks=pytest.mark.slow),
         pytest.param("fsdp", "full", HALVES, marks=pytest.mark.slow),
+        pytest.param("hsdp", "full", ["trainer.gradient_clip_val=0.1"], marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_compute_what_one_does(
+def test_several_processes_compute_what_one_does(
     make_config: Callable[..., RunConfig], cache: Path, tmp_path: Path, strategy: str, tune: str, batches: list[str]
 ) -> None:
     """With the same batches, and with halves of them whose gradients are accumulated."""
@@ -53,10 +56,11 @@ def test_two_processes_compute_what_one_does(
     settings = [f"trainer.precision={precision}", f"tune={tune}", *SMOOTH]
     unique = 1 + 0.1 * list(CASES).index(strategy) + 0.01 * (tune == "lora")  # so that no vector is in the cache
     settings.append(f"vector.kl_weight={unique}")
-    one = make_config(*settings, run="one")
+    one = make_config(*settings, *(text for text in batches if "clip" in text), run="one")
     train(one)
     two = tmp_path / "two"
     devices = [f"trainer={strategy}", "trainer.accelerator=cpu", "trainer.devices=2"]
+    devices = COPIES if strategy == "hsdp" else devices
     where = [f"paths.cache={cache}", f"hydra.run.dir={two}"]
     done = run_command("train.py", *SMALL, *devices, *settings, *batches, *where, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -66,7 +70,9 @@ def test_two_processes_compute_what_one_does(
     for key, value in first.items():
         # a speed, and a ratio of norms, which their own losses check
         if not key[2].endswith(("tokens_per_second", "suppression_ratio")):
-            assert second[key] == pytest.approx(value, rel=max(tolerance, 1e-6)), key  # logged as float32
+            assert second[key] == pytest.approx(value, rel=max(tolerance, 1e-6), abs=tolerance / 100), (
+                key
+            )  # logged as float32
     for artifact in ("vector", "backbone", *(["task"] if tune == "lora" else [])):
         assert {f.name for f in (two / artifact).iterdir()} == {
             f.name for f in (Path(one.run_dir) / artifact).iterdir()

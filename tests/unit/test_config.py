@@ -201,6 +201,11 @@ def test_every_job_of_an_experiment_validates(name: str, every: bool, tmp_path: 
         (["+trainer.max_step=1"], ["trainer: lightning.Trainer takes no 'max_step' (did you mean 'max_steps'?)"]),
         (["trainer.limit_train_batches=2.5"], ["trainer: ", "2.5 for limit_train_batches", "[0.0, 1.0] or an int"]),
         (["trainer.profiler=simpl"], ["trainer: ", "`profiler`", "'simple', 'advanced'"]),
+        (["+trainer.replicas=2"], ["trainer: replicas=2 are copies of sharded weights: choose trainer=fsdp"]),
+        (
+            ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=3", "trainer.replicas=2"],
+            ["trainer: replicas=2 must divide the 3 processes"],
+        ),
         (["+trainer.logger=true"], ["trainer: logger cannot be set: ", "logger=[csv,wandb]"]),
         (["+trainer.default_root_dir=x"], ["trainer: default_root_dir cannot be set: ", "paths.outputs"]),
         (["+callbacks.x.monitor=y"], ["callbacks.x._target_: required but not given"]),
