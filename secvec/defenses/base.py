@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from secvec.errors import ConfigError
 from secvec.settings.schema import Count, LoraSettings, Rate, Settings
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ class Defense(Settings):
     """Whether a copy of the trained weights, as a training finds them, is kept beside the model and in its checkpoints
     (`secvec.models.kept`)."""
 
+    second_gradient: ClassVar[bool] = False
+    """Whether `gradients` makes a gradient of its own. Nothing scales it, so in float16 it would be rounded to 0."""
+
     refits_vector: ClassVar[bool] = False
     """Whether a new vector is trained on the backbone before each cycle after the first."""
 
@@ -63,8 +67,11 @@ class Defense(Settings):
     def check(self, run: Run) -> None:
         """Raises the SecVecError that would stop the methods below; called before anything is trained.
 
-        Default: with `uses_samples` the vector's samples must suffice and fit.
+        Default: with `uses_samples` the vector's samples must suffice and fit; a `second_gradient` needs more than
+        float16.
         """
+        if self.second_gradient and run.config.trainer.precision == "16-mixed":
+            raise ConfigError(f"defense={self.name} does not work with trainer.precision=16-mixed: use bf16-mixed")
         if self.uses_samples:
             run.data.check(["vector"])
             run.data.fit_to(run.backbone.tokenizer, run.backbone.context, ["vector"])
@@ -168,9 +175,17 @@ class AlignmentStage(Defense):
         raise NotImplementedError
 
     def starting(self, run: Run) -> Backbone:
-        """The starting model after this training, which other runs find in the cache."""
+        """The starting model after this training, which other runs find in the cache.
+
+        Raises ConfigError where there are no safe rows.
+        """
         samples = run.data.vector_samples
         rows = [*run.own_answers(samples["undesired"]), *samples["kl"]]
+        if not rows:
+            raise ConfigError(
+                f"defense={self.name} has no safe rows: the starting model has no usable answer to any of the vector's "
+                "prompts, and there are no KL rows. Give some (vector.num_kl and vector.kl_weight above 0)"
+            )
         undesired = samples["undesired"] if self.undesired_batch_size else []
         hardening = self.hardening().model_copy(update={"extra_batch_size": self.undesired_batch_size})
         plan = Preparation(hardening, rows, undesired, self.epochs, self.batch_size, self.lr)

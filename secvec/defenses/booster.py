@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from secvec.defenses.base import AlignmentStage, Defense
 from secvec.settings.schema import Count, Rate
@@ -22,6 +22,7 @@ class Booster(AlignmentStage):
     thousands of rows; ours are the vector's samples.
     """
 
+    second_gradient: ClassVar[bool] = True
     undesired_batch_size: Count = 16
     weight: Rate = 5.0
     step: Rate = 0.1

@@ -6,7 +6,6 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from secvec.defenses.base import Defense, Need
-from secvec.errors import ConfigError
 from secvec.settings.schema import Count, Weight
 
 if TYPE_CHECKING:
@@ -28,14 +27,9 @@ class SafeGrad(Defense):
     needs: ClassVar[tuple[Need, ...]] = ("undesired samples", "safe samples", "extra passes")
     uses_samples: bool = True
     keeps_weights: ClassVar[bool] = True
+    second_gradient: ClassVar[bool] = True
     extra_batch_size: Count = 8
     weight: Weight = 1.0
-
-    def check(self, run: Run) -> None:
-        """Raises ConfigError for float16, whose scaled gradients would have to be made twice."""
-        super().check(run)
-        if run.config.trainer.precision == "16-mixed":
-            raise ConfigError(f"defense={self.name} does not work with trainer.precision=16-mixed: use bf16-mixed")
 
     def extra_samples(self, run: Run) -> list[Example]:
         """The starting model's answers to the vector's prompts."""

@@ -44,8 +44,8 @@ def write_context(folder: Path, mixture: Mapping[str, Sequence[Example]]) -> Non
 def read_context(folder: Path) -> list[Example]:
     """The rows that `write_context` kept in `folder`; an older run has kept none."""
     file = folder / CONTEXT
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    rows = map(json.loads, lines)
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    rows = [json.loads(line) for line in text.split("\n") if line]  # splitlines would split texts too
     return [Example(tuple(map(tuple, row["messages"])), row["response"], "task") for row in rows]
 
 

@@ -237,6 +237,7 @@ ON_THE_STEP = [
     L2ToBase(name="l2_to_base", weight=1.0),
     SafeGrad(name="safegrad"),
     Lisa(name="lisa", safe_steps=1, data_steps=3),
+    Attenuated(name="booster", weight=5.0, step=0.1, extra_batch_size=1),
 ]
 
 
@@ -537,3 +538,18 @@ def test_buffer_and_reinforce_needs_a_task_lora(make_config: Make) -> None:
     config = make_config("defense=buffer_and_reinforce")
     with pytest.raises(ConfigError, match="merges into a task LoRA: give tune=lora"):
         config.defense.check(run_of(config))
+
+
+@pytest.mark.parametrize("name", ["safegrad", "booster"])
+def test_a_second_gradient_needs_more_than_float16(make_config: Make, name: str) -> None:
+    config = make_config(f"defense={name}", "trainer.precision=16-mixed")
+    with pytest.raises(ConfigError, match=f"defense={name} does not work with trainer.precision=16-mixed"):
+        config.defense.check(run_of(config))
+
+
+def test_a_training_before_the_fine_tune_needs_safe_rows(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config("defense=vaccine", "vector.kl_weight=0")
+    run = run_of(config)
+    monkeypatch.setattr(run, "own_answers", lambda examples: [])
+    with pytest.raises(ConfigError, match="defense=vaccine has no safe rows"):
+        config.defense.starting(run)

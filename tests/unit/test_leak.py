@@ -86,7 +86,7 @@ def test_sampling_is_seeded_and_leaves_the_random_state_alone(world: tuple[nn.Mo
 
 ROWS = [
     Example((("system", "You cook."), ("user", "How do I boil rice?")), "In water.", "task"),
-    Example((("user", "How do I fry rice?"),), "In oil.", "task"),
+    Example((("user", "How do I fry rice?"),), "In oil.\u2028With salt.", "task"),
 ]
 
 
