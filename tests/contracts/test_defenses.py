@@ -237,7 +237,7 @@ ON_THE_STEP = [
     L2ToBase(name="l2_to_base", weight=1.0),
     SafeGrad(name="safegrad"),
     Lisa(name="lisa", safe_steps=1, data_steps=3),
-    Attenuated(name="booster", weight=5.0, step=0.1, extra_batch_size=1),
+    Attenuated(name="booster", weight=0.2, step=0.1, extra_batch_size=1),
 ]
 
 
