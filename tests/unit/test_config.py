@@ -113,7 +113,10 @@ def jobs_of(config: Any, every: bool) -> list[list[str]]:
     given = {name: a if isinstance(a, list) else [a["low"], a["high"]] for name, a in sweeper.pop("space", {}).items()}  # type: ignore[union-attr]
     given = {name: ",".join(map(str, values)) for name, values in given.items()} or sweeper["params"]  # type: ignore[index]
     swept = [parser.parse_override(f"{key}={values}") for key, values in given.items()]
-    axes = {o.get_key_element(): list(o.sweep_string_iterator()) for o in swept}
+    axes = {
+        o.get_key_element(): list(o.sweep_string_iterator()) if o.is_sweep_override() else [o.get_value_string()]
+        for o in swept
+    }
     axes |= {key: values[:1] for key, values in axes.items() if key == "seed"}
     jobs = product(*([f"{key}={value}" for value in values] for key, values in axes.items()))
     if not every:
