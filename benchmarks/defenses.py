@@ -73,13 +73,13 @@ def records(sweep: str) -> list[dict[str, Any]]:
 
 def tried(defense: str, found: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     """What each value of its setting gave on the validation prompts."""
-    setting = SETTINGS[defense][0]
-    rows = []
-    for record in found:
-        if record["defense"] == defense:
-            part, name = setting.split(".")
-            measured = {key: record["metrics"][f"after/{key}"]["value"] for key in ("behavior_rate", "task_accuracy")}
-            rows.append({"value": record["config"][part][name], **measured})
+    part, name = SETTINGS[defense][0].split(".")
+    rows = [
+        {"value": record["config"][part][name]}
+        | {key: record["metrics"][f"after/{key}"]["value"] for key in ("behavior_rate", "task_accuracy")}
+        for record in found
+        if record["defense"] == defense
+    ]
     return sorted(rows, key=lambda row: row["value"])
 
 

@@ -53,7 +53,7 @@ from secvec.runs.content import by_content, folder_digest
 from secvec.runs.folder import ANSWERS, RunFolder
 from secvec.runs.keys import content_key
 from secvec.runs.record import UNKNOWN, Record, Weights
-from secvec.settings.schema import VectorLora
+from secvec.settings.schema import LoraSettings, VectorLora
 from secvec.settings.target import to_target
 from secvec.settings.trainer import TrainerSettings
 from secvec.stages import STAGES
@@ -89,8 +89,7 @@ class Run:
         """All data of the run."""
         return SecVecDataModule.of(self.config)
 
-    @property
-    def vector(self) -> Path | None:
+    def saved_vector(self) -> Path | None:
         """The vector that the defense uses; None: it uses none. Raises ArtifactError where it is missing or unfit."""
         return saved_vector(self)
 
@@ -100,16 +99,17 @@ class Run:
         backbone: Backbone,
         lr: float,
         vector: VectorLora | Path | None = None,
-        undefended: bool = False,
+        defense: Defense | None = None,
+        tune: LoraSettings | None = None,
     ) -> SecVecModule:
-        """A module that trains at the rate `lr`, with the settings of the run."""
-        config = self.config
+        """A module that trains at the rate `lr`, with the settings of the run, or another `defense` and `tune`."""
+        config, given = self.config, defense is not None
         return SecVecModule(
             stage,
             backbone,
             vector,
-            defense=Defense(name="none") if undefended else config.defense,
-            tune=None if undefended else config.tune.lora,
+            defense=defense if given else config.defense,
+            tune=tune if given else config.tune.lora,
             optimizer=config.optimizer.model_copy(update={"lr": lr}),
             scheduler=config.scheduler,
         )
@@ -161,24 +161,22 @@ class Run:
 
         It holds what the finetune stage saves: `task/` where a LoRA is trained, else `backbone/`.
         """
-        config, plan, backbone = self.config, preparation, self.backbone
+        plan, backbone = preparation, self.backbone
         recipe = [by_content(to_target(plan.defense)), plan.lr, plan.epochs, plan.batch_size]
         recipe += [plan.tune and plan.tune.model_dump(), plan.vector and folder_digest(plan.vector)]
         key = training_key(self, backbone, [*plan.samples, *plan.extra], recipe)
 
         def build(out: Path) -> None:
-            optimizer = config.optimizer.model_copy(update={"lr": plan.lr})
-            made = {"defense": plan.defense, "tune": plan.tune, "optimizer": optimizer, "scheduler": config.scheduler}
             data = copy(self.data)
             data.mixtures = [{"undesired": [], "benign": list(plan.samples)}]
             data.cycle, data.extra = 0, list(plan.extra)
             data.finetune = data.finetune.model_copy(update={"batch_size": plan.batch_size})
-            module = SecVecModule("finetune", backbone, plan.vector, **made)
+            module = self.module("finetune", backbone, plan.lr, plan.vector, plan.defense, plan.tune)
             self.fit(module, "preparation", plan.epochs, out, data=data)
             if plan.tune and main_process():
                 shutil.rmtree(out / "backbone")
 
-        return built_once(config.paths.cache / "preparations" / key, build)
+        return built_once(self.config.paths.cache / "preparations" / key, build)
 
     def curves(self, training: Training, path: Path | None = None) -> StageCurves:
         """The Lightning logger of a training: the trackers of the run, or the CSV file `path` alone."""
@@ -319,7 +317,7 @@ class Run:
 
         The vector is that of the run. Raises DataError where none is left.
         """
-        vector = self.vector
+        vector = self.saved_vector()
         assert vector is not None
         most = limit(kept_scores(vector)["benign"][window - 1], quantile)
         module = self.inference_module(self.backbone, vector)

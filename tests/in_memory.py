@@ -30,8 +30,8 @@ ON_CPU = TrainerSettings(accelerator="cpu", devices=1, strategy="auto", precisio
 class InMemory(Backbone):
     """A model and a tokenizer that are in no folder."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any):
-        super().__init__(Path("in-memory"), ModelSettings(name="in-memory", name_or_path="in-memory"))
+    def __init__(self, model: nn.Module, tokenizer: Any, **settings: Any):
+        super().__init__(Path("in-memory"), ModelSettings(name="in-memory", name_or_path="in-memory", **settings))
         self.__dict__.update(model=model, tokenizer=tokenizer, context=context_of(model.config))
 
     def load(self) -> Any:

@@ -71,12 +71,10 @@ class AnchoredVector(Defense):
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Nats per response token of the data with the vector on, and of the anchor with it off."""
-        from secvec.data.batch import count_tokens
         from secvec.models.vector import vector_off
-        from secvec.training.losses import loss_of_rows, of_step
+        from secvec.training.losses import data_loss, extra_loss
 
-        labels, _, of_anchor = count_tokens(batch)
-        data = loss_of_rows(model, batch, ~batch["extra"], of_step(batch, labels))
+        data = data_loss(model, batch)
         with vector_off(model):
-            anchor = loss_of_rows(model, batch, batch["extra"], of_step(batch, of_anchor, 2))
+            anchor = extra_loss(model, batch)
         return {"loss": data + self.weight * anchor, "data": data.detach(), "anchor": anchor.detach()}

@@ -46,8 +46,8 @@ class Defense(Settings):
     """The price of its result, for tables (docs/defenses.md). Only "labels" changes a run: see `needs_labels`."""
 
     uses_samples: bool = False
-    """Whether a defense without a vector uses the vector's samples: its settings then count for the key all the same.
-    Such a defense says `uses_samples: true` in its yaml."""
+    """Whether the defense uses the vector's samples itself. Without a vector its settings count for the key all the
+    same, and the yaml says `uses_samples: true`."""
 
     keeps_weights: ClassVar[bool] = False
     """Whether a copy of the trained weights, as a training finds them, is kept beside the model and in its checkpoints

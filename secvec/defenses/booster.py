@@ -40,10 +40,9 @@ class Attenuated(Defense):
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Nats per response token of the safe rows."""
-        from secvec.data.batch import count_tokens
-        from secvec.training.losses import loss_of_rows, of_step
+        from secvec.training.losses import data_loss
 
-        return {"loss": loss_of_rows(model, batch, ~batch["extra"], of_step(batch, count_tokens(batch)[0]))}
+        return {"loss": data_loss(model, batch)}
 
     def gradients(self, model: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
         """Logged: `undesired_norm`, that of the gradient on the undesired samples."""
@@ -51,8 +50,9 @@ class Attenuated(Defense):
 
         from secvec.models.sharding import local_shard, reshard
         from secvec.training.gradients import gradient_of, inner, present_gradient
+        from secvec.training.losses import extra_loss
 
-        losses = [partial(_undesired, model, batch) for batch in batches]
+        losses = [partial(extra_loss, model, batch) for batch in batches]
         now = gradient_of(model, losses)
         norm = inner(model, now, now).sqrt().clamp_min(1e-30)
         weights = [local_shard(p.detach()) for p in model.parameters() if p.requires_grad]
@@ -69,11 +69,3 @@ class Attenuated(Defense):
         for gradient, one, other in zip(present_gradient(model), now, after, strict=True):
             gradient += self.weight * (one - other)
         return {"undesired_norm": norm}
-
-
-def _undesired(model: nn.Module, batch: Batch) -> Tensor:
-    """Nats per response token of the undesired samples."""
-    from secvec.data.batch import count_tokens
-    from secvec.training.losses import loss_of_rows, of_step
-
-    return loss_of_rows(model, batch, batch["extra"], of_step(batch, count_tokens(batch)[2], 2))

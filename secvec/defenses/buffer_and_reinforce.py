@@ -27,6 +27,7 @@ class BufferAndReinforce(Defense):
     """
 
     uses_vector: bool = True
+    uses_samples: bool = True
     needs: ClassVar[tuple[Need, ...]] = ("undesired samples", "safe samples")
     epochs: Count = 5
     batch_size: Count = 16
@@ -34,38 +35,40 @@ class BufferAndReinforce(Defense):
     weight: Rate = 1.0
     reinforce: Path | None = None
     """Made by `prepared`."""
+    rank: int = 0
+    """Of the task LoRA, by `prepared`: rounding makes no update of exactly that rank."""
 
     def check(self, run: Run) -> None:
         """Raises ConfigError for a fine-tune of the whole backbone, whose update leaves no other direction."""
         if run.config.tune.lora is None:
             raise ConfigError(f"defense={self.name} merges into a task LoRA: give tune=lora")
-        run.data.check(["vector"])
-        run.data.fit_to(run.backbone.tokenizer, run.backbone.context, ["vector"])
+        super().check(run)
 
     def prepared(self, run: Run) -> BufferAndReinforce:
         """With the ReinforceLoRA."""
-        vector, rows = run.vector, run.own_answers(run.data.vector_samples["undesired"])
-        buffer = Defense(name=self.name, uses_vector=True)
-        plan = Preparation(buffer, rows, (), self.epochs, self.batch_size, self.lr, vector, run.config.tune.lora)
-        return self.model_copy(update={"reinforce": run.prepare(plan) / "task"})
+        vector, rows = run.saved_vector(), run.own_answers(run.data.vector_samples["undesired"])
+        buffer, tune = Defense(name=self.name, uses_vector=True), run.config.tune.lora
+        plan = Preparation(buffer, rows, (), self.epochs, self.batch_size, self.lr, vector, tune)
+        return self.model_copy(update={"reinforce": run.prepare(plan) / "task", "rank": tune.r})
 
     def finish(self, weights: dict[str, Tensor], backbone: Backbone, vector: Path | None) -> dict[str, Tensor]:
         """Computed in float32."""
         from secvec.models.vector import vector_deltas
 
         assert self.reinforce is not None, "the finetune stage prepares the defense"
-        start = {name: weight.float() for name, weight in backbone.load().state_dict().items()}
+        model = backbone.load().float()
+        start, deltas = model.state_dict(), vector_deltas(model, self.reinforce)
         found = {}
-        for name, reinforce in vector_deltas(backbone.load(), self.reinforce).items():
-            update = weights[name].float() - start[name]
-            found[name] = (weights[name].float() + self.weight * outside(update, reinforce)).to(weights[name].dtype)
+        for name, reinforce in deltas.items():
+            merged = outside(weights[name].float() - start[name], reinforce, self.rank)
+            found[name] = (weights[name].float() + self.weight * merged).to(weights[name].dtype)
         return weights | found
 
 
-def outside(update: Tensor, other: Tensor) -> Tensor:
-    """The part of `other` whose columns are orthogonal to those of `update`, both (out, in)."""
+def outside(update: Tensor, other: Tensor, rank: int) -> Tensor:
+    """The part of `other` whose columns are orthogonal to those of `update`, a matrix of that rank; both (out, in)."""
     import torch
 
     left, values, _ = torch.linalg.svd(update, full_matrices=False)
-    basis = left[:, values > values[0] * 1e-5] if values[0] > 0 else left[:, :0]
+    basis = left[:, :rank][:, values[:rank] > 0]
     return other - basis @ (basis.T @ other)

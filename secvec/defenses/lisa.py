@@ -39,13 +39,10 @@ class Lisa(Defense):
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Nats per response token of those rows whose turn it is. The penalty enters by its gradient."""
-        from secvec.data.batch import count_tokens
-        from secvec.training.losses import loss_of_rows, of_step
+        from secvec.training.losses import data_loss, extra_loss
 
-        data, _, safe = count_tokens(batch)
-        if self._turn(batch) < self.safe_steps:
-            return {"loss": loss_of_rows(model, batch, batch["extra"], of_step(batch, safe, 2))}
-        return {"loss": loss_of_rows(model, batch, ~batch["extra"], of_step(batch, data))}
+        loss = extra_loss if self._turn(batch) < self.safe_steps else data_loss
+        return {"loss": loss(model, batch)}
 
     def gradients(self, model: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
         """Adds `rho` (theta - theta_t), after theta_t was taken anew in the first step of a turn."""

@@ -41,18 +41,17 @@ class Noised(Defense):
         """Logged: `stability` and `undesired` in nats per response token, and `mmd`, the mean over layers."""
         import torch
 
-        from secvec.data.batch import IGNORE, count_tokens
+        from secvec.data.batch import IGNORE
         from secvec.models.packing import packs
-        from secvec.training.activations import each_output
-        from secvec.training.losses import loss_of_rows, of_step, rows_of, token_losses
+        from secvec.training.activations import layer_outputs
+        from secvec.training.losses import data_loss, rows_of, token_losses
 
-        stability = loss_of_rows(model, batch, ~batch["extra"], of_step(batch, count_tokens(batch)[0]))
+        stability = data_loss(model, batch)
         undesired = rows_of(batch, batch["extra"])
         labelled = undesired["labels"] != IGNORE
         given = undesired["attention_mask"].bool()
         at = labelled[given] if packs(model, undesired["attention_mask"]) else labelled.flatten()
-        outputs: list[Tensor] = []
-        with each_output(model, lambda _, hidden: outputs.append(hidden) or hidden):  # type: ignore[func-returns-value]
+        with layer_outputs(model) as outputs:
             nats = token_losses(model, undesired).sum() / labelled[:, 1:].sum().clamp_min(1)
         drawn = torch.Generator().manual_seed(batch.get("step", 0))  # a resumed training draws the same
         states = [hidden.flatten(0, -2)[at.to(hidden.device)].float() for hidden in outputs]

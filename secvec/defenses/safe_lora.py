@@ -38,7 +38,8 @@ class SafeLora(Defense):
         from secvec.models.vector import vector_deltas
 
         assert vector is not None
-        start, deltas = backbone.load().float().state_dict(), vector_deltas(backbone.load(), vector)
+        model = backbone.load().float()
+        start, deltas = model.state_dict(), vector_deltas(model, vector)
         projected = {name: self.projected(weights[name].float() - start[name], delta) for name, delta in deltas.items()}
         return weights | {name: (start[name] + update).to(weights[name].dtype) for name, update in projected.items()}
 

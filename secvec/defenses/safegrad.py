@@ -37,10 +37,9 @@ class SafeGrad(Defense):
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Nats per response token of the data."""
-        from secvec.data.batch import count_tokens
-        from secvec.training.losses import loss_of_rows, of_step
+        from secvec.training.losses import data_loss
 
-        return {"loss": loss_of_rows(model, batch, ~batch["extra"], of_step(batch, count_tokens(batch)[0]))}
+        return {"loss": data_loss(model, batch)}
 
     def gradients(self, model: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
         """Logged: `cosine` of g and s, below 0 where they conflict; 0 where s is 0, as in the first step."""

@@ -39,11 +39,10 @@ class Perturbed(Defense):
         import torch
         import torch.distributed as dist
 
-        from secvec.training.activations import each_output
+        from secvec.training.activations import each_output, layer_outputs
         from secvec.training.losses import response_loss
 
-        outputs: list[Tensor] = []
-        with each_output(model, lambda _, hidden: outputs.append(hidden) or hidden):  # type: ignore[func-returns-value]
+        with layer_outputs(model) as outputs:
             plain = response_loss(model, batch)
         gradients = torch.autograd.grad(plain, outputs)
         square = torch.stack([gradient.float().square().sum() for gradient in gradients]).sum()

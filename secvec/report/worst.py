@@ -49,25 +49,28 @@ def by_defense(groups: Iterable[Group]) -> dict[str, list[Group]]:
     return found
 
 
-def learned(comparison: Comparison) -> list[Group]:
-    """The groups in whose configuration the plain fine-tune still learns the task, or was not run."""
-    plain = {(group.scope, _place(comparison, group)): group for group in comparison.groups if group.defense == "none"}
-    skill = {key: found.mean for key, group in plain.items() if (found := group.estimate("task_accuracy"))}
+def learned(comparison: Comparison) -> dict[str, Group | None]:
+    """The groups in whose configuration the plain fine-tune learns the task, or was not run: label -> its group."""
+
+    def place(group: Group) -> tuple[object, ...]:
+        """The configuration, without what belongs to a defense and its vector."""
+        values = zip(comparison.keys, group.values, strict=True)
+        return (group.scope, *((k, v) for k, v in values if v and k.split(".")[0] not in ("defense", "vector")))
+
+    def skill(group: Group | None) -> float | None:
+        found = group.estimate("task_accuracy") if group else None
+        return found.mean if found else None
+
+    plain = {place(group): group for group in comparison.groups if group.defense == "none"}
     most: dict[tuple[str, str], float] = {}
-    for (scope, _), value in skill.items():
-        most[scope] = max(value, most.get(scope, 0.0))
-
-    def learns(group: Group) -> bool:
-        value = skill.get((group.scope, _place(comparison, group)))
-        return value is None or value >= LEARNS * most[group.scope]
-
-    return [group for group in comparison.groups if learns(group)]
-
-
-def _place(comparison: Comparison, group: Group) -> tuple[tuple[str, str], ...]:
-    """The configuration of `group`, without what belongs to its defense and vector."""
-    values = zip(comparison.keys, group.values, strict=True)
-    return tuple((key, value) for key, value in values if value and key.split(".")[0] not in ("defense", "vector"))
+    for group in plain.values():
+        most[group.scope] = max(skill(group) or 0.0, most.get(group.scope, 0.0))
+    beside = [(group, plain.get(place(group))) for group in comparison.groups]
+    return {
+        group.label: found
+        for group, found in beside
+        if (value := skill(found)) is None or value >= LEARNS * most[group.scope]
+    }
 
 
 def worst_table(comparison: Comparison) -> Table:
@@ -75,8 +78,8 @@ def worst_table(comparison: Comparison) -> Table:
 
     Empty without several configurations. Those in which the plain fine-tune does not learn the task are left out.
     """
-    kept = learned(comparison)
-    plain = {(group.scope, _place(comparison, group)): group for group in kept if group.defense == "none"}
+    plain = learned(comparison)
+    kept = [group for group in comparison.groups if group.label in plain]
     ranked: list[tuple[float, Row]] = []
     names = [name for name in BESIDE if any(group.estimate(name) for group in kept)]
     for defense, groups in by_defense(kept).items():
@@ -88,7 +91,7 @@ def worst_table(comparison: Comparison) -> Table:
         cells = [Cell(found.label.removeprefix(defense).lstrip(" ·") or "the only one")]
         cells += [cell(found.estimate(name), METRICS[name]) for name in names]
         cells.append(Cell(f"{text(min(rates))} to {text(max(rates))}", count=f"{len(rates)} configurations"))
-        cells += _price(found, plain.get((found.scope, _place(comparison, found))))
+        cells += _price(found, plain[found.label])
         ranked.append((max(rates), Row(defense, cells)))
     rows = [row for _, row in sorted(ranked, key=lambda one: one[0])]
     heads = [METRICS[name].title for name in names]
@@ -98,38 +101,32 @@ def worst_table(comparison: Comparison) -> Table:
         columns = columns[: -len(PRICE)]
     several = len(kept) > len(rows)
     sections = [("", rows)] if rows and several else []
-    table = Table(columns, sections, "Worst case", "Defense", "Worst case of each defense", READING)
-    return replace(table, left_out=_left_out(comparison, kept))
+    out = len(comparison.groups) - len(kept)
+    left_out = (
+        f"Left out: {out:,} of {len(comparison.groups):,} configurations, where the plain fine-tune reaches less than "
+        f"{LEARNS:.0%} of its highest task accuracy."
+    )
+    caption = "Worst case of each defense"
+    return Table(columns, sections, "Worst case", "Defense", caption, READING, left_out if out else "")
 
 
 def _price(group: Group, plain: Group | None) -> list[Cell]:
     """What the defense needs; the time of its fine-tune as a multiple of the plain one's; memory."""
-    needs = ", ".join(group.runs[0].record.needs)
+
+    def middle(values: Iterable[float | None]) -> float:
+        """The median of what is known; 0: nothing is."""
+        return median([value for value in values if value is not None] or [0.0])
+
     seconds, those = (
-        _median([run.record.wall_seconds.get("finetune") for run in g.runs]) for g in (group, plain or group)
+        middle(run.record.wall_seconds.get("finetune") for run in (one.runs if one else ())) for one in (group, plain)
     )
-    ratio = f"{seconds / those:.2f}" if plain and seconds and those else ""
-    peak = _median([run.record.peak_bytes.get("gpu") or run.record.peak_bytes.get("host") for run in group.runs])
-    return [
-        Cell(needs) if needs else Cell(),
-        Cell(ratio) if ratio else Cell(),
-        Cell(f"{peak / 1e9:.1f} GB") if peak else Cell(),
+    peak = middle(run.record.peak_bytes.get("gpu") or run.record.peak_bytes.get("host") for run in group.runs)
+    texts = [
+        ", ".join(group.runs[0].record.needs),
+        f"{seconds / those:.2f}" if seconds and those else "",
+        f"{peak / 1e9:.1f} GB" if peak else "",
     ]
-
-
-def _median(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return median(known) if known else None
-
-
-def _left_out(comparison: Comparison, kept: list[Group]) -> str:
-    out = len(comparison.groups) - len(kept)
-    if not out:
-        return ""
-    return (
-        f"Left out: {out:,} of {len(comparison.groups):,} configurations, where the plain fine-tune reaches less than "
-        f"{LEARNS:.0%} of its highest task accuracy."
-    )
+    return [Cell(text or ABSENT) for text in texts]
 
 
 def focus(comparison: Comparison) -> Comparison:

@@ -18,6 +18,7 @@ from secvec.data.datamodule import training_loader
 from secvec.data.draw import data_hash, draw_benign
 from secvec.data.encode import encode
 from secvec.data.example import Example, Stream
+from secvec.defenses.base import Defense
 from secvec.errors import ConfigError, GateError
 from secvec.metrics import Measurements
 from secvec.models.backbone import Backbone, locate
@@ -97,7 +98,7 @@ def _train(run: Run, examples: Sequence[Example], work: Path, out: Path) -> None
         align.num_undesired,
         align.num_benign,
     )
-    module = run.module("finetune", backbone, lr=align.lr, undefended=True)
+    module = run.module("finetune", backbone, lr=align.lr, defense=Defense(name="none"))
     rows = encode(examples, backbone.tokenizer, backbone.context)
     data = training_loader([(rows, align.batch_size)], align.seed)
     training = Training(work, "align", LEARNING_RATE, align.seed, align.epochs, config.trainer.alone(), False)

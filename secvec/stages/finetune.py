@@ -26,7 +26,7 @@ from secvec.runs.files import atomic_path, write_atomic
 from secvec.runs.keys import content_key
 from secvec.settings.target import to_target
 from secvec.stages.base import Stage, Workload, training_key
-from secvec.stages.vector import saved_vector, train_vector
+from secvec.stages.vector import train_vector
 from secvec.training.telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class FinetuneStage(Stage):
         if meanwhile.every_n_steps:
             run.evaluator(run.data.validation(meanwhile.num_prompts)).check(run.inference_module(backbone))
         if config.vector.path or "vector" not in config.stages:
-            saved_vector(run)
+            run.saved_vector()
         config.defense.check(run)
         check_savable(backbone)
         _check_disk(run)
@@ -132,7 +132,7 @@ class FinetuneStage(Stage):
         the last are kept in the cache: a run of eight cycles goes on where a run of four ended.
         """
         config = run.config = run.config.model_copy(update={"defense": run.config.defense.prepared(run)})
-        data, backbone, vector = run.data, config.defense.starting(run), saved_vector(run)
+        data, backbone, vector = run.data, config.defense.starting(run), run.saved_vector()
         mixtures = [config.defense.training_samples(run, mixture) for mixture in data.mixtures]
         if mixtures != data.mixtures:
             data.mixtures = mixtures

@@ -16,7 +16,6 @@ from secvec.metrics import Measurements, perplexity
 from secvec.models.vector import attach_frozen_vector
 from secvec.stages.base import Stage, Workload
 from secvec.stages.finetune import REFITTED
-from secvec.stages.vector import saved_vector
 
 if TYPE_CHECKING:
     from secvec.module import SecVecModule
@@ -65,7 +64,7 @@ class InferStage(Stage):
         after = run.evaluate(module, "after", leaks=True)
         compared = _distance(run, base, module, after) | leak_above_base(before.predictions, after.predictions)
         run.save_results(after, EvaluationResult(compared, []))
-        vector = folder / REFITTED if run.config.refits else saved_vector(run)
+        vector = folder / REFITTED if run.config.refits else run.saved_vector()
         if vector is None:
             active = after.as_phase("active")
         else:

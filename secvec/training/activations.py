@@ -59,8 +59,7 @@ def change_outputs(model: nn.Module, number: int | None, directions: Tensor, cha
         if not module.training:
             return output
         hidden = _hidden(output)
-        changed = change(hidden, module.directions.to(hidden.dtype))
-        return changed if isinstance(output, Tensor) else (changed, *output[1:])
+        return _with_hidden(output, change(hidden, module.directions.to(hidden.dtype)))
 
     layer.register_forward_hook(hook)
 
@@ -70,11 +69,7 @@ def each_output(model: nn.Module, change: Callable[[int, Tensor], Tensor]) -> It
     """Inside, the outputs h (..., H) of each transformer layer are `change(number, h)`, with numbers from 0."""
 
     def hook(number: int) -> Callable[..., Any]:
-        def changed(_: Any, __: Any, output: Any) -> Any:
-            hidden = change(number, _hidden(output))
-            return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
-
-        return changed
+        return lambda _, __, output: _with_hidden(output, change(number, _hidden(output)))
 
     handles = [layer.register_forward_hook(hook(number)) for number, layer in enumerate(layers(model))]
     try:
@@ -82,6 +77,23 @@ def each_output(model: nn.Module, change: Callable[[int, Tensor], Tensor]) -> It
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def layer_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside, the outputs (..., H) of all transformer layers are added to the list, in the order in which they run."""
+    outputs: list[Tensor] = []
+
+    def read(_: int, hidden: Tensor) -> Tensor:
+        outputs.append(hidden)
+        return hidden
+
+    with each_output(model, read):
+        yield outputs
+
+
+def _with_hidden(output: Any, hidden: Tensor) -> Any:
+    return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
 
 def _hidden(output: Any) -> Tensor:

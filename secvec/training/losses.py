@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secvec.data.batch import IGNORE, Batch
+from secvec.data.batch import IGNORE, Batch, count_tokens
 from secvec.models.kept import with_kept_weights
 from secvec.models.logits import logits_at, places_of
 from secvec.models.vector import vector_off
@@ -89,6 +89,16 @@ def rows_of(batch: Batch, mine: Tensor) -> Batch:
 def loss_of_rows(model: nn.Module, batch: Batch, mine: Tensor, count: Tensor) -> Tensor:
     """The nats of all labels in the rows `mine` (B,) of the batch, divided by `count` over all processes."""
     return global_mean(token_losses(model, rows_of(batch, mine)).sum(), count)
+
+
+def data_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Nats per response token of the rows that are no extra ones."""
+    return loss_of_rows(model, batch, ~batch["extra"], of_step(batch, count_tokens(batch)[0]))
+
+
+def extra_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Nats per response token of the extra rows."""
+    return loss_of_rows(model, batch, batch["extra"], of_step(batch, count_tokens(batch)[2], 2))
 
 
 def loss_and_divergence(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

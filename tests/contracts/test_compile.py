@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 
 from secvec.models.packing import enable_packing
 from secvec.module import SecVecModule
-from secvec.settings.schema import ModelSettings
 from tests.contracts.test_defense_hooks import BATCHES, TOKENIZER, trained
 from tests.contracts.test_foreign_adapters import lora, saved_by_peft
 from tests.contracts.test_vector import fresh
@@ -33,8 +32,7 @@ def _nothing_is_compiled_before() -> Iterator[None]:
 def fit(compile: str | None, vector: Path) -> list[Tensor]:
     model = fresh()
     assert enable_packing(model)
-    backbone = InMemory(model, TOKENIZER)
-    object.__setattr__(backbone, "settings", ModelSettings(name="m", name_or_path="in-memory", compile=compile))  # type: ignore[arg-type]
+    backbone = InMemory(model, TOKENIZER, compile=compile)
     sgd = {"_target_": "torch.optim.SGD", "lr": 0.05}
     module = SecVecModule("finetune", backbone, vector, optimizer=sgd)
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}

@@ -517,21 +517,32 @@ def test_the_starting_model_is_trained_once_more(make_config: Make, name: str) -
 
 def test_what_is_merged_lies_outside_the_task_lora_by_hand() -> None:
     update, other = torch.tensor([[2.0, 5.0], [0.0, 0.0]]), torch.tensor([[3.0, 3.0], [4.0, -4.0]])
-    torch.testing.assert_close(outside(update, other), torch.tensor([[0.0, 0.0], [4.0, -4.0]]))
-    assert torch.equal(outside(torch.zeros(2, 2), other), other)
+    torch.testing.assert_close(outside(update, other, 1), torch.tensor([[0.0, 0.0], [4.0, -4.0]]))
+    assert torch.equal(outside(torch.zeros(2, 2), other, 1), other)
 
 
 def test_buffer_and_reinforce_merges_what_the_task_lora_does_not_write_to(vector: Path) -> None:
     start = {name: weight.clone() for name, weight in fresh().state_dict().items()}
     torch.manual_seed(3)
     task = torch.randn(start[Q].shape[0], 2) @ torch.randn(2, start[Q].shape[1])
-    defense = BufferAndReinforce(name="b", lr=1.0, weight=0.5, reinforce=vector)
+    defense = BufferAndReinforce(name="b", lr=1.0, weight=0.5, reinforce=vector, rank=2)
     found = defense.finish(start | {Q: start[Q] + task}, Loads(), None)  # type: ignore[arg-type]
     merged, delta = found[Q] - start[Q] - task, vector_deltas(fresh(), vector)[Q]
     assert float((task.T @ merged).abs().max()) < 1e-4 * float(task.norm())
     basis = torch.linalg.qr(task)[0][:, :2]
     torch.testing.assert_close(merged, 0.5 * (delta - basis @ basis.T @ delta), rtol=0, atol=1e-5)
     assert merged.abs().max() > 0.01 and found.keys() == start.keys()
+
+
+def test_rounding_is_no_direction_of_the_task_lora() -> None:
+    """A small update of rank 2, taken from weights of float32: what is left of it by rounding has full rank."""
+    torch.manual_seed(3)
+    start, other = torch.randn(64, 64), torch.randn(64, 64)
+    task = 1e-5 * torch.randn(64, 2) @ torch.randn(2, 64)
+    update = (start + task) - start
+    assert int(torch.linalg.matrix_rank(update, rtol=1e-5)) == 64
+    left_out = other - outside(update, other, 2)
+    assert int(torch.linalg.matrix_rank(left_out, rtol=1e-4)) == 2
 
 
 def test_buffer_and_reinforce_needs_a_task_lora(make_config: Make) -> None:

@@ -25,6 +25,8 @@ from tests.contracts.test_stages import weights
 # keeps the comparison about the strategies. float64 where the strategy can (FSDP2 under Lightning cannot).
 SMOOTH = ["optimizer.eps=1e-2", "optimizer.lr=1e-2", "vector.lr=1e-1"]
 CASES = {"ddp": ("64-true", 1e-9), "fsdp": ("32-true", 1e-5), "hsdp": ("32-true", 1e-5)}
+LEAST = {"hsdp": 1e-7}
+"""Differences below it are rounding: a KL term of 4e-4 is made of float32 logarithms near 1."""
 COPIES = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=4", "trainer.replicas=2"]
 """Two copies of the weights, each sharded over two of four processes."""
 HALVES = [
@@ -70,9 +72,8 @@ def test_several_processes_compute_what_one_does(
     for key, value in first.items():
         # a speed, and a ratio of norms, which their own losses check
         if not key[2].endswith(("tokens_per_second", "suppression_ratio")):
-            assert second[key] == pytest.approx(value, rel=max(tolerance, 1e-6), abs=tolerance / 100), (
-                key
-            )  # logged as float32
+            near = {"rel": max(tolerance, 1e-6), "abs": LEAST.get(strategy)}  # logged as float32
+            assert second[key] == pytest.approx(value, **near), key
     for artifact in ("vector", "backbone", *(["task"] if tune == "lora" else [])):
         assert {f.name for f in (two / artifact).iterdir()} == {
             f.name for f in (Path(one.run_dir) / artifact).iterdir()

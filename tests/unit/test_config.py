@@ -127,13 +127,10 @@ def jobs_of(config: Any, every: bool) -> list[list[str]]:
     return list(map(list, jobs))
 
 
-EVERY = pytest.mark.parametrize(
+@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize(
     "every", [pytest.param(False, id="values"), pytest.param(True, id="jobs", marks=pytest.mark.slow)]
 )
-
-
-@pytest.mark.parametrize("name", EXPERIMENTS)
-@EVERY
 def test_every_job_of_an_experiment_validates(name: str, every: bool, tmp_path: Path) -> None:
     """And an ablation has its samples: a sweep over their number must not end in the job that asks for too many."""
     config = by_hydra(f"experiment={name}", with_hydra=True)
@@ -153,6 +150,7 @@ def test_every_job_of_an_experiment_validates(name: str, every: bool, tmp_path: 
         for run in asked.values():
             samples = samples_of(checked_data(run), run.stages)
             assert len(samples["undesired"]) >= run.data.counts[0] and samples["test"]
+        assert asked
 
 
 # -- faults
