@@ -535,12 +535,12 @@ def test_buffer_and_reinforce_merges_what_the_task_lora_does_not_write_to(vector
 
 
 def test_rounding_is_no_direction_of_the_task_lora() -> None:
-    """A small update of rank 2, taken from weights of float32: what is left of it by rounding has full rank."""
+    """A small update of rank 2, taken from weights of float32: rounding adds directions to it, tens of them."""
     torch.manual_seed(3)
     start, other = torch.randn(64, 64), torch.randn(64, 64)
     task = 1e-5 * torch.randn(64, 2) @ torch.randn(2, 64)
     update = (start + task) - start
-    assert int(torch.linalg.matrix_rank(update, rtol=1e-5)) == 64
+    assert int(torch.linalg.matrix_rank(update, rtol=1e-5)) > 50
     left_out = other - outside(update, other, 2)
     assert int(torch.linalg.matrix_rank(left_out, rtol=1e-4)) == 2
 
