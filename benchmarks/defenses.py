@@ -1,18 +1,19 @@
-"""Every defense on the tiny model, all tuned alike: `python benchmarks/defenses.py`; three hours on 2 cores.
+"""Every defense on the tiny model, all tuned alike: `python benchmarks/defenses.py`.
 
 1. Each defense gets four runs to choose one setting by, those of `SETTINGS`, on validation prompts of a seed that is
    used for nothing else, at the highest rate. Chosen is the lowest behavior rate among those whose task accuracy is
    within .05 of the plain fine-tune's; where there is none, the highest task accuracy.
 2. `experiment=bench` with that setting: three seeds, at each of `POINTS`. Test prompts.
 
-What is finished is not run again. The choices go into results/bench/tuning.json, the records into
-results/bench/report.json, the table of worst cases into docs/results.md; `--table` makes the table again.
+What is finished is not run again. The choices go into results/bench/tuning.json, the report and
+its records into results/bench, the table of worst cases into docs/results.md; `--table` makes the table again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -129,7 +130,11 @@ def main() -> None:
             for sweep, overrides in POINTS.items():
                 setting = [f"{one['setting']}={one['chosen']}"] if one else []
                 multirun(name, f"sweep={sweep}", *overrides, "seed=0,1,2", *setting)
-        keep([record for sweep in POINTS for record in records(sweep)], RECORDS)
+        made = ROOT / "outputs" / "bench_report"
+        sweeps = [ROOT / "outputs" / sweep for sweep in POINTS]
+        subprocess.run([sys.executable, "-m", "secvec.report", *sweeps, "--to", made], cwd=ROOT, check=True)
+        for name in (RECORDS.name, "report.md"):
+            shutil.copy(made / name, RECORDS.parent)
     show(table(json.loads(RECORDS.read_text(encoding="utf-8"))), __file__, PAGE, "Every defense, tuned alike")
 
 
