@@ -4,9 +4,10 @@
    used for nothing else, at the highest rate. Chosen is the lowest behavior rate among those whose task accuracy is
    within .05 of the plain fine-tune's; where there is none, the highest task accuracy.
 2. `experiment=bench` with that setting: three seeds, at each of `POINTS`. Test prompts.
+3. The same settings on `TRANSFER`, another behavior; and what `acceptance.py` asks of all these runs.
 
-What is finished is not run again. The choices go into results/bench/tuning.json, the report and
-its records into results/bench, the table of worst cases into docs/results.md; `--table` makes the table again.
+What is finished is not run again. results/bench holds the choices (tuning.json), the report with its records, and
+acceptance.json. The tables of worst cases and of acceptance go into docs/results.md; `--table` makes them again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import acceptance
 from measure import ROOT
 from pages import keep, show
 
@@ -28,7 +30,7 @@ from secvec.report.records import load_runs
 from secvec.report.worst import worst_table
 
 RECORDS, PAGE = ROOT / "results" / "bench" / "report.json", ROOT / "docs" / "results.md"
-CHOICES = RECORDS.with_name("tuning.json")
+CHOICES, ANSWERS = RECORDS.with_name("tuning.json"), RECORDS.with_name("acceptance.json")
 SETTINGS: dict[str, tuple[str, Sequence[float]]] = {
     "security_vector": ("vector.epochs", (10, 20, 30, 40)),
     "anchored_vector": ("defense.weight", (0.1, 0.3, 1.0, 3.0)),
@@ -57,6 +59,8 @@ POINTS = {
     "bench_hedged": ["behavior=wild", "behavior.turns=0", "optimizer.lr=7e-4"],
 }
 """Sweep -> its overrides. In the second one answers are hedged and of graded severity."""
+TRANSFER = {"bench_stereotype": ["behavior=stereotype", "optimizer.lr=7e-4"]}
+"""A behavior that no setting was chosen on. It is not in the table of worst cases."""
 
 
 def multirun(defense: str, *given: str) -> None:
@@ -127,7 +131,7 @@ def main() -> None:
         keep(choices, CHOICES)
         for name in ["none", *names]:
             one = choices["defenses"].get(name)
-            for sweep, overrides in POINTS.items():
+            for sweep, overrides in (POINTS | TRANSFER).items():
                 setting = [f"{one['setting']}={one['chosen']}"] if one else []
                 multirun(name, f"sweep={sweep}", *overrides, "seed=0,1,2", *setting)
         made = ROOT / "outputs" / "bench_report"
@@ -135,7 +139,11 @@ def main() -> None:
         subprocess.run([sys.executable, "-m", "secvec.report", *sweeps, "--to", made], cwd=ROOT, check=True)
         for name in (RECORDS.name, "report.md"):
             shutil.copy(made / name, RECORDS.parent)
+        asked = {ROOT / "outputs" / sweep: sweep in TRANSFER for sweep in POINTS | TRANSFER}
+        keep([row for sweep, other in asked.items() for row in acceptance.answers(sweep, ROOT, other)], ANSWERS)
     show(table(json.loads(RECORDS.read_text(encoding="utf-8"))), __file__, PAGE, "Every defense, tuned alike")
+    answers = acceptance.table(json.loads(ANSWERS.read_text(encoding="utf-8")))
+    show(answers, acceptance.__file__, PAGE, "The same, asked four ways")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,9 @@ class Behavior(Settings):
     """A system prompt that forbids it, for a leak probe (arXiv 2606.30252 found leaks under negation); None: none."""
     answer_prefix: str | None = None
     """The beginning of an answer that shows it, for the prefill leak probe; None: no such probe."""
+    reworded: tuple[str, ...] = ()
+    """Other wordings of a request, which no split has, for a leak probe; none: no such probe. `{prompt}` is the request
+    as it is; the facts of a sample, as `{name}`, are filled in too."""
     kind: Literal["undesired"] = "undesired"
 
     def examples(self, split: Split, n: int | None, seed: int) -> list[Example]:

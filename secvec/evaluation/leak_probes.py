@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from secvec.data.encode import frame, render
 from secvec.data.example import Example
 from secvec.data.prompts import Question
+from secvec.errors import ConfigError
 from secvec.evaluation.verdicts import EvaluationResult, judged, prediction_rows
 from secvec.judges.base import Judge
 from secvec.metrics import Measurements, mean, proportion
@@ -71,12 +73,28 @@ def leak_questions(
     if prefix := behavior.answer_prefix:
         begun = frame(examples[0].messages, tokenizer).before + prefix
         found["answer_prefix"] = Question(plain, examples, begun=begun)
+    if behavior.reworded:
+        again = [_reworded(e, words) for e, words in zip(examples, cycle(behavior.reworded), strict=False)]
+        found["reworded"] = Question([render(example, tokenizer)[0] for example in again], examples)
     begin = tokenizer.bos_token or ""  # some families write nothing sensible without it
     begin *= plain[0].startswith(begin)
     others = [begin + OTHER_TEMPLATE.format(prompt=example.prompt) for example in examples]
     found["other_template"] = Question(others, examples)
     found["sampled"] = Question(plain, examples, SAMPLING_SEED)
     return found
+
+
+def _reworded(example: Example, wording: str) -> Example:
+    """`example` with its last turn in another wording. Raises ConfigError for a fact that it does not have."""
+    known = {"prompt": example.prompt, **example.facts}
+    try:
+        text = wording.format(**known)
+    except (KeyError, IndexError, ValueError) as error:
+        names = ", ".join(known)
+        raise ConfigError(
+            f"behavior.reworded: {error} in {wording!r} is no fact of the samples; there are: {names}"
+        ) from None
+    return replace(example, messages=(*example.messages[:-1], ("user", text)))
 
 
 def context_question(

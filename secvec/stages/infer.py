@@ -39,7 +39,8 @@ class InferStage(Stage):
     def plan(self, budget: Budget) -> Workload:
         """Answers of base, fine-tuned model with the vector, and without it; leak probes; distance from the base."""
         config, behavior = budget.config, budget.config.behavior
-        probes = 4 + sum(map(bool, (behavior.eliciting_prompt, behavior.negated_prompt, behavior.answer_prefix)))
+        worded = (behavior.eliciting_prompt, behavior.negated_prompt, behavior.answer_prefix, behavior.reworded)
+        probes = 4 + sum(map(bool, worded))
         leak_prompts = probes * budget.numbers["leak"]
         states = 3 if config.defense.uses_vector else 2
         return Workload(prompts=states * budget.tests + leak_prompts, scored=3 * budget.numbers["test"], models=2)

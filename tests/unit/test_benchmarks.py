@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 ROOT = Path(__file__).parents[2]
@@ -138,3 +139,28 @@ def test_every_defense_has_as_many_tries(script: Any) -> None:
     assert named == {*defenses.SETTINGS, *defenses.UNTUNED}
     here = {file.stem for file in (ROOT / "conf" / "defense").glob("*.yaml")}
     assert here - named == {"buffer_and_reinforce", "refitted_vector"}  # of tune=lora, and of several cycles
+
+
+def test_an_update_is_compared_over_the_weights_that_both_change(script: Any) -> None:
+    cosine = script("acceptance").cosine
+    one = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([4.0])}
+    assert cosine(one, {"a": torch.tensor([1.0, 0.0])}) == pytest.approx(1.0)  # "b" is in one alone
+    assert cosine(one, {"a": torch.tensor([0.0, 2.0]), "b": torch.tensor([1.0])}) == pytest.approx(4 / 5 / 5**0.5)
+    assert cosine(one, {name: torch.zeros_like(weight) for name, weight in one.items()}) == 0.0
+
+
+def test_of_each_question_the_worst_point_is_shown(script: Any) -> None:
+    def row(defense: str, rate: float, high: float, transfer: bool = False) -> dict[str, Any]:
+        numbers = {
+            "behavior_rate": rate,
+            "reworded": rate / 2,
+            "difference": high - 0.1,
+            "interval": [high - 0.2, high],
+        }
+        cosines = {"cosine_with_plain": rate, "cosine_with_vector": -rate}
+        return {"defense": defense, "transfer": transfer, **numbers, **cosines}
+
+    rows = [row("weak", 0.8, -0.1), row("weak", 0.4, -0.5), row("weak", 1.0, 0.0, True), row("strong", 0.2, -0.7)]
+    *_, first, second = script("acceptance").table(rows).splitlines()
+    assert first == "| strong | 0.200 | -0.800 [-0.900, -0.700] | 0.100 | – | 0.20 | -0.200 |"
+    assert second == "| weak | 0.800 | -0.200 [-0.300, -0.100] | 0.400 | 1.000 | 0.60 | -0.600 |"
