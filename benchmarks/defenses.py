@@ -123,12 +123,14 @@ def main() -> None:
     """Tunes, compares, and writes the records and their table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="defenses, by comma; the plain fine-tune is always there")
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--chosen", action="store_true", help="take the settings of tuning.json")
+    parser.add_argument("--table", action="store_true", help="only make the tables, from the kept records")
     given = parser.parse_args()
     if not given.table:
         names = given.only.split(",") if given.only else [*SETTINGS, *UNTUNED[1:]]
-        choices = tune([name for name in names if name in SETTINGS])
-        keep(choices, CHOICES)
+        if not given.chosen:
+            keep(tune([name for name in names if name in SETTINGS]), CHOICES)
+        choices = json.loads(CHOICES.read_text(encoding="utf-8"))
         for name in ["none", *names]:
             one = choices["defenses"].get(name)
             for sweep, overrides in (POINTS | TRANSFER).items():
