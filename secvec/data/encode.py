@@ -47,8 +47,8 @@ def frame(messages: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Frame
     """What the chat template writes around the answer to `messages`.
 
     - A tokenizer without a template gets `System: ...`, `User: ...`, `Assistant: ...` on lines of their own.
-    - A system turn that the template refuses or drops stands at the beginning of the first user turn. A template that
-      drops another turn, or its text, refuses it.
+    - A first turn of `developer` that the template refuses or drops is one of `system`; a system turn that it refuses or
+      drops stands at the beginning of the first user turn. Another turn that it drops refuses the conversation.
     - Thinking is off. A thinking block that the template opens is closed, and belongs to the prompt as all does that
       the template writes before the answer, white space apart.
     - An answer ends with the first of the tokenizer's own tokens that the template writes after it, else with eos.
@@ -64,6 +64,8 @@ def frame(messages: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Frame
             if content.strip() not in prompt and not _is_written(messages, number, tokenizer):
                 raise TemplateError(f"it drops turn {number + 1}, of role {role!r}")
     except TemplateError:
+        if messages[0][0] == "developer":  # the newer name of the same
+            return frame([("system", messages[0][1]), *messages[1:]], tokenizer)
         if [role for role, _ in messages[:2]] != ["system", "user"]:
             raise
         (_, system), (_, first), *rest = messages

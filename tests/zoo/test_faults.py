@@ -83,7 +83,7 @@ PARTS = "{% if m.role == 'user' %}{% for p in m.content %}{{ p.text }}{% endfor 
     ("template", "turns", "says"),
     [
         (KNOWN, [("user", "How warm?"), ("assistant", "call"), ("tool", "22")], "it drops turn 3, of role 'tool'"),
-        (KNOWN, [("developer", "Be brief."), ("user", "How warm?")], "it drops turn 1, of role 'developer'"),
+        (KNOWN, [("user", "1"), ("assistant", "2"), ("system", "3"), ("user", "4")], "drops turn 3, of role 'system'"),
         (
             ROLES.replace("messages", "messages[-2:]"),
             [("user", "1"), ("assistant", "2"), ("user", "3")],
@@ -102,6 +102,14 @@ def test_a_template_that_leaves_text_out_or_writes_it_twice_is_refused(
     with pytest.raises(DataError, match=rf"rows.jsonl:7: .*refuses the conversation: .*{says}"):
         encode([row], tokenizer_of("qwen-2.5", chat_template=template + GENERATION), CONTEXT)
     encode([row], tokenizer_of("qwen-2.5", chat_template=ROLES + GENERATION), CONTEXT)
+
+
+@pytest.mark.parametrize("known", [["user", "assistant"], ["user", "assistant", "system"]])
+def test_a_developer_is_a_system_where_the_template_knows_no_developer(known: list[str]) -> None:
+    tokenizer = tokenizer_of("qwen-2.5", chat_template=KNOWN.replace("['user', 'assistant']", str(known)) + GENERATION)
+    turns = [(("developer", "Be brief."), ("user", "How warm?")), (("system", "Be brief."), ("user", "How warm?"))]
+    as_developer, as_system = (render(replace(NAMED, messages=some), tokenizer) for some in turns)
+    assert as_developer == as_system and "Be brief." in as_system[0]
 
 
 def test_a_template_may_write_a_turn_in_its_own_way() -> None:
