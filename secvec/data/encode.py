@@ -47,8 +47,8 @@ def frame(messages: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Frame
     """What the chat template writes around the answer to `messages`.
 
     - A tokenizer without a template gets `System: ...`, `User: ...`, `Assistant: ...` on lines of their own.
-    - A first turn of `developer` that the template refuses or drops is one of `system`; a system turn that it refuses or
-      drops stands at the beginning of the first user turn. Another turn that it drops refuses the conversation.
+    - A first turn of `developer` that the template refuses or drops is one of `system`. A system turn that it refuses
+      or drops stands at the beginning of the first user turn. Another turn that it drops refuses the conversation.
     - Thinking is off. A thinking block that the template opens is closed, and belongs to the prompt as all does that
       the template writes before the answer, white space apart.
     - An answer ends with the first of the tokenizer's own tokens that the template writes after it, else with eos.

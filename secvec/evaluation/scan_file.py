@@ -94,8 +94,8 @@ class ScanFile:
         fitting = Fitting(lambda rows, size: encoded(rows, tokenizer, size, cache), context, config.data.too_long)
         examples, benign = (fitting.fit(list(rows)) for rows in (self.examples, self.benign))
         fitting.check()
-        for file, before, left in ((self.source, self.examples, examples), (settings.benign_file, self.benign, benign)):
-            if before and not left:
+        for file, given, left in ((self.source, self.examples, examples), (settings.benign_file, self.benign, benign)):
+            if given and not left:
                 raise DataError(
                     f"{file}: no row fits into the model's context of {context} tokens, so there is no score"
                 )
