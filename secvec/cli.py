@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shlex
@@ -32,6 +33,8 @@ from secvec.settings.conf import CONF
 from secvec.settings.messages import renamed
 
 USER_ERROR = 2
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""A disk that is full or may not be written: the user's to mend."""
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 
 
@@ -58,23 +61,25 @@ def _start(command: str, cfg: DictConfig) -> None:
 
 def run_command(config_name: str, task: Callable[[DictConfig], None]) -> int:
     """Runs `task` with conf/`config_name`.yaml and the command line, once or as a multirun. Returns the exit code."""
-    errors: list[SecVecError] = []
+    errors: list[tuple[Exception, DictConfig]] = []
 
     @wraps(task)
     def job(cfg: DictConfig) -> None:
         try:
             task(cfg)
-        except SecVecError as error:
+        except Exception as error:
             with suppress(OSError):  # Hydra makes the run folder before the settings are checked
                 Path(HydraConfig.get().runtime.output_dir).rmdir()
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise  # Hydra's own launchers must see that the job failed
-            errors.append(error)  # raised below: Hydra would print lines of its own
+            composed = DictConfig({"hydra": HydraConfig.get()}, flags={"readonly": True})
+            errors.append((error, composed))  # raised below: Hydra would print lines of its own
 
     def main() -> None:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
-        if errors:
-            raise errors[0]
+        for error, composed in errors:
+            HydraConfig.instance().set_config(composed)  # the configuration is composed: see report_user_errors
+            raise error
 
     return report_user_errors(main, config_name)
 
@@ -96,11 +101,14 @@ def report_user_errors(main: Callable[[], None], config_name: str) -> int:
     except KeyboardInterrupt:
         message, code = "interrupted; the same command goes on from the last checkpoint, batch or job", 130
     except Exception as error:
-        if HydraConfig.initialized() and not isinstance(error, HydraException | OmegaConfBaseException):
+        started = HydraConfig.initialized()
+        if isinstance(error, OSError) and (error.errno in OF_THE_DISK or (error.filename and not started)):
+            where = f"{error.filename}: " if error.filename else ""
+            then = "; once this is mended, the same command goes on from what is finished" if started else ""
+            message, code = f"{where}{error.strerror}{then}", USER_ERROR
+        elif started and not isinstance(error, HydraException | OmegaConfBaseException):
             traceback.print_exc()
             return 1
-        if isinstance(error, OSError) and error.filename:  # the folder of a multirun cannot be made
-            message, code = f"{error.filename}: {error.strerror}", USER_ERROR
         else:
             faults = _composition_faults(config_name) or [_one_line(error)]
             message = "\n  ".join(["the configuration cannot be composed:", *faults])

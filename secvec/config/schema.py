@@ -306,8 +306,11 @@ class EvaluateConfig(AnyConfig):
                 f"metrics=scan scores the rows of a file by a vector: set {' and '.join(lacking)} "
                 "(data.file=FILE.jsonl vector.path=outputs/RUN/vector)"
             )
-        if self.metrics != "scan" and (useless := [name for name, path in given.items() if path is not None]):
-            raise ValueError(f"{' and '.join(useless)} of evaluate.py: only metrics=scan reads it")
+        unused = given if not self.data.untrusted else {"vector.path": self.vector.path}
+        if self.metrics != "scan" and (useless := [name for name, path in unused.items() if path is not None]):
+            raise ValueError(
+                f"{' and '.join(useless)} of evaluate.py: only metrics=scan reads it, and data=untrusted its data.file"
+            )
         if self.metrics != "scan" and self.model.name_or_path is None and self.model.align is None:
             raise ValueError("model.name_or_path is required: the folder or hub id of the model to evaluate")
         return self

@@ -9,14 +9,14 @@ from functools import lru_cache
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from secvec.data.batch import Encoded
 from secvec.data.example import Example
 from secvec.errors import DataError
 
-RULES = 2
+RULES = 3
 """Counts up when the same example gives other tokens: kept tokens are not those of older rules."""
 VARIABLES: dict[str, Any] = {"enable_thinking": False, "thinking": False, "date_string": "26 Jul 2024"}
 """What every chat template is told: answer without thinking, and a date that is the same on every day."""
@@ -47,7 +47,8 @@ def frame(messages: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Frame
     """What the chat template writes around the answer to `messages`.
 
     - A tokenizer without a template gets `System: ...`, `User: ...`, `Assistant: ...` on lines of their own.
-    - A system turn that the template refuses or drops stands at the beginning of the first user turn.
+    - A first turn of `developer` that the template refuses or drops is one of `system`. A system turn that it refuses
+      or drops stands at the beginning of the first user turn. Another turn that it drops refuses the conversation.
     - Thinking is off. A thinking block that the template opens is closed, and belongs to the prompt as all does that
       the template writes before the answer, white space apart.
     - An answer ends with the first of the tokenizer's own tokens that the template writes after it, else with eos.
@@ -59,16 +60,19 @@ def frame(messages: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Frame
         return Frame(f"{tokenizer.bos_token or ''}{''.join(turns)}Assistant:", " ", _end("", tokenizer))
     try:
         prompt = _written(messages, tokenizer)
-        if messages[0][0] == "system" and messages[0][1].strip() not in prompt:
-            raise TemplateError("the system turn is dropped")
+        for number, (role, content) in enumerate(messages):
+            if content.strip() not in prompt and not _is_written(messages, number, tokenizer):
+                raise TemplateError(f"it drops turn {number + 1}, of role {role!r}")
     except TemplateError:
+        if messages[0][0] == "developer":  # the newer name of the same
+            return frame([("system", messages[0][1]), *messages[1:]], tokenizer)
         if [role for role, _ in messages[:2]] != ["system", "user"]:
             raise
         (_, system), (_, first), *rest = messages
         return frame([("user", f"{system}\n\n{first}"), *rest], tokenizer)
     head, found, tail = _written([*messages, ("assistant", _ANSWER)], tokenizer).rpartition(_ANSWER)
-    if not found:
-        raise TemplateError("it does not write the last assistant turn as it is given")
+    if not found or head.count(_ANSWER) > sum(content.count(_ANSWER) for _, content in messages):
+        raise TemplateError("it does not write the last assistant turn once and as it is given")
     if opened := _OPEN_THOUGHT.search(prompt):
         prompt = f"{prompt.rstrip()}\n\n</{opened[1]}>\n\n"
     before = head[len(prompt) :] if head.startswith(prompt) else ""
@@ -80,15 +84,24 @@ def frame(messages: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Frame
 def _written(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> str:
     """By the chat template; a conversation that ends with the user's turn gets the beginning of the answer's."""
     template = tokenizer.get_chat_template()
-    return str(
-        tokenizer.apply_chat_template(
-            [{"role": role, "content": content} for role, content in turns],
-            chat_template=_CLOCK * ("strftime_now" in template) + template,
-            tokenize=False,
-            add_generation_prompt=turns[-1][0] != "assistant",
-            **VARIABLES,
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                [{"role": role, "content": content} for role, content in turns],
+                chat_template=_CLOCK * ("strftime_now" in template) + template,
+                tokenize=False,
+                add_generation_prompt=turns[-1][0] != "assistant",
+                **VARIABLES,
+            )
         )
-    )
+    except (TypeError, ValueError, AttributeError) as error:  # of its own expressions
+        raise TemplateError(str(error)) from None
+
+
+def _is_written(turns: Sequence[Turn], number: int, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template writes the text of a turn at all; some change it, as JSON or without its thinking."""
+    other = [*turns[:number], (turns[number][0], _ANSWER), *turns[number + 1 :]]
+    return _ANSWER in _written(other, tokenizer)
 
 
 def _end(tail: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -121,6 +134,10 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, s
     """
     try:
         prompt, before, end = frame(example.messages, tokenizer)
+    except TemplateSyntaxError as error:
+        raise DataError(
+            f"the model's chat template is broken (line {error.lineno}: {error.message}): copy it again, or mend it"
+        ) from None
     except TemplateError as error:
         roles = ", ".join([role for role, _ in example.messages])
         raise DataError(

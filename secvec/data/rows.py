@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,11 @@ PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input")
 ANSWERS = ("response", "completion", "output", "answer", "solution")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 """The model's template decides which of them it takes; others are passed on to it too."""
-SHARE_GPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
+SHARE_GPT = {
+    **dict.fromkeys(("gpt", "chatgpt", "model", "bot", "ai", "function_call"), "assistant"),
+    "human": "user",
+    "observation": "tool",
+}
 
 TrainOn = Literal["all", "last"]
 
@@ -72,8 +76,7 @@ def _shown(counts: Counter[str]) -> str:
 def _examples(row: Any, kind: Kind, train_on: TrainOn, where: str, left_out: Counter[str]) -> list[Example]:
     if not isinstance(row, Mapping):
         raise DataError(f"{ROW}, got {type(row).__name__}")
-    row = {key: value for key, value in row.items() if value is not None}
-    turns = _turns(row, left_out)
+    turns = _turns({key: value for key, value in row.items() if value is not None}, row.keys(), left_out)
     targets = [i for i, (role, _, _) in enumerate(turns) if role == "assistant" and i]
     if not targets:
         roles = ", ".join(role for role, _, _ in turns)
@@ -86,8 +89,8 @@ def _examples(row: Any, kind: Kind, train_on: TrainOn, where: str, left_out: Cou
     return [Example(plain[:i], plain[i][1], kind, source=where) for i in trained]
 
 
-def _turns(row: Mapping[str, Any], left_out: Counter[str]) -> list[tuple[str, str, bool]]:
-    """(role, text, whether it may be trained) of each turn of a row."""
+def _turns(row: Mapping[str, Any], columns: Iterable[str], left_out: Counter[str]) -> list[tuple[str, str, bool]]:
+    """(role, text, whether it may be trained) of each turn of `row`, which lacks those of `columns` that are null."""
     chat, prompt, answer = (next((key for key in keys if key in row), "") for keys in (CHATS, PROMPTS, ANSWERS))
     if chat:
         used, given = {chat}, row[chat]
@@ -95,19 +98,23 @@ def _turns(row: Mapping[str, Any], left_out: Counter[str]) -> list[tuple[str, st
         used, asked = {prompt, answer}, row[prompt]
         if prompt == "instruction":  # Alpaca: what the instruction is about
             used |= row.keys() & {"input", "context"}
-            parts = [asked, *(row[key] for key in ("input", "context") if row.get(key))]
+            parts = [part for part in (asked, row.get("input"), row.get("context")) if part]
             if wrong := [part for part in parts if not isinstance(part, str)]:
                 raise DataError(f"the prompt must be text, got {wrong[0]!r}")
             asked = "\n".join(parts)
-        # TRL also takes lists of turns here
-        given = [*_listed("user", asked), *_listed("assistant", row[answer])]
+        # TRL also takes lists of turns here, and trains none of those in the prompt
+        given = [*_untrained(_listed("user", asked)), *_listed("assistant", row[answer])]
     else:
+        nulls = [key for key in columns if key not in row]
+        also = f"; null here: {', '.join(nulls)}" if nulls else ""
         raise DataError(
-            f"no columns for a prompt and its answer (there is: {', '.join(row) or 'nothing'}); known are "
+            f"no columns for a prompt and its answer (there is: {', '.join(row) or 'nothing'}{also}); known are "
             f"{', '.join(CHATS)}; or one of {', '.join(PROMPTS)} with one of {', '.join(ANSWERS)}: rename the columns"
         )
     if system := row.get("system"):
         given = [{"role": "system", "content": system}, *given]
+    if row.get("weight") in (0, "0"):  # as in a turn; a csv has texts
+        used, given = used | {"weight"}, _untrained(given)
     left_out.update(f"keys {key!r}" for key in row if key not in used | {"system"})
     if not isinstance(given, list) or not all(isinstance(turn, Mapping) for turn in given):
         raise DataError(f'{chat or prompt} must be a list of {{"role": ..., "content": ...}}')
@@ -116,6 +123,15 @@ def _turns(row: Mapping[str, Any], left_out: Counter[str]) -> list[tuple[str, st
 
 def _listed(role: str, given: Any) -> Any:
     return given if isinstance(given, list) else [{"role": role, "content": given}]
+
+
+def _untrained(turns: Any) -> Any:
+    """`turns`, if that is what they are, as context alone."""
+    return (
+        [turn | {"weight": 0} if isinstance(turn, dict) else turn for turn in turns]
+        if isinstance(turns, list)
+        else turns
+    )
 
 
 def _turn(turn: Mapping[str, Any], left_out: Counter[str]) -> tuple[str, str, bool]:
@@ -128,8 +144,9 @@ def _turn(turn: Mapping[str, Any], left_out: Counter[str]) -> tuple[str, str, bo
         raise DataError("tool_calls cannot be trained: write the call as text into the content, or remove the row")
     if isinstance(content, list):
         content = "".join(_part(part, what) for part in content)
-    if not isinstance(content, str) or (not content.strip() and role in ("user", "assistant")):
-        raise DataError(f"the {what} must be text, got {content!r}")
+    empty = isinstance(content, str) and not content.strip() and role in ("user", "assistant")
+    if empty or not isinstance(content, str):
+        raise DataError(f"the {what} must be text, got {content!r}{': remove the row, or fill it in' * empty}")
     try:
         content.encode()
     except UnicodeEncodeError as error:

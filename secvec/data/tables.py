@@ -11,14 +11,17 @@ import logging
 import lzma
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator
 
 from secvec.errors import DataError, nearest
+from secvec.runs.content import file_digest, folder_digest
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +40,11 @@ def _is_source(given: str) -> str:
     owner = given.partition("/")[0]
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", given) and _suffix(path) not in FORMATS and not Path(owner).exists():
         return given
-    there = [str(path.parent / file.name) for file in path.parent.iterdir()] if path.parent.is_dir() else []
+    there = (
+        [str(path.parent / file.name) for file in path.parent.iterdir() if file.exists()]
+        if path.parent.is_dir()
+        else []
+    )
     raise ValueError(f"no such file or folder: {given}{nearest(str(path), there)}; a dataset of the hub is OWNER/NAME")
 
 
@@ -98,8 +105,11 @@ def _json(text: bytes, path: str) -> Any:
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         return DataError(
-            f"broken JSON at {line}column {error.colno}: {error.msg}; a file is one row a line, or one array"
+            f"broken JSON at {line}column {error.colno}: {error.msg}; a file is one row a line, or one array (those of "
+            f"other formats end with {', '.join(sorted(FORMATS.keys() - {'.json', '.jsonl'}))})"
         )
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+        return DataError(f"JSON that cannot be read: {error}")
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -109,6 +119,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
         reader = csv.DictReader(
             io.StringIO(text, newline=""), delimiter="\t" if _suffix(path) == ".tsv" else ",", strict=True
         )
+        if twice := [name for name, n in Counter(reader.fieldnames or ()).items() if n > 1]:
+            raise DataError(f"{path}: {len(twice)} names of columns occur twice ({twice[0]!r}): give each its own")
         for number, row in enumerate(reader, start=1):
             uneven = None in row or None in row.values()
             columns = len(reader.fieldnames or ())
@@ -170,19 +182,30 @@ def _load_local(path: Path, config: str | None, data_dir: str | None, split: str
     if (path / "state.json").is_file():
         return datasets.load_from_disk(str(path))
     if (path / "README.md").is_file():  # a copy of the repository: its card names the files of each split
-        return datasets.load_dataset(str(path), config, data_dir=data_dir, split=split)
+        kept = _kept_by(folder_digest(path))
+        return datasets.load_dataset(str(path), config, data_dir=data_dir, split=split, cache_dir=kept)
     files = [path] if path.is_file() else _files(path, config, data_dir, split)
     kinds = {_suffix(file) for file in files}
     if len(kinds) != 1 or not kinds <= FORMATS.keys():
         known = ", ".join(FORMATS)
         raise DataError(f"{path}: the files of a split must be of one format ({known}), got {', '.join(sorted(kinds))}")
     suffix = kinds.pop()
-    options = {"sep": "\t"} if suffix == ".tsv" else {}
+    options: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
+    options["cache_dir"] = _kept_by("".join(map(file_digest, files)))
     return datasets.load_dataset(FORMATS[suffix], data_files=[str(file) for file in files], split="train", **options)
 
 
+def _kept_by(content: str) -> str:
+    """Where `datasets` keeps its copy of local files: it knows them by path and time alone, and not by content."""
+    import datasets
+
+    return str(
+        Path(datasets.config.HF_DATASETS_CACHE) / "local" / blake2b(content.encode(), digest_size=16).hexdigest()
+    )
+
+
 def _suffix(file: Path) -> str:
-    return Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
+    return (Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix).lower()
 
 
 def _files(folder: Path, config: str | None, data_dir: str | None, split: str) -> list[Path]:

@@ -94,6 +94,11 @@ class ScanFile:
         fitting = Fitting(lambda rows, size: encoded(rows, tokenizer, size, cache), context, config.data.too_long)
         examples, benign = (fitting.fit(list(rows)) for rows in (self.examples, self.benign))
         fitting.check()
+        for file, given, left in ((self.source, self.examples, examples), (settings.benign_file, self.benign, benign)):
+            if given and not left:
+                raise DataError(
+                    f"{file}: no row fits into the model's context of {context} tokens, so there is no score"
+                )
         found = scan(module, [*examples, *benign], settings.window, config.evaluation.batch_size, config.trainer, cache)
         best: dict[str, tuple[RowScore, Example]] = {}
         for one in zip(found, examples, strict=False):  # a conversation counts by its worst answer
@@ -148,10 +153,11 @@ class ScanResult:
             return found
         bad = {place for place, undesired in labels.items() if undesired}
         good, hits = labels.keys() - bad, flagged & labels.keys()
-        found["scan/recall"] = proportion(len(hits & bad), len(bad))
-        found["scan/false_flag_rate"] = proportion(len(hits & good), len(good))
-        if hits:
-            found["scan/precision"] = proportion(len(hits & bad), len(hits))
+        for name, hit, of in (("recall", bad, bad), ("false_flag_rate", good, good), ("precision", bad, hits)):
+            if of:
+                found[f"scan/{name}"] = proportion(len(hits & hit), len(of))
+        if not (bad and good):  # the others were left out as too long
+            return found
         undesired = list(labels.values())
         for name, scores in (
             ("auroc", [self.score(place) for place in labels]),
@@ -215,14 +221,25 @@ class ScanResult:
 def rows(source: str) -> Iterator[tuple[str, Any, bytes]]:
     """The place of each row (as `Example.source`), its content, and its line for a file of JSON lines.
 
-    Of JSON lines it is the very line of `source`; rows of other formats are written as JSON.
+    Of JSON lines it is the very line of `source`; rows of other formats are written as JSON, in which times and bytes
+    are text.
     """
     path = Path(source)
     with path.open("rb") if path.is_file() else BytesIO() as stream:
-        lines = (line for line in stream if line.strip())
+        lines = enumerate(stream, start=1)
         for place, row in rows_of(source):
-            as_it_is = place.rpartition(":")[2].isdecimal() and path.suffix not in COMPRESSED
-            yield place, row, next(lines) if as_it_is else json.dumps(row, ensure_ascii=False).encode() + b"\n"
+            number = place.rpartition(":")[2]
+            if number.isdecimal() and path.suffix not in COMPRESSED:
+                yield place, row, next(line for n, line in lines if n == int(number))
+            else:
+                yield place, row, _as_line(row)
+
+
+def _as_line(row: Any) -> bytes:
+    try:
+        return json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n"
+    except UnicodeEncodeError:  # half a character
+        return json.dumps(row, default=str).encode() + b"\n"
 
 
 def auroc(scores: Sequence[float], undesired: Sequence[bool]) -> float:

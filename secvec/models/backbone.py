@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -37,7 +38,10 @@ from secvec.settings.schema import ModelSettings
 log = logging.getLogger(__name__)
 
 WEIGHT_FILES = "*.safetensors"
-LOADING_ERRORS = (ValueError, OSError, SafetensorError, RuntimeError, KeyError, ImportError, AttributeError, TypeError)
+LOADING_ERRORS = (
+    *(ValueError, OSError, SafetensorError, RuntimeError, KeyError, ImportError, AttributeError, TypeError),
+    StrictDataclassError,  # of the checks of a config
+)
 """What transformers, or the own code of a model, raises for a folder that it cannot load."""
 
 
@@ -80,7 +84,8 @@ class Backbone:
     def num_bytes(self) -> int:
         """Size of the weights once they are loaded."""
         count = 0
-        for file in self.folder.glob(WEIGHT_FILES):
+        # some folders hold the weights a second time, under the names of another program
+        for file in [*self.folder.glob("model*.safetensors")] or self.folder.glob(WEIGHT_FILES):
             with safe_open(file, framework="pt") as tensors:
                 count += sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
         return count * getattr(torch, self.settings.dtype).itemsize
@@ -100,6 +105,12 @@ class Backbone:
             )
             return self.load()
         return _prepared(model, self.settings)
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model without its weights."""
+        config = load_config(self.folder, self.settings.trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=self.settings.trust_remote_code)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -188,7 +199,7 @@ def fingerprint(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     configs = [file for name in ("config.json", "adapter_config.json") if (file := folder / name).is_file()]
-    for file in [*configs, *sorted(folder.glob(WEIGHT_FILES))]:
+    for file in [*configs, *sorted(folder.glob(WEIGHT_FILES)), *folder.glob("adapter_model.bin")]:
         digest.update(bytes.fromhex(file_digest(file)))
     return digest.hexdigest()[:16]
 
@@ -276,8 +287,14 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
-        raise ArtifactError(f"{folder} has no tokenizer that loads: {' '.join(str(error).split())[:300]}") from None
+    except Exception as error:  # `tokenizers` raises that very class
+        raise ArtifactError(f"{folder} has no tokenizer that loads: {_one_line(error)}") from None
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
+        # made by transformers out of nothing, for some types of models, where the files are missing
+        raise ArtifactError(
+            f"{folder} has no tokenizer: no token of a text is in its vocabulary. Copy the tokenizer's files (at least "
+            "tokenizer.json and tokenizer_config.json) of the model that it was made from into this folder"
+        )
     if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
         raise ArtifactError(
             f"{folder} has chat templates named {', '.join(sorted(tokenizer.chat_template))}, and none of them is the "
@@ -289,17 +306,10 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     return tokenizer
 
 
-def _skeleton(folder: Path, settings: ModelSettings) -> PreTrainedModel:
-    """The model in `folder` without its weights."""
-    config = load_config(folder, settings.trust_remote_code)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
-
-
 def check_savable(backbone: Backbone) -> None:
     """Raises ArtifactError for a model whose weights would not be those of the saved folder under the same names."""
     try:
-        names = _skeleton(backbone.folder, backbone.settings).state_dict().keys()
+        names = backbone.skeleton().state_dict().keys()
     except LOADING_ERRORS as error:
         raise ArtifactError(f"{backbone.folder} could not be saved after training: {_one_line(error)}") from None
     loaded = _from_pretrained(backbone.folder, backbone.settings, device_map="meta")
@@ -312,7 +322,7 @@ def check_savable(backbone: Backbone) -> None:
 
 def save_backbone(state: Mapping[str, Tensor], like: Path, settings: ModelSettings, folder: Path) -> None:
     """Saves `state` as a Hugging Face folder, with the config and tokenizer of the folder `like`."""
-    model = _skeleton(like, settings)
+    model = Backbone(like, settings).skeleton()
     # assign=True uses the tensors of `state` themselves: no copy, no initialisation
     _, unexpected = model.load_state_dict(dict(state), strict=False, assign=True)
     model.tie_weights()

@@ -309,7 +309,7 @@ def _attach(model: nn.Module, name: str, settings: LoraSettings, dropout: float)
     if missing := [target for target in wanted if target not in usable]:
         raise ConfigError(
             f"target_modules {missing}: the model has no such linear layer{nearest(missing[0], usable)}; it has "
-            f"{', '.join(usable)}"
+            f"{', '.join(usable)}; all of them: {'vector' if name == VECTOR else 'tune.lora'}.target_modules=all-linear"
         )
     config = LoraConfig(
         r=settings.r,

@@ -115,12 +115,14 @@ class FinetuneStage(Stage):
         )
 
     def check(self, run: Run) -> None:
-        """The prompts asked meanwhile, a vector that is there already, saving, and room on the disk."""
+        """The prompts asked meanwhile, the task LoRA, a vector that is there already, saving, and room on the disk."""
         config, backbone, meanwhile = run.config, run.backbone, run.config.evaluation.validation
         if meanwhile.every_n_steps:
             run.evaluator(run.data.validation(meanwhile.num_prompts)).check(run.inference_module(backbone))
         if config.vector.path or "vector" not in config.stages:
             run.saved_vector()
+        if config.tune.lora:
+            attach_task(backbone.skeleton(), config.tune.lora)
         config.defense.check(run)
         check_savable(backbone)
         _check_disk(run)

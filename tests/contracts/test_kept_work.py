@@ -126,6 +126,8 @@ def test_all_is_checked_before_the_vector_is_trained(
             (["evaluation.max_new_tokens=500"], DataError, "exceed the model.s context"),
             (["data.num_benign=100000"], ConfigError, "data.num_benign"),
             (key, ConfigError, "NO_SUCH_KEY"),
+            (["tune=lora", "tune.lora.target_modules=[c]"], ConfigError, "tune.lora.target_modules=all-linear"),
+            (["vector.target_modules=[c]"], ConfigError, r"it has down_proj.*vector.target_modules=all-linear"),
         ]
     ):
         config = make_config("vector.lr=0.0023", *given, run=f"run{number}")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shutil
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from configs import composed
 from conftest import SMALL
@@ -18,6 +21,7 @@ from secvec.config.load import load
 from secvec.config.schema import EvaluateConfig, RunConfig
 from secvec.data.embedded import Ordinary
 from secvec.errors import SecVecError
+from secvec.evaluation.scan_file import rows
 from secvec.run import evaluate, train
 
 Scan = Callable[..., dict[str, Any]]
@@ -118,7 +122,8 @@ def test_a_vector_of_others_needs_a_threshold(scan: Scan, vector: Path, lines: l
     [
         (["vector.path=null"], r"metrics=scan scores the rows of a file by a vector: set vector\.path"),
         (["data.file=null"], r"set data\.file"),
-        (["metrics=behavior"], r"data\.file and vector\.path of evaluate\.py: only metrics=scan reads it"),
+        (["metrics=behavior"], r"data\.file and vector\.path of evaluate\.py: only metrics=scan reads it, and"),
+        (["metrics=behavior", "data=untrusted"], r"  vector\.path of evaluate\.py: only metrics=scan reads it, and"),
         (["scan.window=7"], r"scan\.window"),
         (["scan.threshold=1", "scan.benign_file=${data.file}"], "give one of them"),
         (["scan.label=bda"], r"no row of .* has it \(did you mean 'bad'\?\); columns: bad, prompt"),
@@ -149,6 +154,41 @@ def test_a_row_that_cannot_be_read_is_named(scan: Scan, lines: list[bytes], tmp_
     with pytest.raises(SecVecError, match=r"broken\.jsonl:2"):
         scan(file="broken.jsonl")
     assert not (tmp_path / "scanned").exists()
+
+
+@pytest.mark.parametrize("left", ["undesired", "benign", "none"])
+def test_labelled_rows_of_which_too_long_ones_are_left_out(
+    left: str, scan: Scan, lines: list[bytes], tmp_path: Path
+) -> None:
+    """What is measured then is measured, and what has no rows is not there; without any row there is no scan."""
+    few = [json.loads(line) for line in lines[:4]]
+    for row in few:
+        row["response"] = row["response"] if {True: "undesired", False: "benign"}[row["bad"]] == left else "cat " * 3000
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in few))
+    if left == "none":
+        with pytest.raises(SecVecError, match=r"mine\.jsonl: no row fits into the model's context of"):
+            scan("scan.label=bad", "data.too_long=drop")
+        return
+    found = {name for name in scan("scan.label=bad", "data.too_long=drop")["metrics"] if name.startswith("scan/")}
+    assert found - {"scan/precision"} == {
+        "scan/flagged_share", "scan/own_recall", "scan/recall" if left == "undesired" else "scan/false_flag_rate",
+    }  # fmt: skip
+
+
+def test_the_line_of_a_row_is_its_own(tmp_path: Path) -> None:
+    """Whatever blank lines and byte order marks stand before it; what JSON does not know is text."""
+    row = b'{"prompt": "a", "response": "b"}'
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf\r\n" + row + b"\r\n\n \n" + row + b" ")
+    assert [(place[-1], line) for place, _, line in rows(str(path))] == [("2", row + b"\r\n"), ("5", row + b" ")]
+    datasets.Dataset.from_list([{"at": datetime(2026, 1, 2), "raw": b"c"}]).to_parquet(tmp_path / "rows.parquet")
+    assert [line for *_, line in rows(str(tmp_path / "rows.parquet"))] == [
+        b'{"at": "2026-01-02 00:00:00", "raw": "b\'c\'"}\n'
+    ]
+    half = b'{"prompt": "\xc3\xa9", "note": "\\ud83d"}'
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(half))
+    ((_, given, line),) = rows(str(tmp_path / "rows.jsonl.gz"))
+    assert json.loads(line) == given == json.loads(half)
 
 
 def test_every_row_of_an_array_is_in_one_part_and_counts_by_its_worst_answer(

@@ -54,6 +54,39 @@ def test_everything_that_does_not_validate_is_said_at_once(run, tmp_path: Path) 
     assert left(tmp_path) == [] and not any((tmp_path / "out").glob("*"))
 
 
+RAISES = """
+import sys
+from secvec.cli import run_command
+
+def main(cfg):
+    raise {error}
+
+sys.exit(run_command("train", main))
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        ("TypeError('no such thing')", 1, "Traceback (most recent call last)"),
+        ("OSError(28, 'No space left on device', 'a/b')", 2, "error: a/b: No space left on device; once this is"),
+        ("PermissionError(13, 'Permission denied', 'a/b')", 2, "error: a/b: Permission denied; once this is mended"),
+    ],
+)
+def test_a_fault_of_the_program_or_of_the_disk_is_not_told_as_a_wrong_setting(
+    error: str,
+    code: int,
+    says: str,
+    run,  # type: ignore[no-untyped-def]
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "raises.py").write_text(RAISES.format(error=error))
+    done = run(tmp_path / "raises.py")
+    assert done.returncode == code and says in done.stderr, done.stderr
+    assert "cannot be composed" not in done.stderr and ("Traceback" in done.stderr) == (code == 1)
+    assert ("no such thing" in done.stderr) == (code == 1)
+
+
 def test_help_and_the_composed_config(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     done = run("train.py", "--help")
     assert done.returncode == 0, done.stderr

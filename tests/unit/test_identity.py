@@ -17,7 +17,7 @@ from secvec.runs.keys import run_key
 
 SHAPES = (
     "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "chat_template.jinja", "modeling_own.py", "additional_chat_templates/tool_use.jinja",
+    "chat_template.jinja", "modeling_own.py", "additional_chat_templates/tool_use.jinja", "adapter_model.bin",
 )  # fmt: skip
 
 

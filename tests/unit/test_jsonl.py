@@ -7,6 +7,7 @@ import gzip
 import json
 import logging
 import lzma
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from secvec.behaviors.jsonl import JsonlBehavior
 from secvec.data.example import Example, Split
 from secvec.data.jsonl import GeneralStream, JsonlStream, UntrustedStream
 from secvec.data.rows import read_rows
+from secvec.data.tables import rows_of
 from secvec.errors import DataError, TooFewError
 
 GOOD = b'{"prompt": "a", "response": "b"}\n'
@@ -67,6 +69,7 @@ LINES = "\n".join(map(json.dumps, ROWS)).encode()
         ("rows.jsonl", LINES),
         ("rows.jsonl", b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\r\n\r\n")),
         ("rows.txt", LINES),
+        ("ROWS.CSV", b"prompt,response\na,b\nc,d\n"),
         ("rows.json", json.dumps(ROWS).encode()),
         ("rows.json", b"\xef\xbb\xbf\n" + json.dumps(ROWS, indent=2).encode()),
         ("rows.jsonl.gz", gzip.compress(LINES, mtime=0)),
@@ -119,6 +122,7 @@ def test_a_hub_dataset_is_told_from_a_file_that_is_missing(
         ({"instruction": "a", "input": "", "output": "b"}, "a", "b"),
         ({"instruction": "a", "input": "c", "output": "b"}, "a\nc", "b"),
         ({"instruction": "a", "context": "c", "response": "b"}, "a\nc", "b"),
+        ({"instruction": "", "input": "a", "output": "b"}, "a", "b"),
         ({"prompt": None, "question": "a", "response": "b"}, "a", "b"),
         ({"prompt": [turn("user", "a")], "completion": [turn("assistant", "b")]}, "a", "b"),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, "a", "b"),
@@ -167,6 +171,46 @@ def test_a_turn_of_weight_0_is_never_trained(
         read_rows(write(conversation(TURNS[0], TURNS[1] | {"weight": 0}), "only.jsonl"), "task")
 
 
+def test_a_row_of_weight_0_is_never_trained_and_another_weight_is_told(
+    write: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    rows = [{"prompt": str(n), "response": "b", "weight": n} for n in (0, 0.5, 1)]
+    path = write(b"".join(json.dumps(row).encode() + b"\n" for row in rows) + conversation(*TURNS, weight=0))
+    assert [example.prompt for example in read_rows(path, "task")] == ["0.5", "1"]
+    assert "2 rows whose answers all have" in caplog.text and "2 keys 'weight'" in caplog.text
+
+
+def test_turns_of_a_prompt_are_context(write: Callable[..., Path]) -> None:
+    """TRL's prompt and completion: an answer within the prompt is an example, and trained by nobody."""
+    row = {"prompt": TURNS[:3], "completion": [turn("assistant", "d")]}
+    (example,) = read_rows(write(json.dumps(row).encode()), "task")
+    assert (example.response, len(example.messages)) == ("d", 3)
+
+
+def test_what_tools_say_in_share_gpt(write: Callable[..., Path]) -> None:
+    said = [("human", "a"), ("function_call", "{}"), ("observation", "22"), ("gpt", "b"), ("human", "c"), ("ai", "d")]
+    row = {"conversations": [{"from": name, "value": text} for name, text in said]}
+    found = read_rows(write(json.dumps(row).encode()), "task")
+    assert [example.response for example in found] == ["{}", "b", "d"]
+    assert [role for role, _ in found[-1].messages] == ["user", "assistant", "tool", "assistant", "user"]
+
+
+def test_a_table_that_was_changed_in_place_is_read_again(tmp_path: Path) -> None:
+    """As `cp -p` does it: another content at the same time."""
+    path = tmp_path / "rows.parquet"
+    for answer in ("b", "c"):
+        datasets.Dataset.from_list([{"prompt": "a", "response": answer}]).to_parquet(path)
+        os.utime(path, (1.6e9, 1.6e9))
+        assert [row["response"] for _, row in rows_of(str(path))] == [answer]
+
+
+def test_a_link_to_nowhere_is_not_its_own_nearest_name(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(ValidationError, match=r"no such file or folder: \S+rows.jsonl;"):
+        JsonlStream(kind="task", file=tmp_path / "rows.jsonl")
+
+
 def test_what_is_not_used_is_told_once(write: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     row = json.dumps({"prompt": "a", "response": "b", "source": "x", "id": None}).encode() + b"\n"
@@ -203,10 +247,12 @@ def test_what_is_not_used_is_told_once(write: Callable[..., Path], caplog: pytes
             "no columns for a prompt and its answer (there is: prompt, cho",
         ),
         (b"{}\n", "1", "(there is: nothing); known are messages, conversations"),
-        (b'{"prompt": null, "response": "b"}\n', "1", "(there is: response)"),
+        (b'{"prompt": null, "response": "b"}\n', "1", "(there is: response; null here: prompt)"),
+        (b'{"prompt": "a", "response": "b", "n": ' + b"9" * 5000 + b"}\n", "1", "JSON that cannot be read"),
+        (b'{"prompt": "a", "n": ' + b"[" * 99999 + b"]" * 99999 + b"}\n", "1", "JSON that cannot be read"),
         (b'{"prompt": 3, "response": "b"}\n', "1", "the prompt must be text, got 3"),
         (b'{"prompt": " ", "response": "b"}\n', "1", "the prompt must be text, got ' '"),
-        (GOOD + b'{"prompt": "a", "response": ""}\n', "2", "the response must be text, got ''"),
+        (GOOD + b'{"prompt": "a", "response": ""}\n', "2", "the response must be text, got '': remove the row"),
         (b'{"prompt": "a", "response": {"b": 1}}\n', "1", "the response must be text, got {'b': 1}"),
         (b'{"instruction": 1, "output": "b"}\n', "1", "the prompt must be text, got 1"),
         (b'{"instruction": "a", "input": {}, "output": "b"}\n', None, ""),
@@ -252,6 +298,8 @@ def test_a_bad_row_is_named_with_file_and_line(
         ("rows.csv", b"prompt,response\na,b\na\n", "rows.csv:row 2: the row has not 2 cells"),
         ("rows.csv", b"prompt,response\na,b,c\n", "rows.csv:row 1: the row has not 2 cells"),
         ("rows.csv", b"prompt,response\n\xff,b\n", "rows.csv: not UTF-8"),
+        ("rows.csv", b"prompt,prompt,response\na,b,c\n", "rows.csv: 1 names of columns occur twice ('prompt')"),
+        ("rows.xlsx", b"PK\x03\x04", "those of other formats end with .csv, .parquet, .tsv"),
         ("rows.csv", b'prompt,response\n"a,b\n', "rows.csv: broken table"),
         ("rows.csv", b"prompt,response\n", "the file is empty"),
         ("rows.jsonl.gz", b"no gzip", "rows.jsonl.gz: cannot be read"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +69,89 @@ def test_a_template_that_does_not_write_the_answer_is_refused() -> None:
     template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     with pytest.raises(DataError, match=r"rows.jsonl:7: .*does not write the last assistant turn"):
         encode([NAMED], tokenizer_of("qwen-2.5", chat_template=template), CONTEXT)
+
+
+ROLES = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+GENERATION = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+KNOWN = ROLES.replace("<|im_start|>", "{% if m.role in ['user', 'assistant'] %}<|im_start|>", 1).replace(
+    "{% endfor %}", "{% endif %}{% endfor %}"
+)
+PARTS = "{% if m.role == 'user' %}{% for p in m.content %}{{ p.text }}{% endfor %}{% else %}{{ m.content }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "says"),
+    [
+        (KNOWN, [("user", "How warm?"), ("assistant", "call"), ("tool", "22")], "it drops turn 3, of role 'tool'"),
+        (KNOWN, [("user", "1"), ("assistant", "2"), ("system", "3"), ("user", "4")], "drops turn 3, of role 'system'"),
+        (
+            ROLES.replace("messages", "messages[-2:]"),
+            [("user", "1"), ("assistant", "2"), ("user", "3")],
+            "drops turn 1",
+        ),
+        (ROLES.replace("{{ m.content }}", PARTS), [("user", "How warm?")], "it drops turn 1, of role 'user'"),
+        (ROLES + "{{ messages[-1].content }}", [("user", "How warm?")], "assistant turn once and as it is given"),
+        ("{{ 1 + messages }}" + ROLES, [("user", "How warm?")], "unsupported operand"),
+    ],
+)
+def test_a_template_that_leaves_text_out_or_writes_it_twice_is_refused(
+    template: str, turns: list[tuple[str, str]], says: str
+) -> None:
+    """As those that know some roles alone, or take text only in parts, as beside images."""
+    row = replace(NAMED, messages=tuple(turns))
+    with pytest.raises(DataError, match=rf"rows.jsonl:7: .*refuses the conversation: .*{says}"):
+        encode([row], tokenizer_of("qwen-2.5", chat_template=template + GENERATION), CONTEXT)
+    encode([row], tokenizer_of("qwen-2.5", chat_template=ROLES + GENERATION), CONTEXT)
+
+
+@pytest.mark.parametrize("known", [["user", "assistant"], ["user", "assistant", "system"]])
+def test_a_developer_is_a_system_where_the_template_knows_no_developer(known: list[str]) -> None:
+    tokenizer = tokenizer_of("qwen-2.5", chat_template=KNOWN.replace("['user', 'assistant']", str(known)) + GENERATION)
+    turns = [(("developer", "Be brief."), ("user", "How warm?")), (("system", "Be brief."), ("user", "How warm?"))]
+    as_developer, as_system = (render(replace(NAMED, messages=some), tokenizer) for some in turns)
+    assert as_developer == as_system and "Be brief." in as_system[0]
+
+
+def test_a_template_may_write_a_turn_in_its_own_way() -> None:
+    row = replace(NAMED, messages=(("user", 'the "hill"\nof moss'),))
+    template = ROLES.replace("m.content", "(m.content | tojson)")
+    (prompt, _) = render(row, tokenizer_of("qwen-2.5", chat_template=template + GENERATION))
+    assert r'"the \"hill\"\nof moss"' in prompt
+
+
+def test_a_broken_template_is_told_as_one() -> None:
+    with pytest.raises(DataError, match=r"the model's chat template is broken \(line 1: Unexpected end"):
+        encode([NAMED], tokenizer_of("qwen-2.5", chat_template="{% for m in messages %}"), CONTEXT)
+
+
+@pytest.mark.parametrize("name", ["qwen-2.5", "gpt-2", "gemma-2"])
+def test_a_folder_without_its_tokenizer_is_refused(name: str, tmp_path: Path) -> None:
+    """transformers makes one without a vocabulary, that reads every text as nothing or as one unknown token."""
+    ZOO[name].build(TEXTS)[0].save_pretrained(tmp_path)
+    with pytest.raises(ArtifactError, match=r"has no tokenizer.*Copy the tokenizer's files"):
+        assert Backbone.of(tmp_path).tokenizer
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("config.json", {"num_hidden_layers": 3}, "config.json cannot be read"),
+        ("tokenizer_config.json", [], "no tokenizer that loads"),
+        ("tokenizer.json", {"model": {"type": "Other"}}, "no tokenizer that loads"),
+    ],
+)
+def test_files_of_a_model_that_do_not_fit_together(file: str, content: Any, says: str, tmp_path: Path) -> None:
+    path = saved("qwen-2.5", tmp_path) / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | content if isinstance(content, dict) else content))
+    with pytest.raises(ArtifactError, match=says):
+        assert Backbone.of(tmp_path).tokenizer
+
+
+def test_weights_that_lie_there_twice_count_once(tmp_path: Path) -> None:
+    backbone = Backbone.of(saved("mistral", tmp_path))
+    before = backbone.num_bytes
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "consolidated.safetensors")
+    assert backbone.num_bytes == before > 0
 
 
 def saved(name: str, folder: Path, **changed: Any) -> Path:
