@@ -38,42 +38,37 @@ def reshard(model: nn.Module) -> None:
 
 
 @contextmanager
-def in_step(*models: nn.Module) -> Iterator[None]:
-    """Inside, each process runs sharded models as often as it needs to, in the same order. Every process must enter.
+def in_step(model: nn.Module) -> Iterator[None]:
+    """Inside, each process runs a sharded model as often as it needs to. Every process must enter.
 
     A layer is gathered by all processes together. So one that has no work left goes on with a single token, until all
-    have ended. Models that are not sharded run as always.
+    have ended. A model that is not sharded runs as always.
     """
-    roots = [_root(model) for model in models]
-    if not all(isinstance(root, FSDPModule) for root in roots):
+    root = _root(model)
+    if not isinstance(root, FSDPModule):
         yield
         return
-    device = next(roots[0].parameters()).device
+    device = next(root.parameters()).device
 
-    def running(number: int) -> int:
-        """Tells all processes which model this one runs now (0: none), and returns what any of them runs."""
-        told = torch.tensor(number, device=device)
+    def running(own: bool) -> bool:
+        """Tells all processes whether this one runs the model now, and returns whether any of them does."""
+        told = torch.tensor(int(own), device=device)
         dist.all_reduce(told, dist.ReduceOp.MAX)
-        return int(told)
+        return bool(told)
 
-    def hook(number: int) -> Any:
-        def before(*_: Any) -> None:  # a value would be taken for the model's input
-            running(number)
+    def before(*_: Any) -> None:  # a value would be taken for the model's input
+        running(True)
 
-        return before
-
-    hooks = [root.register_forward_pre_hook(hook(n), prepend=True) for n, root in enumerate(roots, 1)]
+    hook = root.register_forward_pre_hook(before, prepend=True)
     try:
         yield
     finally:
-        for one in hooks:
-            one.remove()
+        hook.remove()
     token = torch.ones(1, 1, dtype=torch.long, device=device)
     with torch.no_grad():
-        while number := running(0):
-            roots[number - 1](input_ids=token, attention_mask=token, use_cache=False)
-    for root in roots:
-        reshard(root)
+        while running(False):
+            root(input_ids=token, attention_mask=token, use_cache=False)
+    reshard(root)
 
 
 def _root(model: nn.Module) -> nn.Module:

@@ -168,12 +168,12 @@ def _last_cycle(run: Run, backbone: Backbone, vector: Path | None) -> None:
     if found is None:
         telemetry, during = _telemetry(run), _behavior(run)
         module = run.module("finetune", backbone, lr=config.optimizer.lr, vector=vector)
-        run.fit(module, "finetune", config.finetune.epochs, path, [*telemetry, *during])
+        rows = run.fit(module, "finetune", config.finetune.epochs, path, [*telemetry, *during])
         record.wall_seconds["during"] = round(sum(callback.seconds for callback in during), 3)
         found = {
             "folder": str(path.resolve()),
             "backbone": folder_digest(path / "backbone"),
-            "ledger": {row.part: [row.parameters, row.trainable, row.active] for row in module.ledger()},
+            "ledger": {row.part: [row.parameters, row.trainable, row.active] for row in rows},
             "metrics": {k: asdict(v) for callback in telemetry for k, v in callback.metrics().items()},
         }
         if main_process():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from secvec.data.embedded import Skill
 from secvec.data.prompts import question
-from secvec.evaluation.losses import kl_to_base, mean_losses
-from secvec.evaluation.prediction import predict, respond
+from secvec.evaluation.losses import keep_log_probs, kl_to_base, mean_losses
+from secvec.evaluation.prediction import respond
 from secvec.models.tiny import build_tiny
 from secvec.module import SecVecModule
 from secvec.settings.schema import EvaluationSettings
@@ -112,8 +113,13 @@ def ask(processes: int, folder: Path, other: Path) -> tuple[Any, ...]:
     asked = [question(EXAMPLES, module.backbone.tokenizer)] * 2
     answers = respond(module, asked, SETTINGS, trainer, "test")
     losses = mean_losses(module, {"skill": EXAMPLES, "one": EXAMPLES[:1]}, SETTINGS, trainer)
-    predict(base, [[]], trainer, "sharding")
-    kl = kl_to_base(base.model, module.model, module.backbone, EXAMPLES, 2)
+    kept = folder.parent / f"log_probs-{processes}"
+    kept.mkdir(exist_ok=True)
+    keep_log_probs(module, EXAMPLES, kept, 2, trainer)
+    shard = weakref.ref(next(module.model.parameters()))
+    module.release()
+    assert shard() is None  # a process holds shards of one model at a time
+    kl = kl_to_base(base, EXAMPLES, kept, 2, trainer)
     return answers, {name: loss.value for name, loss in losses.items()}, kl.value
 
 
