@@ -6,17 +6,19 @@ import hashlib
 import json
 import logging
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -26,9 +28,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
 from secvec.errors import ArtifactError, nearest
-from secvec.models.outline import outlined
+from secvec.models.outline import Weights, outlined
 from secvec.models.packing import enable_packing
 from secvec.models.vector import active_parts, part_of
 from secvec.runs.content import file_digest, folder_digest
@@ -37,6 +41,8 @@ from secvec.settings.schema import ModelSettings
 log = logging.getLogger(__name__)
 
 WEIGHT_FILES = "*.safetensors"
+MAX_SHARD_SIZE = "5GB"
+"""Of a file of weights, but for a single weight that is larger."""
 LOADING_ERRORS = (ValueError, OSError, SafetensorError, RuntimeError, KeyError, ImportError, AttributeError, TypeError)
 """What transformers, or the own code of a model, raises for a folder that it cannot load."""
 
@@ -94,8 +100,8 @@ class Backbone:
         model = _from_pretrained(self.folder, self.settings, device_map="meta")
         if not outlined(model, self.folder):
             log.warning(
-                "%s: its files name the weights otherwise than the model does, so every process loads it whole before "
-                "it is sharded. Saved once by transformers, its parts can be read alone",
+                "%s: its files name the weights otherwise than the model does, so each process that reads it loads it "
+                "whole. Saved once by transformers, its parts can be read alone",
                 self.folder,
             )
             return self.load()
@@ -310,19 +316,36 @@ def check_savable(backbone: Backbone) -> None:
         )
 
 
-def save_backbone(state: Mapping[str, Tensor], like: Path, settings: ModelSettings, folder: Path) -> None:
-    """Saves `state` as a Hugging Face folder, with the config and tokenizer of the folder `like`."""
+def save_backbone(weights: Weights, like: Path, settings: ModelSettings, folder: Path) -> None:
+    """Saves `weights` as a Hugging Face folder, with the config and tokenizer of the folder `like`.
+
+    They are read file by file, MAX_SHARD_SIZE at a time: what transformers does for a model that it has put on disk.
+    """
     model = _skeleton(like, settings)
-    # assign=True uses the tensors of `state` themselves: no copy, no initialisation
-    _, unexpected = model.load_state_dict(dict(state), strict=False, assign=True)
+    if _joins_weights(model):
+        weights = Weights.of(weights.whole())
+    hollow = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in weights.tensors.items()}
+    before = dict(model.named_parameters())
+    # assign=True uses the tensors of `hollow` themselves: their types, no initialisation
+    _, unexpected = model.load_state_dict(hollow, strict=False, assign=True)
     model.tie_weights()
-    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    left = [name for name, parameter in model.named_parameters() if parameter is before.get(name)]
     if unexpected or left:
         raise AssertionError(f"the trained state is not that of the backbone: left {left}, unexpected {unexpected}")
-    model.save_pretrained(folder)
+    offloaded: Any = model
+    offloaded.hf_device_map, offloaded._hf_hook = {"": "disk"}, SimpleNamespace(weights_map=weights)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+        model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
     load_tokenizer(like, settings.trust_remote_code).save_pretrained(folder)
     if (like / "generation_config.json").is_file():
         shutil.copyfile(like / "generation_config.json", folder / "generation_config.json")
+
+
+def _joins_weights(model: PreTrainedModel) -> bool:
+    """Whether transformers saves several weights of such a model as one, and so must have them at the same time."""
+    reverse = [one.reverse_transform() for one in get_model_conversion_mapping(model, add_legacy=False)]
+    return any(isinstance(one, WeightConverter) and len(one.source_patterns) > 1 for one in reverse)
 
 
 def set_trainable(model: nn.Module, part: str | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -13,7 +13,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from secvec.models.outline import fill, layers, tensors_of
+from secvec.models.outline import Weights, fill, layers, tensors_of
+from secvec.runs.cache import main_process
 
 
 def shard(model: nn.Module, mesh: Any) -> None:
@@ -94,7 +95,45 @@ def over_shards(total: Tensor, model: nn.Module) -> Tensor:
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """The trained weights and the buffers, unsharded, on the CPU of rank 0 (empty elsewhere when sharded).
 
-    Every process must call it.
+    For adapters: they are small. Every process must call it.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
+
+
+def on_first(tensors: Mapping[str, Tensor], work: Callable[[Weights], None]) -> None:
+    """The first process does `work` with the weights; each that it reads is gathered by all processes together.
+
+    So none of them holds more than the first one keeps. Every process must call it, with the same names.
+    """
+    sharded = next((tensor for tensor in tensors.values() if isinstance(tensor, DTensor)), None)
+    if sharded is None:
+        if main_process():
+            work(Weights.of(tensors))
+        return
+    names, device = list(tensors), sharded.to_local().device
+
+    def told(number: int) -> int:
+        """What the first process tells the others: which weight it reads, or -1, that it has ended."""
+        box = torch.tensor(number, device=device)
+        dist.broadcast(box, 0)
+        return int(box)
+
+    def read(name: str) -> Tensor:
+        told(names.index(name))
+        return _gathered(tensors[name])
+
+    if main_process():
+        try:
+            work(Weights(tensors, read))
+        finally:
+            told(-1)
+    else:
+        while (number := told(-1)) >= 0:
+            _gathered(tensors[names[number]])
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    """A tensor, whole, on the CPU. Every process must call it."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()

@@ -26,7 +26,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from secvec.errors import ArtifactError, ConfigError, nearest
-from secvec.models.outline import is_outlined, weights_at_hand
+from secvec.models.outline import Weights, copy_of, is_outlined, weights_at_hand
 from secvec.settings.schema import LoraSettings
 
 VECTOR = "security_vector"
@@ -289,9 +289,26 @@ def backbone_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def merge_task(backbone: nn.Module, folder: Path) -> nn.Module:
-    """Merges the task LoRA saved in `folder` into the weights of `backbone`."""
-    return PeftModel.from_pretrained(backbone, str(folder), adapter_name=TASK).merge_and_unload()
+def merged_task(backbone: nn.Module, folder: Path) -> Weights:
+    """The weights of `backbone` with the task LoRA saved in `folder` merged into them, each when it is read.
+
+    `backbone` may be outlined, and keeps its weights as they are.
+    """
+    model = PeftModel.from_pretrained(backbone, str(folder), adapter_name=TASK)
+    tensors = backbone_state(model.state_dict(keep_vars=True))
+    adapted = {id(layer.get_base_layer().weight): layer for layer in _lora_layers(model)}
+
+    def read(name: str) -> Tensor:
+        tensor = tensors[name]
+        kept, value, layer = tensor.data, copy_of(tensor), adapted.get(id(tensor))
+        if layer is not None:
+            tensor.data = value
+            layer.merge(adapter_names=[TASK])
+            value, tensor.data = tensor.data, kept
+            layer.merged_adapters.clear()
+        return value
+
+    return Weights(tensors, read)
 
 
 def _attach(model: nn.Module, name: str, settings: LoraSettings, dropout: float) -> nn.Module:
