@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +26,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,9 +34,10 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
-from secvec.errors import ArtifactError, nearest
+from secvec.errors import ArtifactError, ConfigError, nearest
 from secvec.models.outline import Weights, outlined
 from secvec.models.packing import enable_packing
+from secvec.models.quantized import keep_packing, shape_of
 from secvec.models.vector import active_parts, part_of
 from secvec.runs.content import file_digest, folder_digest
 from secvec.settings.schema import ModelSettings
@@ -56,19 +60,27 @@ class Backbone:
 
     @classmethod
     def of(cls, given: Backbone | ModelSettings | Mapping[str, Any] | str | Path) -> Backbone:
-        """From a folder, a hub id or settings. Raises ArtifactError when there is no such model."""
+        """From a folder, a hub id or settings. Raises ArtifactError when there is no such model.
+
+        Raises ConfigError where `quantization` is asked for and this machine cannot.
+        """
         if isinstance(given, Backbone):
             return given
         if isinstance(given, str | Path):
             given = {"name": None, "name_or_path": str(given)}
         settings = given if isinstance(given, ModelSettings) else ModelSettings.model_validate(given)
+        if settings.quantization:
+            _check_bitsandbytes()
         folder = locate(settings)
         load_config(folder, settings.trust_remote_code)
         return cls(folder, settings)
 
     def at(self, folder: Path) -> Backbone:
-        """Another checkpoint of the same model, loaded in the same way. Raises ArtifactError."""
-        return Backbone(check(folder), self.settings)
+        """Another checkpoint of the same model, loaded in the same way, but never in 4 bits: it would be rounded again.
+
+        Raises ArtifactError.
+        """
+        return Backbone(check(folder), self.settings.model_copy(update={"quantization": None}))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -79,8 +91,8 @@ class Backbone:
     def identity(self) -> list[str | bool]:
         """What tells a loaded copy from all others: what its folder holds, and how it is loaded."""
         settings = self.settings
-        how = [settings.dtype, settings.trust_remote_code, settings.packing, *filter(None, [settings.compile])]
-        return [folder_digest(self.folder), *how]
+        how = [settings.dtype, settings.trust_remote_code, settings.packing]
+        return [folder_digest(self.folder), *how, *filter(None, [settings.compile, settings.quantization])]
 
     @property
     def num_bytes(self) -> int:
@@ -126,6 +138,7 @@ class Backbone:
     def hyperparameters(self) -> dict[str, Any]:
         """Plain values from which `of` makes it again."""
         fields = {"name", "revision", "trust_remote_code", "dtype", "gradient_checkpointing", "packing", "compile"}
+        fields |= {"quantization"}
         return self.settings.model_dump(mode="json", include=fields) | {"name_or_path": str(self.folder)}
 
 
@@ -201,7 +214,35 @@ def fingerprint(folder: Path) -> str:
 
 def load_backbone(folder: Path, settings: ModelSettings) -> PreTrainedModel:
     """Loads the causal LM in `folder`, in eval mode. Raises ArtifactError."""
-    return _prepared(_from_pretrained(folder, settings), settings)
+    how = {}
+    if settings.quantization:
+        how["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=settings.quantization,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, settings.dtype),
+        )
+    model = _from_pretrained(folder, settings, **how)
+    keep_packing(model)
+    return _prepared(model, settings)
+
+
+def _check_bitsandbytes() -> None:
+    """Raises ConfigError where weights cannot be held in 4 bits."""
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "model.quantization=nf4 needs bitsandbytes, which is not installed: pip install bitsandbytes, or "
+            "model.quantization=null"
+        )
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit  # an optional package
+
+    try:
+        dequantize_4bit(*quantize_4bit(torch.zeros(64, device="cuda" if torch.cuda.is_available() else "cpu")))
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        raise ConfigError(
+            f"model.quantization=nf4: bitsandbytes {version('bitsandbytes')} cannot do it on this machine "
+            f"({_one_line(error)}). Install a newer one (pip install -U bitsandbytes), or set model.quantization=null"
+        ) from None
 
 
 def _from_pretrained(folder: Path, settings: ModelSettings, **where: Any) -> PreTrainedModel:
@@ -371,7 +412,8 @@ def ledger(model: nn.Module) -> list[LedgerRow]:
     trainable: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         part = part_of(name)
-        total[part] = total.get(part, 0) + parameter.numel()
-        trainable[part] = trainable.get(part, 0) + parameter.numel() * parameter.requires_grad
+        size = shape_of(parameter).numel()
+        total[part] = total.get(part, 0) + size
+        trainable[part] = trainable.get(part, 0) + size * parameter.requires_grad
     active = active_parts(model)
     return [LedgerRow(part, total[part], trainable[part], part in active) for part in total]

@@ -69,11 +69,6 @@ def outlined(model: Any, folder: Path) -> bool:
     return True
 
 
-def copy_of(tensor: Tensor) -> Tensor:
-    """The values of `tensor`, read from disk if it is outlined."""
-    return tensor.read() if hasattr(tensor, "read") else tensor.detach().clone()
-
-
 def is_outlined(model: nn.Module) -> bool:
     """Whether weights of `model` are on disk."""
     return any(hasattr(tensor, "read") for tensor in tensors_of(model))

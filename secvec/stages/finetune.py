@@ -20,7 +20,7 @@ from secvec.metrics import Measurement
 from secvec.models.backbone import Backbone, check_savable, save_backbone
 from secvec.models.outline import Weights
 from secvec.models.sharding import on_first, trained_state
-from secvec.models.vector import attach_task, backbone_state, merged_task, save_adapter
+from secvec.models.vector import attach_task, backbone_state, merged_task, save_adapter, with_task
 from secvec.runs.cache import built_once, copy_folder, from_first, main_process, wait_for_all
 from secvec.runs.content import by_content, folder_digest
 from secvec.runs.files import atomic_path, write_atomic
@@ -105,7 +105,8 @@ class FinetuneStage(Stage):
             if main_process():
                 with atomic_path(folder / "task") as out:
                     save_adapter(module.model, state, "task", out)
-                write(merged_task(backbone.outline(), folder / "task"))
+                rounded = backbone.settings.quantization  # then its folder has other weights than were trained on
+                write(merged_task(module.model if rounded else with_task(backbone.outline(), folder / "task")))
         else:
             on_first(backbone_state(module.model.state_dict(keep_vars=True)), write)
         wait_for_all()
