@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -219,6 +221,15 @@ class SecVecModule(L.LightningModule):
     def ledger(self) -> list[LedgerRow]:
         """What each part of the model is doing."""
         return ledger(self.model)
+
+    def release(self) -> None:
+        """Frees the model, and what its Trainer keeps of it. Who uses the module again loads the model again."""
+        if self.model is None:
+            return
+        one = weakref.ref(next(self.model.parameters()))
+        self.model, self.start, self.before_checkpoint, self._trainer = None, {}, None, None  # type: ignore[assignment]
+        if one() is not None:  # adapters, wrappers, a Trainer and its optimizer refer to each other in circles
+            gc.collect()
 
     def save(self, folder: str | Path) -> None:
         """Writes what the stage has trained below `folder`: `vector/`, or `backbone/` (and `task/`).

@@ -36,13 +36,13 @@ from secvec.evaluation.backends import generation_backend, kept_result
 from secvec.evaluation.evaluator import Evaluator
 from secvec.evaluation.leak_probes import read_context
 from secvec.evaluation.losses import mean_losses
-from secvec.evaluation.prediction import predict, respond
+from secvec.evaluation.prediction import respond
 from secvec.evaluation.scan import RowScore, kept_scores, limit, scan
 from secvec.evaluation.scan_file import ScanFile
 from secvec.evaluation.verdicts import EvaluationResult
 from secvec.evaluation.vllm import backend_info
 from secvec.metrics import Measurements
-from secvec.models.backbone import Backbone
+from secvec.models.backbone import Backbone, LedgerRow
 from secvec.models.vector import vector_info
 from secvec.module import SecVecModule
 from secvec.planning.table import plan
@@ -123,6 +123,15 @@ class Run:
         module.generation = generation_backend(backbone, vector, self.config.generation, self.config.trainer, folder)
         return module
 
+    @contextmanager
+    def answering(self, backbone: Backbone, vector: Path | None = None) -> Iterator[SecVecModule]:
+        """As `inference_module`; at the end its model is freed, so that the next one has room."""
+        module = self.inference_module(backbone, vector)
+        try:
+            yield module
+        finally:
+            module.release()
+
     def fit(
         self,
         module: SecVecModule,
@@ -131,12 +140,12 @@ class Run:
         out: Path,
         callbacks: Sequence[L.Callback] = (),
         data: SecVecDataModule | None = None,
-    ) -> None:
+    ) -> list[LedgerRow]:
         """Trains `module` on the data of its stage and saves it below `out`; default: on the data of the run.
 
-        `label` names the training in logs, curves and checkpoints.
+        `label` names the training in logs, curves and checkpoints. Returns the ledger of the model, which is freed.
         """
-        config = self.config
+        config, data = self.config, data or self.data
         training = Training(
             self.folder.path,
             label,
@@ -149,12 +158,16 @@ class Run:
         )
         self.folder.record.checkpoint_bytes[label] = fit(
             module,
-            data or self.data,
+            data,
             training,
             self.curves(training),
             out,
             [*callbacks, *build_callbacks(config.callbacks, module.stage.name)],
         )
+        rows = module.ledger()
+        data.trainer = None  # it holds the optimizer, and that the weights
+        module.release()
+        return rows
 
     def prepare(self, preparation: Preparation) -> Path:
         """The folder of a training of the starting model, kept for every run that asks for the same.
@@ -251,9 +264,8 @@ class Run:
         key = content_key([backbone.identity, data_hash(examples), *settings, *device])
 
         def answer() -> EvaluationResult:
-            module = self.inference_module(backbone)
             asked = question(examples, backbone.tokenizer)
-            with self._evaluation():
+            with self._evaluation(), self.answering(backbone) as module:
                 (responses,) = respond(module, [asked], config.evaluation, config.trainer, "own answers")
             return EvaluationResult({}, [{"response": response} for response in responses])
 
@@ -320,20 +332,17 @@ class Run:
         vector = self.saved_vector()
         assert vector is not None
         most = limit(kept_scores(vector)["benign"][window - 1], quantile)
-        module = self.inference_module(self.backbone, vector)
-        kept = {
-            kind: [row for row, of in zip(rows, self.scan(module, rows), strict=True) if of.score(window) <= most]
-            for kind, rows in samples.items()
-        }
+        with self.answering(self.backbone, vector) as module:
+            kept = {
+                kind: [row for row, of in zip(rows, self.scan(module, rows), strict=True) if of.score(window) <= most]
+                for kind, rows in samples.items()
+            }
         if not any(kept.values()):
             raise DataError(f"the scan flags all {sum(map(len, samples.values()))} rows (scores above {most:.2f} nats)")
         return kept
 
     def to_device(self, module: SecVecModule) -> nn.Module:
         """The model of `module` on the device that evaluates, outside a Trainer."""
-        if self.config.trainer.strategy == "fsdp" and dist.is_initialized():
-            predict(module, [[]], self.config.trainer, "sharding")  # shards are made by a Trainer, and stay
-            return module.model
         module.configure_model()
         return module.model.to(device_of(self.config.trainer))
 

@@ -9,7 +9,7 @@ from pydantic import DirectoryPath, Field, model_validator
 from secvec.behaviors.base import Behavior
 from secvec.data.example import Split, Stream
 from secvec.data.tables import Source
-from secvec.defenses.base import Defense
+from secvec.defenses.base import AlignmentStage, Defense
 from secvec.errors import nearest
 from secvec.judges.base import Judge
 from secvec.settings.conf import CONF
@@ -222,6 +222,16 @@ class AnyConfig(Settings):
                 f"behavior={self.behavior.name} needs a judge: only you know which answers show it. Name one, or "
                 f"judge=none to measure losses alone:\n{_choices('judge')}"
             )
+        if self.model.quantization and self.trainer.strategy == "fsdp":
+            faults.append(
+                "model.quantization=nf4 and trainer=fsdp: weights in 4 bits are not sharded. Choose trainer=ddp, where "
+                "each device holds them all, or model.quantization=null"
+            )
+        if self.model.quantization and self.model.align:
+            faults.append(
+                "model.quantization=nf4 and model.align: an alignment trains all weights. Set model.align=null "
+                "(and model.name_or_path to a model that is aligned), or model.quantization=null"
+            )
         if self.answer_judge is None and (names := [n for n, s in self.data.benign.items() if s.metric == "judge"]):
             faults.append(
                 f"data.benign.{names[0]}.metric=judge needs a judge of answers: judge@answer_judge=correctness"
@@ -360,6 +370,23 @@ class RunConfig(AnyConfig):
     def _trains_vector(self) -> bool:
         return self.defense.uses_vector and self.vector.path is None
 
+    def _trains_rounded_weights(self) -> list[str]:
+        """What does not go with a frozen backbone in 4 bits after the vector stage."""
+        faults, plain = [], "or model.quantization=null"
+        if self.tune.kind == "full":
+            faults.append(f"tune=full trains the weights that model.quantization=nf4 rounds: choose tune=lora, {plain}")
+        if self.finetune.cycles > 1:
+            faults.append(f"finetune.cycles > 1 would round the weights of each cycle again: set it to 1, {plain}")
+        if self.defense.activation == "merged":
+            faults.append(
+                f"defense.activation=merged adds the vector to whole weights: set defense.activation=adapter, {plain}"
+            )
+        if self.defense.finishes or isinstance(self.defense, AlignmentStage):
+            faults.append(
+                f"defense={self.defense.name} changes the backbone's own weights: choose another defense, {plain}"
+            )
+        return faults
+
     @model_validator(mode="after")
     def _is_possible(self) -> RunConfig:
         faults = []
@@ -379,6 +406,8 @@ class RunConfig(AnyConfig):
             )
         if self.defense.refits_vector and not self._trains_vector:
             faults.append(f"defense={self.defense.name} trains its vectors: drop vector.path")
+        if self.model.quantization and self.stage != "vector":
+            faults += self._trains_rounded_weights()
         if self.data.counts[1] != 0 and not self.data.serving("finetune")[0]:
             faults.append("data.num_benign > 0 needs at least one stream in data.benign that is not neutral")
         if (self.data.file or self.data.test_file or self.data.kl_file) and not self.data.untrusted:

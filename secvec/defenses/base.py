@@ -129,6 +129,11 @@ class Defense(Settings):
         """
         return {}
 
+    @property
+    def finishes(self) -> bool:
+        """Whether `finish` is its own. Only then are the weights to save in memory all at once."""
+        return type(self).finish is not Defense.finish
+
     def finish(self, weights: dict[str, Tensor], backbone: Backbone, vector: Path | None) -> dict[str, Tensor]:
         """The weights to save in `backbone/`, made from those that a training gave. Default: these.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from secvec.errors import ConfigError
 from secvec.evaluation.generation import GenerationBackend
 from secvec.evaluation.verdicts import EvaluationResult
 from secvec.evaluation.vllm import VllmEngine, backend_info, uses_vllm
@@ -31,6 +32,8 @@ def generation_backend(
     """What generates for `backbone` with the saved `vector`; finished batches are kept in `folder`."""
     engine = None
     if uses_vllm(generation, trainer):
+        if backbone.settings.quantization:
+            raise ConfigError("model.quantization=nf4: vLLM would answer with the whole weights. Set generation=hf")
         engine = VllmEngine(backbone.folder, vector, generation, backbone.settings.trust_remote_code)
     identity = [*backbone.identity, vector and folder_digest(vector), backend_info(generation, trainer)]
     return GenerationBackend(identity, folder, engine)

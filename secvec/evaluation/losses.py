@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from secvec.data.batch import IGNORE, Batch, collate
 from secvec.data.encode import encode
 from secvec.data.example import Example
-from secvec.evaluation.prediction import gathered, predict
+from secvec.evaluation.prediction import predict
 from secvec.metrics import Measurement, Measurements, mean
 from secvec.models.backbone import Backbone
 from secvec.models.logits import logits_at
-from secvec.models.sharding import in_step
 from secvec.models.vector import vector_off
 from secvec.settings.schema import EvaluationSettings
 from secvec.settings.trainer import TrainerSettings
@@ -79,24 +79,66 @@ def response_nll(model: nn.Module, batch: Batch) -> Tensor:
     return token_losses(model, batch)
 
 
-@torch.no_grad()
-def kl_to_base(
-    base: nn.Module, model: nn.Module, backbone: Backbone, examples: Sequence[Example], batch_size: int
-) -> Measurement:
-    """KL(base || model) in nats per response token: how far the model has moved on these samples.
+class LogProbsBatch:
+    """A batch of samples whose next-token distributions, at their response tokens, are written to `file`."""
 
-    `backbone` names the tokenizer and the context of both. Every process must call it.
+    def __init__(self, batch: Batch, file: Path):
+        self.batch, self.file = batch, file
+
+    def predict(self, module: SecVecModule) -> list[tuple[int, list[float]]]:
+        """Nothing: what it finds is in the file."""
+        save_file({"log_probs": _log_probs(module.model, self.batch).cpu()}, self.file)
+        return []
+
+
+class KlBatch:
+    """A batch of samples at whose response tokens the module's model is compared with what a `LogProbsBatch` wrote."""
+
+    def __init__(self, number: int, batch: Batch, file: Path):
+        self.number, self.batch, self.file = number, batch, file
+
+    def predict(self, module: SecVecModule) -> list[tuple[int, list[float]]]:
+        """The number of the batch, and the mean KL(model || file) per response token of each of its rows."""
+        own = _log_probs(module.model, self.batch)
+        kl = (own.exp() * (own - load_file(self.file)["log_probs"].to(own.device))).sum(-1)
+        sizes = before_labels(self.batch["labels"]).sum(1).tolist()
+        return [(self.number, [float(row.mean()) for row in kl.split(sizes)])]
+
+
+def keep_log_probs(
+    module: SecVecModule, examples: Sequence[Example], folder: Path, batch_size: int, trainer: TrainerSettings
+) -> None:
+    """Writes the next-token distributions of `module` into `folder`: float32 takes 4 V bytes for each response token.
+
+    They wait on the disk, so that what is compared with them is loaded when this model is gone. Every process must call
+    it, and finds its own batches there.
     """
-    parts: list[tuple[int, list[float]]] = []
-    with in_step(model, base):
-        for number, batch in _mine(backbone, examples, batch_size):
-            here = before_labels(batch["labels"])
-            ours, theirs = (
-                logits_at(m, batch["input_ids"], batch["attention_mask"], here).log_softmax(-1) for m in (model, base)
-            )
-            kl = (theirs.exp() * (theirs - ours)).sum(-1)
-            parts.append((number, [float(row.mean()) for row in kl.split(here.sum(1).tolist())]))
-    return mean([value for _, values in sorted(gathered(parts)) for value in values])
+    batches = [
+        LogProbsBatch(batch, folder / f"{number}.safetensors")
+        for number, batch in _mine(module.backbone, examples, batch_size)
+    ]
+    predict(module, [batches], trainer, "distributions")
+
+
+def kl_to_base(
+    base: SecVecModule, examples: Sequence[Example], folder: Path, batch_size: int, trainer: TrainerSettings
+) -> Measurement:
+    """KL(base || model) in nats per response token: how far a model has moved from `base` on these samples.
+
+    `folder` holds what `keep_log_probs` wrote of the model for the same batches. Every process must call it.
+    """
+    batches = [
+        KlBatch(number, batch, folder / f"{number}.safetensors")
+        for number, batch in _mine(base.backbone, examples, batch_size)
+    ]
+    (found,) = predict(base, [batches], trainer, "KL to base")
+    return mean([value for _, values in sorted(found) for value in values])
+
+
+def _log_probs(model: nn.Module, batch: Batch) -> Tensor:
+    """(N, V): of the tokens that `before_labels` marks."""
+    here = before_labels(batch["labels"])
+    return logits_at(model, batch["input_ids"], batch["attention_mask"], here).log_softmax(-1)
 
 
 def _mine(backbone: Backbone, examples: Sequence[Example], batch_size: int) -> list[tuple[int, Batch]]:

@@ -6,31 +6,39 @@ import hashlib
 import json
 import logging
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
-from secvec.errors import ArtifactError, nearest
-from secvec.models.outline import outlined
+from secvec.errors import ArtifactError, ConfigError, nearest
+from secvec.models.outline import Weights, outlined
 from secvec.models.packing import enable_packing
+from secvec.models.quantized import keep_packing, shape_of
 from secvec.models.vector import active_parts, part_of
 from secvec.runs.content import file_digest, folder_digest
 from secvec.settings.schema import ModelSettings
@@ -38,6 +46,8 @@ from secvec.settings.schema import ModelSettings
 log = logging.getLogger(__name__)
 
 WEIGHT_FILES = "*.safetensors"
+MAX_SHARD_SIZE = "5GB"
+"""Of a file of weights, but for a single weight that is larger."""
 LOADING_ERRORS = (
     *(ValueError, OSError, SafetensorError, RuntimeError, KeyError, ImportError, AttributeError, TypeError),
     StrictDataclassError,  # of the checks of a config
@@ -54,19 +64,27 @@ class Backbone:
 
     @classmethod
     def of(cls, given: Backbone | ModelSettings | Mapping[str, Any] | str | Path) -> Backbone:
-        """From a folder, a hub id or settings. Raises ArtifactError when there is no such model."""
+        """From a folder, a hub id or settings. Raises ArtifactError when there is no such model.
+
+        Raises ConfigError where `quantization` is asked for and this machine cannot.
+        """
         if isinstance(given, Backbone):
             return given
         if isinstance(given, str | Path):
             given = {"name": None, "name_or_path": str(given)}
         settings = given if isinstance(given, ModelSettings) else ModelSettings.model_validate(given)
+        if settings.quantization:
+            _check_bitsandbytes()
         folder = locate(settings)
         load_config(folder, settings.trust_remote_code)
         return cls(folder, settings)
 
     def at(self, folder: Path) -> Backbone:
-        """Another checkpoint of the same model, loaded in the same way. Raises ArtifactError."""
-        return Backbone(check(folder), self.settings)
+        """Another checkpoint of the same model, loaded in the same way, but never in 4 bits: it would be rounded again.
+
+        Raises ArtifactError.
+        """
+        return Backbone(check(folder), self.settings.model_copy(update={"quantization": None}))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -77,8 +95,8 @@ class Backbone:
     def identity(self) -> list[str | bool]:
         """What tells a loaded copy from all others: what its folder holds, and how it is loaded."""
         settings = self.settings
-        how = [settings.dtype, settings.trust_remote_code, settings.packing, *filter(None, [settings.compile])]
-        return [folder_digest(self.folder), *how]
+        how = [settings.dtype, settings.trust_remote_code, settings.packing]
+        return [folder_digest(self.folder), *how, *filter(None, [settings.compile, settings.quantization])]
 
     @property
     def num_bytes(self) -> int:
@@ -99,8 +117,8 @@ class Backbone:
         model = _from_pretrained(self.folder, self.settings, device_map="meta")
         if not outlined(model, self.folder):
             log.warning(
-                "%s: its files name the weights otherwise than the model does, so every process loads it whole before "
-                "it is sharded. Saved once by transformers, its parts can be read alone",
+                "%s: its files name the weights otherwise than the model does, so each process that reads it loads it "
+                "whole. Saved once by transformers, its parts can be read alone",
                 self.folder,
             )
             return self.load()
@@ -131,6 +149,7 @@ class Backbone:
     def hyperparameters(self) -> dict[str, Any]:
         """Plain values from which `of` makes it again."""
         fields = {"name", "revision", "trust_remote_code", "dtype", "gradient_checkpointing", "packing", "compile"}
+        fields |= {"quantization"}
         return self.settings.model_dump(mode="json", include=fields) | {"name_or_path": str(self.folder)}
 
 
@@ -206,7 +225,35 @@ def fingerprint(folder: Path) -> str:
 
 def load_backbone(folder: Path, settings: ModelSettings) -> PreTrainedModel:
     """Loads the causal LM in `folder`, in eval mode. Raises ArtifactError."""
-    return _prepared(_from_pretrained(folder, settings), settings)
+    how = {}
+    if settings.quantization:
+        how["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=settings.quantization,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, settings.dtype),
+        )
+    model = _from_pretrained(folder, settings, **how)
+    keep_packing(model)
+    return _prepared(model, settings)
+
+
+def _check_bitsandbytes() -> None:
+    """Raises ConfigError where weights cannot be held in 4 bits."""
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "model.quantization=nf4 needs bitsandbytes, which is not installed: pip install bitsandbytes, or "
+            "model.quantization=null"
+        )
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit  # an optional package
+
+    try:
+        dequantize_4bit(*quantize_4bit(torch.zeros(64, device="cuda" if torch.cuda.is_available() else "cpu")))
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        raise ConfigError(
+            f"model.quantization=nf4: bitsandbytes {version('bitsandbytes')} cannot do it on this machine "
+            f"({_one_line(error)}). Install a newer one (pip install -U bitsandbytes), or set model.quantization=null"
+        ) from None
 
 
 def _from_pretrained(folder: Path, settings: ModelSettings, **where: Any) -> PreTrainedModel:
@@ -320,19 +367,36 @@ def check_savable(backbone: Backbone) -> None:
         )
 
 
-def save_backbone(state: Mapping[str, Tensor], like: Path, settings: ModelSettings, folder: Path) -> None:
-    """Saves `state` as a Hugging Face folder, with the config and tokenizer of the folder `like`."""
+def save_backbone(weights: Weights, like: Path, settings: ModelSettings, folder: Path) -> None:
+    """Saves `weights` as a Hugging Face folder, with the config and tokenizer of the folder `like`.
+
+    They are read file by file, MAX_SHARD_SIZE at a time: what transformers does for a model that it has put on disk.
+    """
     model = Backbone(like, settings).skeleton()
-    # assign=True uses the tensors of `state` themselves: no copy, no initialisation
-    _, unexpected = model.load_state_dict(dict(state), strict=False, assign=True)
+    if _joins_weights(model):
+        weights = Weights.of(weights.whole())
+    hollow = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in weights.tensors.items()}
+    before = dict(model.named_parameters())
+    # assign=True uses the tensors of `hollow` themselves: their types, no initialisation
+    _, unexpected = model.load_state_dict(hollow, strict=False, assign=True)
     model.tie_weights()
-    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    left = [name for name, parameter in model.named_parameters() if parameter is before.get(name)]
     if unexpected or left:
         raise AssertionError(f"the trained state is not that of the backbone: left {left}, unexpected {unexpected}")
-    model.save_pretrained(folder)
+    offloaded: Any = model
+    offloaded.hf_device_map, offloaded._hf_hook = {"": "disk"}, SimpleNamespace(weights_map=weights)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+        model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
     load_tokenizer(like, settings.trust_remote_code).save_pretrained(folder)
     if (like / "generation_config.json").is_file():
         shutil.copyfile(like / "generation_config.json", folder / "generation_config.json")
+
+
+def _joins_weights(model: PreTrainedModel) -> bool:
+    """Whether transformers saves several weights of such a model as one, and so must have them at the same time."""
+    reverse = [one.reverse_transform() for one in get_model_conversion_mapping(model, add_legacy=False)]
+    return any(isinstance(one, WeightConverter) and len(one.source_patterns) > 1 for one in reverse)
 
 
 def set_trainable(model: nn.Module, part: str | None) -> None:
@@ -358,7 +422,8 @@ def ledger(model: nn.Module) -> list[LedgerRow]:
     trainable: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         part = part_of(name)
-        total[part] = total.get(part, 0) + parameter.numel()
-        trainable[part] = trainable.get(part, 0) + parameter.numel() * parameter.requires_grad
+        size = shape_of(parameter).numel()
+        total[part] = total.get(part, 0) + size
+        trainable[part] = trainable.get(part, 0) + size * parameter.requires_grad
     active = active_parts(model)
     return [LedgerRow(part, total[part], trainable[part], part in active) for part in total]

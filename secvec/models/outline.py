@@ -6,8 +6,9 @@ adapters to it as to any model on the CPU. (On the meta device it would move the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -16,6 +17,28 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a model by name, each of which is read when it is asked for: all of them may be too much."""
+
+    tensors: Mapping[str, Tensor]
+    """Their shapes and types; the values may be elsewhere: on disk, or in the shards of other processes."""
+    read: Callable[[str], Tensor]
+    """One of them, whole and on the CPU."""
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Weights:
+        """Of those in memory."""
+        return cls(tensors, lambda name: tensors[name].detach().cpu())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(name)
+
+    def whole(self) -> dict[str, Tensor]:
+        """All of them, in memory."""
+        return {name: self.read(name) for name in self.tensors}
 
 
 def outlined(model: Any, folder: Path) -> bool:

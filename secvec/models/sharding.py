@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -13,7 +13,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from secvec.models.outline import fill, layers, tensors_of
+from secvec.models.outline import Weights, fill, layers, tensors_of
+from secvec.runs.cache import main_process
 
 
 def shard(model: nn.Module, mesh: Any) -> None:
@@ -38,42 +39,37 @@ def reshard(model: nn.Module) -> None:
 
 
 @contextmanager
-def in_step(*models: nn.Module) -> Iterator[None]:
-    """Inside, each process runs sharded models as often as it needs to, in the same order. Every process must enter.
+def in_step(model: nn.Module) -> Iterator[None]:
+    """Inside, each process runs a sharded model as often as it needs to. Every process must enter.
 
     A layer is gathered by all processes together. So one that has no work left goes on with a single token, until all
-    have ended. Models that are not sharded run as always.
+    have ended. A model that is not sharded runs as always.
     """
-    roots = [_root(model) for model in models]
-    if not all(isinstance(root, FSDPModule) for root in roots):
+    root = _root(model)
+    if not isinstance(root, FSDPModule):
         yield
         return
-    device = next(roots[0].parameters()).device
+    device = next(root.parameters()).device
 
-    def running(number: int) -> int:
-        """Tells all processes which model this one runs now (0: none), and returns what any of them runs."""
-        told = torch.tensor(number, device=device)
+    def running(own: bool) -> bool:
+        """Tells all processes whether this one runs the model now, and returns whether any of them does."""
+        told = torch.tensor(int(own), device=device)
         dist.all_reduce(told, dist.ReduceOp.MAX)
-        return int(told)
+        return bool(told)
 
-    def hook(number: int) -> Any:
-        def before(*_: Any) -> None:  # a value would be taken for the model's input
-            running(number)
+    def before(*_: Any) -> None:  # a value would be taken for the model's input
+        running(True)
 
-        return before
-
-    hooks = [root.register_forward_pre_hook(hook(n), prepend=True) for n, root in enumerate(roots, 1)]
+    hook = root.register_forward_pre_hook(before, prepend=True)
     try:
         yield
     finally:
-        for one in hooks:
-            one.remove()
+        hook.remove()
     token = torch.ones(1, 1, dtype=torch.long, device=device)
     with torch.no_grad():
-        while number := running(0):
-            roots[number - 1](input_ids=token, attention_mask=token, use_cache=False)
-    for root in roots:
-        reshard(root)
+        while running(False):
+            root(input_ids=token, attention_mask=token, use_cache=False)
+    reshard(root)
 
 
 def _root(model: nn.Module) -> nn.Module:
@@ -99,7 +95,45 @@ def over_shards(total: Tensor, model: nn.Module) -> Tensor:
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """The trained weights and the buffers, unsharded, on the CPU of rank 0 (empty elsewhere when sharded).
 
-    Every process must call it.
+    For adapters: they are small. Every process must call it.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
+
+
+def on_first(tensors: Mapping[str, Tensor], work: Callable[[Weights], None]) -> None:
+    """The first process does `work` with the weights; each that it reads is gathered by all processes together.
+
+    So none of them holds more than the first one keeps. Every process must call it, with the same names.
+    """
+    sharded = next((tensor for tensor in tensors.values() if isinstance(tensor, DTensor)), None)
+    if sharded is None:
+        if main_process():
+            work(Weights.of(tensors))
+        return
+    names, device = list(tensors), sharded.to_local().device
+
+    def told(number: int) -> int:
+        """What the first process tells the others: which weight it reads, or -1, that it has ended."""
+        box = torch.tensor(number, device=device)
+        dist.broadcast(box, 0)
+        return int(box)
+
+    def read(name: str) -> Tensor:
+        told(names.index(name))
+        return _gathered(tensors[name])
+
+    if main_process():
+        try:
+            work(Weights(tensors, read))
+        finally:
+            told(-1)
+    else:
+        while (number := told(-1)) >= 0:
+            _gathered(tensors[names[number]])
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    """A tensor, whole, on the CPU. Every process must call it."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()

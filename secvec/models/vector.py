@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from secvec.errors import ArtifactError, ConfigError, nearest
-from secvec.models.outline import is_outlined, weights_at_hand
+from secvec.models.outline import Weights, is_outlined, weights_at_hand
+from secvec.models.quantized import is_quantized, plain_copy, plain_dtype, shape_of
 from secvec.settings.schema import LoraSettings
 
 VECTOR = "security_vector"
@@ -216,7 +218,8 @@ def _check_delta(model: nn.Module) -> None:
 
 
 def _is_delta(layer: LoraLayer) -> bool:
-    plain = isinstance(layer, LoraLinear) and VECTOR not in layer.lora_variant
+    plain = isinstance(layer, LoraLinear) or is_quantized(layer.get_base_layer().weight)
+    plain &= VECTOR not in layer.lora_variant
     return plain and not layer.lora_bias.get(VECTOR)
 
 
@@ -229,6 +232,8 @@ def why_not_merged(model: nn.Module) -> list[str]:
     for layer in _lora_layers(model):
         if not _is_delta(layer):
             faults.add("it is more than a low-rank delta of a linear layer")
+        elif is_quantized(layer.weight):
+            faults.add("the weights are in 4 bits")
         elif layer.weight.dtype != torch.float32:
             faults.add(f"the weights are {str(layer.weight.dtype).removeprefix('torch.')}, not float32")
         elif not isinstance(layer.lora_dropout[VECTOR], nn.Identity):
@@ -289,9 +294,30 @@ def backbone_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def merge_task(backbone: nn.Module, folder: Path) -> nn.Module:
-    """Merges the task LoRA saved in `folder` into the weights of `backbone`."""
-    return PeftModel.from_pretrained(backbone, str(folder), adapter_name=TASK).merge_and_unload()
+def with_task(backbone: nn.Module, folder: Path) -> nn.Module:
+    """`backbone`, which may be outlined, with the task LoRA saved in `folder`."""
+    return PeftModel.from_pretrained(backbone, str(folder), adapter_name=TASK)
+
+
+def merged_task(model: nn.Module) -> Weights:
+    """The weights of the backbone with the task LoRA of `model` merged into them, each when it is read.
+
+    `model` keeps its own as they are. Weights in 4 bits are merged as they are multiplied, and saved as plain ones.
+    """
+    saved = model.state_dict().keys()
+    every = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    tensors = backbone_state({name: tensor for name, tensor in every if name in saved})
+    layers: list[Any] = [layer for layer in _lora_layers(model) if TASK in layer.lora_A]
+    adapted = {id(layer.get_base_layer().weight): layer for layer in layers}
+
+    def read(name: str) -> Tensor:
+        value, layer = plain_copy(tensors[name]), adapted.get(id(tensors[name]))
+        if layer is not None:
+            value += layer.get_delta_weight(TASK).detach()
+        return value.cpu()
+
+    shapes = {n: torch.empty(shape_of(t), dtype=plain_dtype(t), device="meta") for n, t in tensors.items()}
+    return Weights(shapes, read)
 
 
 def _attach(model: nn.Module, name: str, settings: LoraSettings, dropout: float) -> nn.Module:

@@ -24,7 +24,7 @@ ASSUMPTIONS = f"""assumed:
   - memory: an upper bound for the fullest device. AdamW's two moments have the weights' type (8 bytes per fp32 weight);
     bf16-mixed keeps a bf16 copy of the weights for the backward pass; activations by arXiv 2205.05198, attention
     matrix not stored; fsdp divides weights, gradients and moments, for answers too, but for two layers and embeddings
-  - host: every process loads the whole backbone first, with fsdp its shard; the first one gathers it at the end
+  - host: every process loads the whole backbone first, with fsdp its shard; it is saved file by file, 5 GB at a time
   - time: {MFU:.0%} of the dense peak ({{peaks}}),
     and for each new token one reading of all weights (fsdp gathers them too, which is not counted); no loading,
     judging or saving

@@ -55,6 +55,9 @@ class ModelSettings(Settings):
     trust_remote_code: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights. Mixed precision is `trainer.precision`."""
+    quantization: Literal["nf4"] | None = None
+    """The linear layers in 4 bits (bitsandbytes, arXiv 2305.14314); all else, and what is multiplied, has `dtype`.
+    The backbone is frozen: for `stage=vector` and `tune=lora`. What is saved has plain weights."""
     gradient_checkpointing: bool = False
     packing: bool = True
     """Rows of a training batch in one sequence without padding, each attending to itself, where the model can."""

@@ -104,6 +104,7 @@ def _train(run: Run, examples: Sequence[Example], work: Path, out: Path) -> None
     training = Training(work, "align", LEARNING_RATE, align.seed, align.epochs, config.trainer.alone(), False)
     with _threads(align.num_threads):
         fit(module, data, training, run.curves(training, work / "metrics.csv"), work)
+    module.release()
     shutil.move(work / "backbone", out)
     shutil.rmtree(work)
 
@@ -159,6 +160,7 @@ def _check_gate(run: Run, backbone: Backbone, align: AlignSettings, gate: BaseGa
     module = run.inference_module(backbone, keep_answers=False)
     evaluator = run.evaluator(tests, align.behavior, config.trainer.alone())
     faults = _gate_faults(run.evaluate_once(module, "base gate", evaluator).metrics, gate)
+    module.release()
     if faults:
         raise GateError(
             f"the base is not fit to start from: {' and '.join(faults)}. There would be little to protect. Align it "

@@ -18,8 +18,9 @@ from secvec.evaluation.during_training import BehaviorDuringTraining
 from secvec.evaluation.leak_probes import write_context
 from secvec.metrics import Measurement
 from secvec.models.backbone import Backbone, check_savable, save_backbone
-from secvec.models.sharding import trained_state
-from secvec.models.vector import attach_task, backbone_state, merge_task, save_adapter
+from secvec.models.outline import Weights
+from secvec.models.sharding import on_first, trained_state
+from secvec.models.vector import attach_task, backbone_state, merged_task, save_adapter, with_task
 from secvec.runs.cache import built_once, copy_folder, from_first, main_process, wait_for_all
 from secvec.runs.content import by_content, folder_digest
 from secvec.runs.files import atomic_path, write_atomic
@@ -86,18 +87,28 @@ class FinetuneStage(Stage):
         return streams
 
     def save(self, module: SecVecModule, folder: Path) -> None:
-        """Writes `backbone/`, a plain Hugging Face folder, and under tune=lora `task/`, which is merged into it."""
-        state, backbone = trained_state(module.model), module.backbone
-        if main_process():
-            weights = backbone_state(state)
-            if module.tune:
-                with atomic_path(folder / "task") as out:
-                    save_adapter(module.model, state, "task", out)
-                weights = merge_task(backbone.load(), folder / "task").state_dict()
-            assert module.vector is None or isinstance(module.vector, Path)
-            weights = module.defense.finish(weights, backbone, module.vector)
+        """Writes `backbone/`, a plain Hugging Face folder, and under tune=lora `task/`, which is merged into it.
+
+        The first process reads the weights part by part: the whole is in memory only where the defense changes it.
+        """
+        backbone, defense, vector = module.backbone, module.defense, module.vector
+        assert vector is None or isinstance(vector, Path)
+
+        def write(weights: Weights) -> None:
+            if defense.finishes:
+                weights = Weights.of(defense.finish(weights.whole(), backbone, vector))
             with atomic_path(folder / "backbone") as out:
                 save_backbone(weights, backbone.folder, backbone.settings, out)
+
+        if module.tune:
+            state = trained_state(module.model)
+            if main_process():
+                with atomic_path(folder / "task") as out:
+                    save_adapter(module.model, state, "task", out)
+                rounded = backbone.settings.quantization  # then its folder has other weights than were trained on
+                write(merged_task(module.model if rounded else with_task(backbone.outline(), folder / "task")))
+        else:
+            on_first(backbone_state(module.model.state_dict(keep_vars=True)), write)
         wait_for_all()
 
     def plan(self, budget: Budget) -> Workload:
@@ -170,12 +181,12 @@ def _last_cycle(run: Run, backbone: Backbone, vector: Path | None) -> None:
     if found is None:
         telemetry, during = _telemetry(run), _behavior(run)
         module = run.module("finetune", backbone, lr=config.optimizer.lr, vector=vector)
-        run.fit(module, "finetune", config.finetune.epochs, path, [*telemetry, *during])
+        rows = run.fit(module, "finetune", config.finetune.epochs, path, [*telemetry, *during])
         record.wall_seconds["during"] = round(sum(callback.seconds for callback in during), 3)
         found = {
             "folder": str(path.resolve()),
             "backbone": folder_digest(path / "backbone"),
-            "ledger": {row.part: [row.parameters, row.trainable, row.active] for row in module.ledger()},
+            "ledger": {row.part: [row.parameters, row.trainable, row.active] for row in rows},
             "metrics": {k: asdict(v) for callback in telemetry for k, v in callback.metrics().items()},
         }
         if main_process():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -10,7 +12,7 @@ from torch import nn
 from secvec.data.encode import trouble
 from secvec.errors import ArtifactError
 from secvec.evaluation.leak_probes import leak_above_base
-from secvec.evaluation.losses import kl_to_base
+from secvec.evaluation.losses import keep_log_probs, kl_to_base
 from secvec.evaluation.verdicts import EvaluationResult, deactivation_gap
 from secvec.metrics import Measurements, perplexity
 from secvec.models.vector import attach_frozen_vector
@@ -43,7 +45,7 @@ class InferStage(Stage):
         probes = 4 + sum(map(bool, worded))
         leak_prompts = probes * budget.numbers["leak"]
         states = 3 if config.defense.uses_vector else 2
-        return Workload(prompts=states * budget.tests + leak_prompts, scored=3 * budget.numbers["test"], models=2)
+        return Workload(prompts=states * budget.tests + leak_prompts, scored=3 * budget.numbers["test"])
 
     def check(self, run: Run) -> None:
         """The test prompts, those of the leak probes too, the judge, and a backbone that is not trained by this run."""
@@ -55,37 +57,43 @@ class InferStage(Stage):
         run.evaluator().check(run.inference_module(run.backbone), leaks=True)
 
     def run(self, run: Run) -> None:
-        """Evaluates the starting model, then the fine-tuned one without the vector (`after`) and with it (`active`)."""
-        folder = run.folder.path
-        tuned = run.backbone.at(folder / "backbone")
-        base = run.inference_module(run.backbone)
-        before = run.evaluate_once(base, "base", leaks=True)
-        run.save_results(before)
-        module = run.inference_module(tuned)
-        after = run.evaluate(module, "after", leaks=True)
-        compared = _distance(run, base, module, after) | leak_above_base(before.predictions, after.predictions)
-        run.save_results(after, EvaluationResult(compared, []))
-        vector = folder / REFITTED if run.config.refits else run.saved_vector()
+        """Evaluates the fine-tuned model (`after`), the starting one (`base`), and the vector on the first (`active`).
+
+        One model is in memory at a time: the distributions of the first wait on the disk for the second.
+        """
+        folder, config = run.folder.path, run.config
+        tuned, ordinary = run.backbone.at(folder / "backbone"), run.data.tests.get("ordinary", [])
+        compared: Measurements = {}
+        with TemporaryDirectory(prefix=".log_probs.", dir=folder) as kept:
+            asked = (ordinary, Path(kept), config.evaluation.batch_size, config.trainer)
+            with run.answering(tuned) as module:
+                after = run.evaluate(module, "after", leaks=True)
+                if ordinary:
+                    keep_log_probs(module, *asked)
+            with run.answering(run.backbone) as base:
+                before = run.evaluate_once(base, "base", leaks=True)
+                if ordinary:
+                    compared["after/kl_to_base"] = kl_to_base(base, *asked)
+                compared |= _answer_perplexity(run, base, after)
+        compared |= leak_above_base(before.predictions, after.predictions)
+        run.save_results(before, after, EvaluationResult(compared, []))
+        vector = folder / REFITTED if config.refits else run.saved_vector()
         if vector is None:
             active = after.as_phase("active")
         else:
-            active = run.evaluate(run.inference_module(tuned, vector), "active")
+            with run.answering(tuned, vector) as module:
+                active = run.evaluate(module, "active")
         run.save_results(active, EvaluationResult(deactivation_gap(active.predictions, after.predictions), []))
 
 
-def _distance(run: Run, base: SecVecModule, module: SecVecModule, after: EvaluationResult) -> Measurements:
-    """KL to the starting model on ordinary prompts; perplexity, under it, of the responses to undesired prompts."""
-    found: Measurements = {}
-    if ordinary := run.data.tests.get("ordinary"):
-        size = run.config.evaluation.batch_size
-        before, now = run.to_device(base), run.to_device(module)
-        found["after/kl_to_base"] = kl_to_base(before, now, run.backbone, ordinary, size)
+def _answer_perplexity(run: Run, base: SecVecModule, after: EvaluationResult) -> Measurements:
+    """Perplexity, under the starting model, of the responses to undesired prompts."""
     rows = [row for row in after.predictions if (row["phase"], row["stream"]) == ("after", "undesired")]
     answered = [
         given
         for example, row in zip(run.data.tests["undesired"], rows, strict=True)
         if not trouble(given := replace(example, response=row["response"]), run.backbone.tokenizer)
     ]
-    if answered:
-        found["after/answer_perplexity"] = perplexity(run.losses(base, {"answers": answered})["answers"])
-    return found
+    if not answered:
+        return {}
+    return {"after/answer_perplexity": perplexity(run.losses(base, {"answers": answered})["answers"])}

@@ -125,17 +125,18 @@ class VectorStage(Stage):
         """
         config, data, samples = run.config, run.data, run.data.vector_samples
         trained = train_vector(run, run.backbone, "vector")
-        module = run.inference_module(run.backbone, trained)
-        gate = run.evaluate(module, "gate", run.evaluator({"undesired": data.held_out}, config.vector.behavior))
-        result = run.evaluate(module, "vector_on")
-        off = run.losses(
-            module, {"gate_off": data.held_out, "vector_off": data.tests["undesired"]}, without_vector=True
-        )
-        losses = {f"{phase}/behavior_loss": loss for phase, loss in off.items()}
-        run.save_results(result, EvaluationResult(gate.metrics | losses, []))
-        check_gate(config.vector.gate, gate.metrics | losses)
-        copy_folder(trained, run.folder.path / "vector")
-        own = {kind: run.scan(module, rows) for kind, rows in (("undesired", data.held_out), ("benign", samples["kl"]))}
+        with run.answering(run.backbone, trained) as module:
+            gate = run.evaluate(module, "gate", run.evaluator({"undesired": data.held_out}, config.vector.behavior))
+            result = run.evaluate(module, "vector_on")
+            off = run.losses(
+                module, {"gate_off": data.held_out, "vector_off": data.tests["undesired"]}, without_vector=True
+            )
+            losses = {f"{phase}/behavior_loss": loss for phase, loss in off.items()}
+            run.save_results(result, EvaluationResult(gate.metrics | losses, []))
+            check_gate(config.vector.gate, gate.metrics | losses)
+            copy_folder(trained, run.folder.path / "vector")
+            given = (("undesired", data.held_out), ("benign", samples["kl"]))
+            own = {kind: run.scan(module, rows) for kind, rows in given}
         model = run.backbone.hyperparameters() | {"name_or_path": str(run.backbone.folder.resolve())}
         about = {"model": model, "sensitive": bool(config.vector_behavior.sensitive)}
         keep_scores(run.folder.path / "vector", own, about)

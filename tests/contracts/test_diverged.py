@@ -117,7 +117,8 @@ def test_every_stage_and_cycle_names_its_rate(
 ) -> None:
     found: list[Training] = []
     monkeypatch.setattr(run, "fit", lambda module, data, training, *rest: found.append(training))
-    run_of(make_config()).fit(SimpleNamespace(stage=STAGES[stage]), label, 1, Path())  # type: ignore[arg-type]
+    module = SimpleNamespace(stage=STAGES[stage], ledger=list, release=bool)
+    run_of(make_config()).fit(module, label, 1, Path())  # type: ignore[arg-type]
     with pytest.raises(DivergedError, match=f"stage {label} diverged.*Lower {rate}"):
         steps(StopWhenDiverged(found[0]), trainer(), [torch.inf])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,25 @@ def test_all_three_stages_leave_their_artifacts(make_config: Make) -> None:
     assert "hazardous" in (folder / "vector" / "README.md").read_text()
     assert AutoModelForCausalLM.from_pretrained(folder / "backbone").num_parameters() > 1000
     assert json.loads((folder / "vector" / "secvec.json").read_text())["backbone"] == base_of(config).fingerprint
+
+
+def test_one_backbone_is_in_memory_at_a_time(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a stage begins: the model before, its optimizer and its Trainer are gone."""
+    config = make_config("vector.lr=0.0042")  # a vector of its own: none in the cache
+    base_of(config)
+    weights_of: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    load = Backbone.load
+
+    def look(self: Backbone) -> Any:
+        alive.append(sum(one() is not None for one in weights_of))
+        model = load(self)
+        weights_of.append(weakref.ref(next(model.parameters())))
+        return model
+
+    monkeypatch.setattr(Backbone, "load", look)
+    train(config)
+    assert alive == [0] * 6  # vector and its gate, fine-tune, after, base, active
 
 
 def test_the_vector_stage_leaves_the_backbone_and_the_finetune_stage_the_vector(make_config: Make) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +15,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from in_memory import ON_CPU
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, LlamaForCausalLM
 
 from secvec.data.embedded import Skill
 from secvec.data.prompts import question
-from secvec.evaluation.losses import kl_to_base, mean_losses
+from secvec.evaluation.losses import keep_log_probs, kl_to_base, mean_losses
 from secvec.evaluation.prediction import predict, respond
+from secvec.models import backbone, sharding
+from secvec.models.sharding import local_shard, trained_state
 from secvec.models.tiny import build_tiny
 from secvec.module import SecVecModule
 from secvec.settings.schema import EvaluationSettings
@@ -112,8 +116,13 @@ def ask(processes: int, folder: Path, other: Path) -> tuple[Any, ...]:
     asked = [question(EXAMPLES, module.backbone.tokenizer)] * 2
     answers = respond(module, asked, SETTINGS, trainer, "test")
     losses = mean_losses(module, {"skill": EXAMPLES, "one": EXAMPLES[:1]}, SETTINGS, trainer)
-    predict(base, [[]], trainer, "sharding")
-    kl = kl_to_base(base.model, module.model, module.backbone, EXAMPLES, 2)
+    kept = folder.parent / f"log_probs-{processes}"
+    kept.mkdir(exist_ok=True)
+    keep_log_probs(module, EXAMPLES, kept, 2, trainer)
+    shard = weakref.ref(next(module.model.parameters()))
+    module.release()
+    assert shard() is None  # a process holds shards of one model at a time
+    kl = kl_to_base(base, EXAMPLES, kept, 2, trainer)
     return answers, {name: loss.value for name, loss in losses.items()}, kl.value
 
 
@@ -131,3 +140,77 @@ def test_processes_with_more_and_with_less_to_do_stay_in_step(tmp_path: Path) ->
     (alone, alone_losses, alone_kl) = together(1, ask, tmp_path / "one", *folders)[0]
     assert answers == alone and len(set(alone[0])) > 3
     assert losses == pytest.approx(alone_losses, rel=1e-6) and kl == pytest.approx(alone_kl, rel=1e-5) and kl > 0.01
+
+
+SIZES = {"vocab_size": 600, "num_hidden_layers": 4, "num_attention_heads": 2, "max_position_embeddings": 64}
+SHARD = 200_000
+"""Bytes of a file of weights."""
+
+
+def save_parts(processes: int, folder: Path, out: Path, dtype: str) -> int:
+    """Saves a changed model, and all at once in `out`/whole. Returns the most gathered bytes that lived at one time."""
+    backbone.MAX_SHARD_SIZE = SHARD  # type: ignore[assignment]
+    module = SecVecModule("finetune", {"name": None, "name_or_path": str(folder), "dtype": dtype})
+    predict(module, [[]], sharded(processes), "sharding")
+    with torch.no_grad():
+        for parameter in module.model.parameters():
+            local_shard(parameter).mul_(3)
+    known: list[weakref.ref[torch.Tensor]] = []
+    most = [0]
+    gathered = sharding._gathered
+
+    def look(tensor: torch.Tensor) -> torch.Tensor:
+        found = gathered(tensor)
+        known.append(weakref.ref(found))
+        most[0] = max(most[0], sum(one.nbytes for ref in known if (one := ref()) is not None))
+        return found
+
+    sharding._gathered = look
+    module.save(out)
+    state = trained_state(module.model)
+    if dist.get_rank() == 0:
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        model.load_state_dict(state, assign=True)
+        model.tie_weights()
+        model.save_pretrained(out / "whole", max_shard_size=SHARD)
+    return most[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        (LlamaConfig(**SIZES, hidden_size=64, intermediate_size=128, tie_word_embeddings=True), "float32"),
+        (LlamaConfig(**SIZES, hidden_size=64, intermediate_size=128, tie_word_embeddings=False), "bfloat16"),
+        pytest.param(
+            DeepseekV3Config(
+                **SIZES, hidden_size=64, intermediate_size=128, moe_intermediate_size=32, n_routed_experts=4, n_group=1,
+                topk_group=1, num_experts_per_tok=2, first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16,
+                qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, num_key_value_heads=2,
+            ), "float32",
+        ),
+    ],
+    ids=["tied", "bfloat16", "experts and buffers"],
+)  # fmt: skip
+def test_a_model_is_saved_file_by_file(tmp_path: Path, config: Any, dtype: str) -> None:
+    """What is saved is to the bit what one process would save that holds it all; none of the two ever holds it all."""
+    folder, out = tmp_path / "model", tmp_path / "out"
+    _, tokenizer = build_tiny([text for e in EXAMPLES for text in (e.prompt, e.response)], 0)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    first, second = together(2, save_parts, tmp_path / "two", folder, out, dtype)
+    mine, whole = (
+        {name: tensor for file in sorted(one.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+        for one in (out / "backbone", out / "whole")
+    )
+    assert mine.keys() == whole.keys() and {str(tensor.dtype) for tensor in mine.values()} == {f"torch.{dtype}"}
+    assert all(torch.equal(mine[name], whole[name]) for name in whole)
+    start = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    saved = AutoModelForCausalLM.from_pretrained(out / "backbone", dtype=getattr(torch, dtype))
+    assert all(torch.equal(p * 3, q) for p, q in zip(start.parameters(), saved.parameters(), strict=True))
+    if isinstance(config, LlamaConfig):  # the files too, and their index
+        for file in (out / "whole").glob("model*"):
+            assert file.read_bytes() == (out / "backbone" / file.name).read_bytes()
+    largest, total = (f(p.nbytes for p in saved.parameters()) for f in (max, sum))
+    assert len(list((out / "backbone").glob("*.safetensors"))) > 2 and total > 2 * SHARD
+    assert second <= largest < first <= SHARD + largest < total

@@ -196,10 +196,10 @@ def test_the_budget_of_harmbase_by_hand(make_config: Make) -> None:
     probes = (65 // 20 + 2) * 2 * (6 + 2) * n * 32 * whole
     assert finetune.training_flops == 6 * n * 5 * 200 * whole + probes
     assert infer.work.trained == 0
-    # two models in four shards each; of each two layers, the two embeddings and the last norm whole
+    # one model in four shards; two layers, the two embeddings and the last norm whole
     layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
     held = 6_738_415_616 / 4 + 2 * layer + 2 * 32000 * 4096 + 4096
-    assert infer.memory.weights == 4 * (2 * held + vector.work.trained / 4)
+    assert infer.memory.weights == 4 * (held + vector.work.trained / 4)
 
 
 def test_a_plain_fine_tune_has_neither_vector_nor_its_cost(make_config: Make) -> None:
