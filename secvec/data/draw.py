@@ -85,14 +85,19 @@ def check_counts(asked: Iterable[Asked]) -> None:
 
 def check_disjoint(seen: Iterable[Example], test: Iterable[Example]) -> None:
     """Raises DataError when a test prompt is also trained on."""
-    known = {example.key: example for example in seen}
-    shared = [(example, known[example.key]) for example in test if example.key in known]
+    asked = [(example.key, example) for example in test]
+    keys = {key for key, _ in asked}
+    known = {key: example for example in seen if (key := example.key) in keys}  # of all it would be large
+    shared = [(example, known[key]) for key, example in asked if key in known]
     if shared:
         test_row, train_row = shared[0]
         raise DataError(
             f"{len(shared)} test prompts are also trained on, so the result would show memory only; first: "
             f"{test_row.source or 'test'} and {train_row.source or 'training'}: {test_row.prompt[:80]!r}"
         )
+
+
+_JSON = json.JSONEncoder(sort_keys=True)  # `json.dumps` makes one for each call
 
 
 def data_hash(examples: Iterable[Example]) -> str:
@@ -103,5 +108,5 @@ def data_hash(examples: Iterable[Example]) -> str:
         content = {name: getattr(example, name) for name in names}  # `asdict` takes four times as long
         if (content["metric"], content["max_new_tokens"]) == ("exact", None):  # the data of older records
             del content["metric"], content["max_new_tokens"]
-        digest.update(json.dumps(content, sort_keys=True).encode())
+        digest.update(_JSON.encode(content).encode())
     return digest.hexdigest()

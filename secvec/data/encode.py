@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import takewhile
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError, TemplateSyntaxError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from secvec.data.batch import Encoded
 from secvec.data.example import Example
@@ -59,7 +59,7 @@ def frame(messages: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Frame
         turns = [f"{role.capitalize()}: {content}\n" for role, content in messages]
         return Frame(f"{tokenizer.bos_token or ''}{''.join(turns)}Assistant:", " ", _end("", tokenizer))
     try:
-        prompt = _written(messages, tokenizer)
+        (prompt,) = _written([messages], tokenizer)
         for number, (role, content) in enumerate(messages):
             if content.strip() not in prompt and not _is_written(messages, number, tokenizer):
                 raise TemplateError(f"it drops turn {number + 1}, of role {role!r}")
@@ -70,7 +70,30 @@ def frame(messages: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Frame
             raise
         (_, system), (_, first), *rest = messages
         return frame([("user", f"{system}\n\n{first}"), *rest], tokenizer)
-    head, found, tail = _written([*messages, ("assistant", _ANSWER)], tokenizer).rpartition(_ANSWER)
+    (whole,) = _written([[*messages, ("assistant", _ANSWER)]], tokenizer)
+    return _around(messages, prompt, whole, tokenizer)
+
+
+def frames(chats: Sequence[Sequence[Turn]], tokenizer: PreTrainedTokenizerBase) -> list[Frame]:
+    """`frame` of each of `chats`, in one call of the tokenizer for all where the template takes them as they are."""
+    if tokenizer.chat_template is None:
+        return [frame(messages, tokenizer) for messages in chats]
+    try:
+        prompts = _written(chats, tokenizer)
+        wholes = _written([[*messages, ("assistant", _ANSWER)] for messages in chats], tokenizer)
+    except TemplateError:
+        return [frame(messages, tokenizer) for messages in chats]
+    return [
+        _around(messages, prompt, whole, tokenizer)
+        if all(content.strip() in prompt for _, content in messages)
+        else frame(messages, tokenizer)
+        for messages, prompt, whole in zip(chats, prompts, wholes, strict=True)
+    ]
+
+
+def _around(messages: Sequence[Turn], prompt: str, whole: str, tokenizer: PreTrainedTokenizerBase) -> Frame:
+    """What stands around `_ANSWER` in `whole`: `messages`, which are written as `prompt`, and this answer."""
+    head, found, tail = whole.rpartition(_ANSWER)
     if not found or head.count(_ANSWER) > sum(content.count(_ANSWER) for _, content in messages):
         raise TemplateError("it does not write the last assistant turn once and as it is given")
     if opened := _OPEN_THOUGHT.search(prompt):
@@ -81,27 +104,29 @@ def frame(messages: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Frame
     return Frame(prompt, before, _end(tail, tokenizer))
 
 
-def _written(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> str:
+def _written(chats: Sequence[Sequence[Turn]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """By the chat template; a conversation that ends with the user's turn gets the beginning of the answer's."""
     template = tokenizer.get_chat_template()
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                [{"role": role, "content": content} for role, content in turns],
-                chat_template=_CLOCK * ("strftime_now" in template) + template,
-                tokenize=False,
-                add_generation_prompt=turns[-1][0] != "assistant",
-                **VARIABLES,
+    template = _CLOCK * ("strftime_now" in template) + template
+    texts = [""] * len(chats)
+    for opens in (True, False):
+        rows = [row for row, turns in enumerate(chats) if (turns[-1][0] != "assistant") == opens]
+        given = [[{"role": role, "content": content} for role, content in chats[row]] for row in rows]
+        try:
+            written: Any = rows and tokenizer.apply_chat_template(
+                given, chat_template=template, tokenize=False, add_generation_prompt=opens, **VARIABLES
             )
-        )
-    except (TypeError, ValueError, AttributeError) as error:  # of its own expressions
-        raise TemplateError(str(error)) from None
+        except (TypeError, ValueError, AttributeError) as error:  # of its own expressions
+            raise TemplateError(str(error)) from None
+        for row, text in zip(rows, written, strict=True):
+            texts[row] = text
+    return texts
 
 
 def _is_written(turns: Sequence[Turn], number: int, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the template writes the text of a turn at all; some change it, as JSON or without its thinking."""
     other = [*turns[:number], (turns[number][0], _ANSWER), *turns[number + 1 :]]
-    return _ANSWER in _written(other, tokenizer)
+    return _ANSWER in _written([other], tokenizer)[0]
 
 
 def _end(tail: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -147,6 +172,17 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, s
     return prompt, f"{before}{example.response.strip()}{end}"
 
 
+def rendered(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
+    """`render` of each example, in fewer calls of the tokenizer; those with the same messages share their frame."""
+    chats = list(dict.fromkeys(example.messages for example in examples))
+    try:
+        found = dict(zip(chats, frames(chats, tokenizer), strict=True))
+    except TemplateError:
+        return [render(example, tokenizer) for example in examples]  # says which one
+    around = [found[example.messages] for example in examples]
+    return [(a.prompt, f"{a.before}{e.response.strip()}{a.end}") for a, e in zip(around, examples, strict=True)]
+
+
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that an answer ends at: the one that training rows end with, and eos."""
     (_, (*_, last)) = tokens([("", frame([("user", "Hello.")], tokenizer).end)], tokenizer)[0]
@@ -163,21 +199,70 @@ def tokens(texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase)
 
     Raises DataError for a token that the model has no embedding of.
     """
-
-    def ids(some: list[str]) -> list[list[int]]:
-        # one call for all: a fast tokenizer works on all cores
-        return tokenizer(some, add_special_tokens=False)["input_ids"] if some else []  # type: ignore[return-value]
-
-    prompts, wholes = ids([prompt for prompt, _ in texts]), ids([prompt + answer for prompt, answer in texts])
+    prompts = _ids([prompt for prompt, _ in texts], tokenizer)
+    split = _splitting(tokenizer, len(tokenizer))
+    lasts = [_last_piece(prompt, ids, split) for (prompt, _), ids in zip(texts, prompts, strict=True)]
+    rest = _ids([piece + answer for (piece, _), (_, answer) in zip(lasts, texts, strict=True)], tokenizer)
     size = getattr(tokenizer, "num_embeddings", None)
-    if size is not None and (beyond := {i for row in (*prompts, *wholes) for i in row if i >= size}):
+    if size is not None and any(max(row, default=0) >= size for rows in (prompts, rest) for row in rows):
+        beyond = {i for row in (*prompts, *rest) for i in row if i >= size}
         names = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in sorted(beyond)[:5])
         raise DataError(
             f"the tokenizer writes {names}, but the model's embedding has {size} rows: it is not this model's "
             "tokenizer, or the model was not resized after tokens were added (resize_token_embeddings)"
         )
-    apart = iter(ids([a for (_, a), p, w in zip(texts, prompts, wholes, strict=True) if w[: len(p)] != p]))
-    return [(p, w[len(p) :] if w[: len(p)] == p else next(apart)) for p, w in zip(prompts, wholes, strict=True)]
+    ends = [row[len(last) :] if row[: len(last)] == last else None for (_, last), row in zip(lasts, rest, strict=True)]
+    apart = iter(_ids([answer for (_, answer), end in zip(texts, ends, strict=True) if end is None], tokenizer))
+    return [(p, next(apart) if end is None else end) for p, end in zip(prompts, ends, strict=True)]
+
+
+def _ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of each text, without the special tokens that a tokenizer adds by itself."""
+    if not texts:
+        return []
+    first: list[list[int]] = tokenizer(list(texts[:1]), add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
+    if len(texts) == 1:
+        return first
+    if not _is_plain(tokenizer):
+        return tokenizer(list(texts), add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
+    # what a tokenizer does beside ids takes as long again; the call above took off its padding and truncation
+    return [one.ids for one in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _is_plain(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether its Rust backend gives the ids: a few classes change texts before (Code Llama's `<FILL_ME>`)."""
+    plain = PreTrainedTokenizerFast
+    return isinstance(tokenizer, plain) and all(
+        getattr(type(tokenizer), name, None) is getattr(plain, name) for name in ("__call__", "_encode_plus")
+    )
+
+
+@lru_cache(maxsize=4)
+def _splitting(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[int, str]:
+    """Control tokens of a vocabulary, now of `size` tokens, that divide a text into pieces tokenised one by one.
+
+    What stands before such a token has no part in the tokens from it on. Left out are those that depend on the
+    characters beside them, or on how the text is normalised, those that a longer token may contain, and the one for
+    what is unknown.
+    """
+    added = tokenizer.added_tokens_decoder if _is_plain(tokenizer) else {}
+    names = [token.content for token in added.values()]
+    return {
+        number: token.content
+        for number, token in added.items()
+        if token.special
+        and number != tokenizer.unk_token_id
+        and not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+        and sum(token.content in name for name in names) == 1
+    }
+
+
+def _last_piece(text: str, ids: list[int], split: Mapping[int, str]) -> tuple[str, list[int]]:
+    """`text` from its last splitting token on, and the ids of that; the whole where there is none."""
+    for at in range(len(ids) - 1, -1, -1) if split else ():
+        if (name := split.get(ids[at])) and (begins := text.rfind(name)) >= 0:
+            return text[begins:], ids[at:]
+    return text, ids
 
 
 def decode(ids: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -221,7 +306,7 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, cont
         if reason := trouble(example, tokenizer):
             raise DataError(f"{where}: {reason}")
     rows = []
-    encoded = tokens([render(example, tokenizer) for example in examples], tokenizer)
+    encoded = tokens(rendered(examples, tokenizer), tokenizer)
     for where, (prompt, response) in zip(sources, encoded, strict=True):
         if len(prompt) + len(response) > context:
             raise DataError(
@@ -250,7 +335,7 @@ def check_answers(
     for example in examples:
         if reason := trouble(example, tokenizer):
             raise DataError(f"{example.source or example.kind}: {reason}")
-    written = [answer for _, answer in tokens([render(example, tokenizer) for example in examples], tokenizer)]
+    written = [answer for _, answer in tokens(rendered(examples, tokenizer), tokenizer)]
     limits = [example.max_new_tokens or max_new_tokens for example in examples]
     whole = decode(written, tokenizer)
     cut = decode([ids[:limit] for ids, limit in zip(written, limits, strict=True)], tokenizer)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from secvec.data.encode import render, tokens
+from secvec.data.encode import rendered, tokens
 from secvec.data.example import Example
 from secvec.errors import DataError
 
@@ -90,7 +90,7 @@ class Question:
 
 def question(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Question:
     """The prompts of `examples` as the model's chat template writes them."""
-    return Question([render(example, tokenizer)[0] for example in examples], examples)
+    return Question([prompt for prompt, _ in rendered(examples, tokenizer)], examples)
 
 
 def loader(batches: Sequence[Any]) -> DataLoader:

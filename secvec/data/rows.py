@@ -115,7 +115,8 @@ def _turns(row: Mapping[str, Any], columns: Iterable[str], left_out: Counter[str
         given = [{"role": "system", "content": system}, *given]
     if row.get("weight") in (0, "0"):  # as in a turn; a csv has texts
         used, given = used | {"weight"}, _untrained(given)
-    left_out.update(f"keys {key!r}" for key in row if key not in used | {"system"})
+    if unused := row.keys() - used - {"system"}:
+        left_out.update(f"keys {key!r}" for key in row if key in unused)
     if not isinstance(given, list) or not all(isinstance(turn, Mapping) for turn in given):
         raise DataError(f'{chat or prompt} must be a list of {{"role": ..., "content": ...}}')
     return [_turn(turn, left_out) for turn in given]
@@ -156,8 +157,8 @@ def _turn(turn: Mapping[str, Any], left_out: Counter[str]) -> tuple[str, str, bo
         ) from None
     if (weight := turn.get("weight", 1)) not in (0, 1, None):
         raise DataError(f"the weight of a turn is 0 (not trained) or 1, got {weight!r}")
-    unused = turn.keys() - {"role", "from", "content", "value", "weight"}
-    left_out.update(f"keys {key!r} of turns" for key in sorted(unused) if turn[key] is not None)
+    if unused := turn.keys() - {"role", "from", "content", "value", "weight"}:
+        left_out.update(f"keys {key!r} of turns" for key in sorted(unused) if turn[key] is not None)
     return role, content, weight != 0
 
 

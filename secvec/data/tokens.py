@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -30,7 +31,9 @@ def encoded(
         return encode(examples, tokenizer, context)
     key = content_key([RULES, data_hash(examples), _identity(tokenizer), context])
     folder = cached(cache / "tokens" / key, lambda out: _write(examples, tokenizer, context, out))
-    tokens = np.load(folder / "tokens.npy", mmap_mode="r")
+    tokens: Any = np.asarray(
+        np.load(folder / "tokens.npy", mmap_mode="r")
+    )  # a slice of a memmap takes ten times as long
     ends, prompts = np.load(folder / "ends.npy").tolist(), np.load(folder / "prompts.npy").tolist()
     return [Encoded(tokens[a:b], p) for a, b, p in zip([0, *ends], ends, prompts, strict=False)]
 

@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 from secvec.behaviors.base import Behavior
 from secvec.config.schema import RunConfig
 from secvec.data.batch import Encoded, collate
-from secvec.data.encode import decode, encode, render, stop_ids
+from secvec.data.encode import decode, encode, render, rendered, stop_ids, tokens
 from secvec.data.example import Example
 from secvec.data.prompts import question
 from secvec.evaluation.generation import generate
@@ -98,6 +98,22 @@ def test_an_answer_is_tokenised_as_behind_its_prompt(name: str) -> None:
     for given, row in zip(ROWS, encode(ROWS, tokenizer, CONTEXT), strict=True):
         together = tokenizer("".join(render(given, tokenizer)), add_special_tokens=False)["input_ids"]
         assert (row.input_ids == together) == (name not in ("vicuna", "vicuna-bytes"))
+
+
+def test_many_rows_at_once_are_written_and_tokenised_as_each_alone(name: str) -> None:
+    """Against one call for each text, of the whole prompt with its answer."""
+    tokenizer = built(name)[1]
+    rows = [*ROWS, CHAT, *ODD, *ROWS, replace(CHAT, messages=CHAT.messages[:2], response="é <|", kind="task")]
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    texts = rendered(rows, tokenizer)
+    assert texts == [render(row, tokenizer) for row in rows]
+    for (prompt, answer), (asked, answered) in zip(texts, tokens(texts, tokenizer), strict=True):
+        alone, whole = ids(prompt), ids(prompt + answer)
+        assert asked == alone
+        assert answered == (whole[len(alone) :] if whole[: len(alone)] == alone else ids(answer))
 
 
 def test_a_begun_answer_begins_as_a_trained_one(name: str) -> None:
