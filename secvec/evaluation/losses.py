@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from secvec.data.batch import IGNORE, Batch, collate
 from secvec.data.encode import encode
 from secvec.data.example import Example
 from secvec.evaluation.prediction import predict
-from secvec.metrics import Measurement, Measurements, mean
+from secvec.metrics import Measurements, mean
 from secvec.models.backbone import Backbone
 from secvec.models.logits import logits_at
 from secvec.models.vector import vector_off
@@ -25,6 +26,9 @@ from secvec.training.losses import before_labels, token_losses
 
 if TYPE_CHECKING:
     from secvec.module import SecVecModule
+
+ON_DISK = 2 * 10**9
+"""Bytes of distributions that wait on the disk at a time."""
 
 
 class LossBatch:
@@ -101,38 +105,49 @@ class KlBatch:
         """The number of the batch, and the mean KL(model || file) per response token of each of its rows."""
         own = _log_probs(module.model, self.batch)
         kl = (own.exp() * (own - load_file(self.file)["log_probs"].to(own.device))).sum(-1)
+        self.file.unlink()
         sizes = before_labels(self.batch["labels"]).sum(1).tolist()
         return [(self.number, [float(row.mean()) for row in kl.split(sizes)])]
 
 
+def in_parts(backbone: Backbone, examples: Sequence[Example], batch_size: int) -> list[list[tuple[int, Batch]]]:
+    """The batches of this process with their numbers, in parts whose distributions take about `ON_DISK` bytes.
+
+    Every process has as many parts.
+    """
+    rows = encode(examples, backbone.tokenizer, backbone.context)
+    answers = [len(row.input_ids) - row.num_prompt for row in rows]
+    tokens = accumulate(sum(answers[start : start + batch_size]) for start in range(0, len(rows), batch_size))
+    part_of = [4 * backbone.vocabulary * n // ON_DISK for n in tokens]
+    parts: dict[int, list[tuple[int, Batch]]] = {part: [] for part in part_of}
+    for number, batch in _mine(backbone, examples, batch_size):
+        parts[part_of[number]].append((number, batch))
+    return list(parts.values())
+
+
 def keep_log_probs(
-    module: SecVecModule, examples: Sequence[Example], folder: Path, batch_size: int, trainer: TrainerSettings
+    module: SecVecModule, part: Sequence[tuple[int, Batch]], folder: Path, trainer: TrainerSettings
 ) -> None:
     """Writes the next-token distributions of `module` into `folder`: float32 takes 4 V bytes for each response token.
 
     They wait on the disk, so that what is compared with them is loaded when this model is gone. Every process must call
-    it, and finds its own batches there.
+    it with its own batches.
     """
-    batches = [
-        LogProbsBatch(batch, folder / f"{number}.safetensors")
-        for number, batch in _mine(module.backbone, examples, batch_size)
-    ]
+    batches = [LogProbsBatch(batch, folder / f"{number}.safetensors") for number, batch in part]
     predict(module, [batches], trainer, "distributions")
 
 
-def kl_to_base(
-    base: SecVecModule, examples: Sequence[Example], folder: Path, batch_size: int, trainer: TrainerSettings
-) -> Measurement:
-    """KL(base || model) in nats per response token: how far a model has moved from `base` on these samples.
+def kl_to_kept(
+    base: SecVecModule, part: Sequence[tuple[int, Batch]], folder: Path, trainer: TrainerSettings
+) -> list[tuple[int, list[float]]]:
+    """KL(base || model) in nats per response token: how far a model has moved from `base` on the samples of `part`.
 
-    `folder` holds what `keep_log_probs` wrote of the model for the same batches. Every process must call it.
+    By batch, its number and one value for each of its rows; those of all processes. `folder` holds what
+    `keep_log_probs` wrote of the model for the same batches. Every process must call it.
     """
-    batches = [
-        KlBatch(number, batch, folder / f"{number}.safetensors")
-        for number, batch in _mine(base.backbone, examples, batch_size)
-    ]
+    batches = [KlBatch(number, batch, folder / f"{number}.safetensors") for number, batch in part]
     (found,) = predict(base, [batches], trainer, "KL to base")
-    return mean([value for _, values in sorted(found) for value in values])
+    return found
 
 
 def _log_probs(model: nn.Module, batch: Batch) -> Tensor:

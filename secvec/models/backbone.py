@@ -134,8 +134,13 @@ class Backbone:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer beside the weights; its `num_embeddings` says how many ids the model knows."""
         tokenizer: Any = load_tokenizer(self.folder, self.settings.trust_remote_code)
-        tokenizer.num_embeddings = self._config.vocab_size
+        tokenizer.num_embeddings = self.vocabulary
         return tokenizer  # type: ignore[no-any-return]
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of token ids that the model knows; read from its config."""
+        return int(self._config.vocab_size)
 
     @cached_property
     def context(self) -> int:

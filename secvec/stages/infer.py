@@ -12,9 +12,9 @@ from torch import nn
 from secvec.data.encode import trouble
 from secvec.errors import ArtifactError
 from secvec.evaluation.leak_probes import leak_above_base
-from secvec.evaluation.losses import keep_log_probs, kl_to_base
+from secvec.evaluation.losses import in_parts, keep_log_probs, kl_to_kept
 from secvec.evaluation.verdicts import EvaluationResult, deactivation_gap
-from secvec.metrics import Measurements, perplexity
+from secvec.metrics import Measurements, mean, perplexity
 from secvec.models.vector import attach_frozen_vector
 from secvec.stages.base import Stage, Workload
 from secvec.stages.finetune import REFITTED
@@ -59,22 +59,27 @@ class InferStage(Stage):
     def run(self, run: Run) -> None:
         """Evaluates the fine-tuned model (`after`), the starting one (`base`), and the vector on the first (`active`).
 
-        One model is in memory at a time: the distributions of the first wait on the disk for the second.
+        One model is in memory at a time: the distributions of the first wait on the disk for the second. Where they are
+        too large, both are loaded again for each further part of them.
         """
         folder, config = run.folder.path, run.config
         tuned, ordinary = run.backbone.at(folder / "backbone"), run.data.tests.get("ordinary", [])
-        compared: Measurements = {}
+        first, *others = in_parts(run.backbone, ordinary, config.evaluation.batch_size) or [[]]
         with TemporaryDirectory(prefix=".log_probs.", dir=folder) as kept:
-            asked = (ordinary, Path(kept), config.evaluation.batch_size, config.trainer)
             with run.answering(tuned) as module:
                 after = run.evaluate(module, "after", leaks=True)
-                if ordinary:
-                    keep_log_probs(module, *asked)
+                keep_log_probs(module, first, Path(kept), config.trainer)
             with run.answering(run.backbone) as base:
                 before = run.evaluate_once(base, "base", leaks=True)
-                if ordinary:
-                    compared["after/kl_to_base"] = kl_to_base(base, *asked)
-                compared |= _answer_perplexity(run, base, after)
+                kl = kl_to_kept(base, first, Path(kept), config.trainer)
+                compared = _answer_perplexity(run, base, after)
+            for part in others:
+                with run.answering(tuned) as module:
+                    keep_log_probs(module, part, Path(kept), config.trainer)
+                with run.answering(run.backbone) as base:
+                    kl += kl_to_kept(base, part, Path(kept), config.trainer)
+        if kl:
+            compared["after/kl_to_base"] = mean([value for _, values in sorted(kl) for value in values])
         compared |= leak_above_base(before.predictions, after.predictions)
         run.save_results(before, after, EvaluationResult(compared, []))
         vector = folder / REFITTED if config.refits else run.saved_vector()

@@ -21,6 +21,7 @@ from secvec.data.batch import collate
 from secvec.data.datamodule import GlobalBatchSampler
 from secvec.data.draw import draw_benign
 from secvec.errors import ArtifactError, DataError, GateError
+from secvec.evaluation.losses import keep_log_probs
 from secvec.models.backbone import Backbone, load_backbone
 from secvec.models.vector import attach_frozen_vector, part_of, vector_off
 from secvec.module import SecVecModule
@@ -94,6 +95,25 @@ def test_one_backbone_is_in_memory_at_a_time(make_config: Make, monkeypatch: pyt
     monkeypatch.setattr(Backbone, "load", look)
     train(config)
     assert alive == [0] * 6  # vector and its gate, fine-tune, after, base, active
+
+
+def test_distributions_wait_on_the_disk_in_parts(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of six ordinary answers in batches of two: a part for each batch, and the same KL to the bit."""
+    config = make_config("evaluation.batch_size=2")
+    whole = train(config)["metrics"]["after/kl_to_base"]
+    waiting: list[int] = []
+    keep = keep_log_probs
+
+    def look(module: Any, part: Any, folder: Path, trainer: Any) -> None:
+        waiting.append(len(list(folder.iterdir())))
+        keep(module, part, folder, trainer)
+        waiting.append(len(list(folder.iterdir())))
+
+    monkeypatch.setattr("secvec.stages.infer.keep_log_probs", look)
+    monkeypatch.setattr("secvec.evaluation.losses.ON_DISK", 1)
+    again = train(config.model_copy(update={"stage": "infer", "force": True}))
+    assert again["metrics"]["after/kl_to_base"] == whole
+    assert waiting == [0, 1] * 3 and not list(Path(config.run_dir).glob(".log_probs*"))
 
 
 def test_the_vector_stage_leaves_the_backbone_and_the_finetune_stage_the_vector(make_config: Make) -> None:

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, Lla
 
 from secvec.data.embedded import Skill
 from secvec.data.prompts import question
-from secvec.evaluation.losses import keep_log_probs, kl_to_base, mean_losses
+from secvec.evaluation.losses import in_parts, keep_log_probs, kl_to_kept, mean_losses
 from secvec.evaluation.prediction import predict, respond
 from secvec.models import backbone, sharding
 from secvec.models.sharding import local_shard, trained_state
@@ -118,12 +118,13 @@ def ask(processes: int, folder: Path, other: Path) -> tuple[Any, ...]:
     losses = mean_losses(module, {"skill": EXAMPLES, "one": EXAMPLES[:1]}, SETTINGS, trainer)
     kept = folder.parent / f"log_probs-{processes}"
     kept.mkdir(exist_ok=True)
-    keep_log_probs(module, EXAMPLES, kept, 2, trainer)
+    (part,) = in_parts(module.backbone, EXAMPLES, 2)
+    keep_log_probs(module, part, kept, trainer)
     shard = weakref.ref(next(module.model.parameters()))
     module.release()
     assert shard() is None  # a process holds shards of one model at a time
-    kl = kl_to_base(base, EXAMPLES, kept, 2, trainer)
-    return answers, {name: loss.value for name, loss in losses.items()}, kl.value
+    kl = [value for _, values in sorted(kl_to_kept(base, part, kept, trainer)) for value in values]
+    return answers, {name: loss.value for name, loss in losses.items()}, kl
 
 
 def test_processes_with_more_and_with_less_to_do_stay_in_step(tmp_path: Path) -> None:
