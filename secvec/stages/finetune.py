@@ -27,7 +27,7 @@ from secvec.runs.files import atomic_path, write_atomic
 from secvec.runs.keys import content_key
 from secvec.settings.target import to_target
 from secvec.stages.base import Stage, Workload, training_key
-from secvec.stages.vector import train_vector
+from secvec.stages.vector import check_given_vector, train_vector
 from secvec.training.telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -130,7 +130,9 @@ class FinetuneStage(Stage):
         config, backbone, meanwhile = run.config, run.backbone, run.config.evaluation.validation
         if meanwhile.every_n_steps:
             run.evaluator(run.data.validation(meanwhile.num_prompts)).check(run.inference_module(backbone))
-        if config.vector.path or "vector" not in config.stages:
+        if config.vector.path:
+            check_given_vector(run)
+        elif "vector" not in config.stages:
             run.saved_vector()
         if config.tune.lora:
             attach_task(backbone.skeleton(), config.tune.lora)

@@ -179,6 +179,27 @@ def saved_vector(run: Run) -> Path | None:
     return folder
 
 
+def check_given_vector(run: Run) -> None:
+    """Raises GateError where the vector of `vector.path` does not lower the loss on undesired samples.
+
+    It is of another model or another behavior then, and would protect from nothing. Asked of the test samples: the run
+    trains no vector, so there are no others.
+    """
+    folder, least = run.saved_vector(), run.config.vector.gate.min_loss_drop
+    if folder is None or least is None:
+        return
+    samples = {"undesired": run.data.tests["undesired"]}
+    with run.answering(run.backbone, folder) as module:
+        off, on = (run.losses(module, samples, without_vector=without)["undesired"].value for without in (True, False))
+    if off - on < least:
+        raise GateError(
+            f"vector.path={folder}: on {len(samples['undesired'])} undesired samples the loss is {off:.3f} nats per "
+            f"token without it and {on:.3f} with it, and it must fall by {least} (vector.gate.min_loss_drop). It would "
+            "protect from nothing: is it a vector of this model and this behavior? To use it all the same: "
+            "vector.gate.min_loss_drop=null"
+        )
+
+
 def check_gate(gate: GateSettings, metrics: Measurements) -> None:
     """Raises GateError for a vector that does not show the behavior on held-out prompts, or that learned nothing."""
     rate, loss = metrics.get("gate/behavior_rate"), metrics["gate/behavior_loss"].value

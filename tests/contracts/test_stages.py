@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import run_of
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -305,8 +305,21 @@ def test_a_vector_of_another_backbone_is_refused(make_config: Make) -> None:
     other = make_config(f"vector.path={folder}", "model.align.seed=7", run="b")
     with pytest.raises(ArtifactError, match="another backbone"):
         train(other)
-    record = train(make_config(f"vector.path={folder}", run="c"))
+    record = train(make_config(f"vector.path={folder}", "vector.gate.min_loss_drop=0.01", run="c"))
     assert record["stages"] == ["finetune", "infer"]
+
+
+def test_a_given_vector_that_does_nothing_is_refused_before_training(make_config: Make, tmp_path: Path) -> None:
+    """One without secvec.json, which PEFT may have saved for any model: nothing says what it is of."""
+    train(make_config("stage=vector", run="a"))
+    ours = Path(make_config(run="a").run_dir) / "vector"
+    adapter = {name: torch.zeros_like(weight) for name, weight in weights(ours).items()}
+    save_file(adapter, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    shutil.copy(ours / "adapter_config.json", tmp_path)
+    config = make_config(f"vector.path={tmp_path}", "vector.gate.min_loss_drop=0.01", run="b")
+    with pytest.raises(GateError, match=r"protect from nothing: is it a vector of this model"):
+        train(config)
+    assert not (Path(config.run_dir) / "backbone").exists()
 
 
 def test_finished_stages_are_not_run_again(make_config: Make) -> None:
