@@ -99,7 +99,7 @@ class Backbone:
                 self.folder,
             )
             return self.load()
-        return _prepared(model, self.settings)
+        return prepared(model, self.settings)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -195,7 +195,7 @@ def fingerprint(folder: Path) -> str:
 
 def load_backbone(folder: Path, settings: ModelSettings) -> PreTrainedModel:
     """Loads the causal LM in `folder`, in eval mode. Raises ArtifactError."""
-    return _prepared(_from_pretrained(folder, settings), settings)
+    return prepared(_from_pretrained(folder, settings), settings)
 
 
 def _from_pretrained(folder: Path, settings: ModelSettings, **where: Any) -> PreTrainedModel:
@@ -220,7 +220,7 @@ def _from_pretrained(folder: Path, settings: ModelSettings, **where: Any) -> Pre
     return model  # type: ignore[no-any-return]
 
 
-def _prepared(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:
+def prepared(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:
     """`model` as the settings want it to compute."""
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
