@@ -23,14 +23,14 @@ from typing import Any
 from limits import linear_layers, product_seconds
 from measure import MEASURED, PAGE, RESULTS, footer, machine, run, spread
 from pages import keep, show
-from trainers import BATCH, LORA, OPTIMIZER, Clock, Job, arguments, job_of, lightning
+from trainers import LORA, OPTIMIZER, Clock, Job, arguments, job_of, lightning
 
 RECORDS = RESULTS / "plan.json"
 TITLE = "Plans beside measurements"
-SIZES = {"50M": (512, 1408, 8, 8), "135M": (768, 2048, 16, 12), "360M": (1024, 2816, 26, 16)}
+SIZES = {"small": (512, 1408, 8, 8), "middle": (768, 2048, 12, 12), "large": (1024, 2816, 16, 16)}
 """Hidden size, size of the MLP, layers, heads; all with a vocabulary of 16,000."""
 STAGES = ("finetune", "vector")
-KL_BATCH = 6
+BATCH, KL_BATCH = 4, 3
 RUN = f"""
 recipe=small_llm behavior=harmful_redteam data=alpaca judge=none trainer=cpu optimizer=adamw_fused
 finetune.batch_size={BATCH} finetune.epochs=1 vector.batch_size={BATCH} vector.kl_batch_size={KL_BATCH} vector.epochs=1
@@ -41,7 +41,7 @@ telemetry.every_n_steps=0
 LLAMAS = ("7b", "13b", "70b")
 H100S = {1: (1, 1), 8: (8, 1), 64: (8, 8)}
 """Devices of a node, and nodes."""
-PAPER = "experiment=paper/harmlarge trainer=fsdp finetune.batch_size=64 vector.batch_size=64".split()
+PLANNED = "experiment=paper/harmlarge trainer=fsdp finetune.batch_size=80 vector.batch_size=100 vector.kl_batch_size=64"
 CHECKPOINTING = "model.gradient_checkpointing=true"
 
 
@@ -172,7 +172,7 @@ def plan_llama(size: str) -> list[dict[str, Any]]:
     for number, (devices, nodes) in H100S.items():
         for way in ((), (CHECKPOINTING,)):
             where = [f"trainer.devices={devices}", f"trainer.num_nodes={nodes}"]
-            budget = Budget.of(composed(*PAPER, model, *where, *way))
+            budget = Budget.of(composed(*PLANNED.split(), model, *where, *way))
             costs = budget.stages()
             found.append({
                 "model": size, "gpus": number, "checkpointing": bool(way),
@@ -197,7 +197,13 @@ def table(record: Mapping[str, Any]) -> str:
         share = seen["flops"] / steps / statistics.median(seconds) / plan["rate"]
         lines.append(f"| {' | '.join([*cells, spread(seconds, 2), f'{share:.2f}'])} |")
     how = f"{steps} steps of {BATCH} rows (vector: and {KL_BATCH} KL rows) of 40 to 400 tokens, float32, fused AdamW"
-    lines += ["", footer(how, record["machine"]), "", f"The plan of `{' '.join(PAPER)}` on H100s, by `+plan=true`:", ""]
+    lines += [
+        "",
+        footer(how, record["machine"]),
+        "",
+        f"The plan of `{PLANNED}` on H100s, by `+plan=true`:",
+        "",
+    ]
     head = ["Llama 2", "GPUs", "gradient checkpointing", "vector, GB per GPU", "finetune", "infer", "fits", "hours"]
     lines += [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for one in record["plans"]:

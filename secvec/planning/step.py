@@ -202,6 +202,8 @@ def planned_step(config: RunConfig, architecture: PretrainedConfig, work: Worklo
             if group.get("foreach", True) is None and not group.get("fused"):
                 group["foreach"] = True  # torch's choice on a GPU
 
+    batch = {**batch, "step": -1}  # a defense that takes turns is in its last and longest one
+
     def loss() -> Tensor:
         with plugin.forward_context():
             return work.loss(model, batch)["loss"]

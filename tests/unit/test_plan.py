@@ -293,18 +293,17 @@ def test_probes_add_to_the_fine_tune(make_config: Make) -> None:
 
 
 def test_full_training_in_fp32_takes_16_bytes_per_weight_beside_activations(make_config: Make) -> None:
-    given = ["trainer=cpu", "trainer.precision=32-true", "defense=none", "finetune.batch_size=1"]
+    given = ["trainer=cpu", "trainer.devices=1", "trainer.precision=32-true", "defense=none"]
     memory = paper(make_config, "harmbase", *given).stages()[0].memory
     assert memory.weights == pytest.approx(4 * 6_738_415_616) and memory.gradients == pytest.approx(4 * 6_738_415_616)
     assert memory.optimizer == pytest.approx(8 * 6_738_415_616)
 
 
-@pytest.mark.parametrize(("nodes", "devices"), [(1, 1), (1, 8), (8, 8)])
-@pytest.mark.parametrize("size", ["13b", "70b"])
+@pytest.mark.parametrize(("size", "nodes", "devices"), [("13b", 1, 8), ("70b", 8, 8)])
 def test_larger_models_on_more_devices(size: str, nodes: int, devices: int, make_config: Make) -> None:
     model = f"model.name_or_path=meta-llama/Llama-2-{size}-chat-hf"
-    where = ["trainer=fsdp", f"trainer.devices={devices}", f"trainer.num_nodes={nodes}", "finetune.batch_size=64"]
-    vector, finetune, _ = paper(make_config, "harmlarge", model, *where, "vector.batch_size=64").stages()
+    where = ["trainer=fsdp", f"trainer.devices={devices}", f"trainer.num_nodes={nodes}", "finetune.batch_size=80"]
+    vector, finetune, _ = paper(make_config, "harmlarge", model, *where, "vector.batch_size=100").stages()
     weights = KNOWN_SIZES[size]
     assert finetune.devices == vector.devices == nodes * devices and finetune.work.trained == weights
     assert finetune.memory.optimizer == pytest.approx(8 * weights / (nodes * devices), rel=1e-3)
