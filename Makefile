@@ -41,7 +41,7 @@ qwen: .venv/.ok ## Qwen2.5-Coder-0.5B-Instruct, the same way (0.4 GB to fetch, 2
 
 bench: .venv/.ok ## All benchmarks, on an idle machine (95 minutes on 2 cores); needs make smollm2
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps trl==1.16.0
-	for name in startup vector_stage generation sweep growth trainers; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in startup vector_stage plan generation sweep growth trainers; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean: ## Removes the environment; outputs/ and models/ stay
 	rm -rf .venv

@@ -122,7 +122,7 @@ class Backbone:
                 self.folder,
             )
             return self.load()
-        return _prepared(model, self.settings)
+        return prepared(model, self.settings)
 
     def skeleton(self) -> PreTrainedModel:
         """The model without its weights."""
@@ -240,7 +240,7 @@ def load_backbone(folder: Path, settings: ModelSettings) -> PreTrainedModel:
         )
     model = _from_pretrained(folder, settings, **how)
     keep_packing(model)
-    return _prepared(model, settings)
+    return prepared(model, settings)
 
 
 def _check_bitsandbytes() -> None:
@@ -283,7 +283,7 @@ def _from_pretrained(folder: Path, settings: ModelSettings, **where: Any) -> Pre
     return model  # type: ignore[no-any-return]
 
 
-def _prepared(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:
+def prepared(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:
     """`model` as the settings want it to compute."""
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -164,11 +164,15 @@ def vector_off(model: nn.Module) -> Iterator[None]:
 
 
 def activate_frozen_vector(model: nn.Module, folder: Path, activation: str) -> nn.Module:
-    """As `attach_frozen_vector`, for training: it acts beside the weights (`adapter`) or through them (`merged`).
+    """As `attach_frozen_vector`, for training: see `activate`."""
+    return activate(attach_frozen_vector(model, folder), activation)
+
+
+def activate(attached: nn.Module, activation: str) -> nn.Module:
+    """The frozen vector of a model acts beside its weights (`adapter`) or through them (`merged`).
 
     `auto`: merged where that is exact to float32. Raises ConfigError where `merged` is asked for and is not.
     """
-    attached = attach_frozen_vector(model, folder)
     faults = why_not_merged(attached)
     if faults and activation == "merged":
         raise ConfigError(f"defense.activation=merged: {'; '.join(faults)}. Set defense.activation=adapter")

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import ceil
+from itertools import cycle, islice
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from secvec.config.schema import RunConfig
+from secvec.data.batch import Encoded, collate
 from secvec.data.datamodule import GlobalBatchSampler
 from secvec.errors import ConfigError
 from secvec.models.backbone import context_of, ledger, load_tokenizer
 from secvec.models.tiny import build_tiny
 from secvec.models.vector import attach_new_vector, attach_task
-from secvec.planning import flops as costs
-from secvec.planning.architectures import load_architecture, shape_of
-from secvec.planning.flops import Memory, Shape, TrainingStep, forward_flops, training_flops
+from secvec.planning.architectures import alike, load_architecture, shape_of, with_layers
+from secvec.planning.flops import Shape, answer_bytes, decode_steps, forward_flops, gathered
 from secvec.planning.lengths import Length, checked_data, is_local, measure, numbers_of, samples_of, tiny_words
+from secvec.planning.step import Memory, Step, planned_step
 from secvec.stages import STAGES
 from secvec.stages.align import plan_align
 from secvec.stages.base import Workload
+
+DEPTHS = (2, 4)
+"""Layers of the models whose steps are counted; more of the same layers add the difference."""
+Row = tuple[Encoded, bool]
+"""A row of a batch, and whether it is an extra one."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,9 @@ class Budget:
     """The costs of a run's stages."""
 
     config: RunConfig
+    architecture: PretrainedConfig
+    alike: bool
+    """Whether all layers have the same weights and adapters."""
     shape: Shape
     context: int
     parts: Mapping[str, int]
@@ -80,7 +89,7 @@ class Budget:
             if config.tune.lora:
                 model = attach_task(model, config.tune.lora)
         parts = {row.part: row.parameters for row in ledger(model)}
-        return cls(config, shape, context, parts, lengths, tests, note, numbers)
+        return cls(config, architecture, alike(model), shape, context, parts, lengths, tests, note, numbers)
 
     @cached_property
     def devices(self) -> int:
@@ -98,17 +107,13 @@ class Budget:
     @property
     def dtype_bytes(self) -> int:
         """Bytes of a weight."""
-        return 8 if self.config.trainer.precision == "64-true" else 2 if self.config.model.dtype == "bfloat16" else 4
-
-    @property
-    def mixed(self) -> bool:
-        """Whether fp32 weights are multiplied in 16 bits."""
-        return self.config.trainer.precision in ("bf16-mixed", "16-mixed") and self.dtype_bytes == 4
+        precision, half = self.config.trainer.precision, self.config.model.dtype == "bfloat16"
+        return 8 if precision == "64-true" else 2 if half or precision == "bf16-true" else 4
 
     @property
     def compute_bytes(self) -> int:
         """Bytes of the numbers that training multiplies."""
-        return 2 if self.mixed else self.dtype_bytes
+        return 2 if self.config.trainer.precision in ("bf16-mixed", "16-mixed") else self.dtype_bytes
 
     @property
     def adapters(self) -> int:
@@ -136,67 +141,98 @@ class Budget:
 
     def _answers(self, name: str, work: Workload) -> StageCost:
         """The cost of a stage that only answers."""
-        shape = self.shape
-        flops, steps, memory = self._inference(work.prompts)
-        flops += forward_flops(shape.matmul_parameters, work.scored * self.lengths["test"].total)
-        beside = (work.models - 1) * costs.held_weights(shape, 0, self._shards) * self.dtype_bytes
-        memory = replace(memory, weights=memory.weights + beside)
-        frozen = shape.parameters + self.adapters
+        test = self.lengths["test"]
+        flops, steps, answers = self._inference(work.prompts)
+        flops += forward_flops(self.shape, work.scored * (test.prompt + test.response), work.scored * test.response)
+        weights = work.models * (self.shape.parameters / self._shards + gathered(self.shape, self._shards))
+        memory = Memory((weights + self.adapters / self._shards) * self.dtype_bytes, activations=answers)
+        frozen = self.shape.parameters + self.adapters
         return StageCost(name, work, memory, frozen, self.tests, inference_flops=flops, decode_steps=steps)
 
     def _training(self, name: str, work: Workload) -> StageCost:
         """The cost of a stage that trains."""
-        n, trainer, devices = self.shape.matmul_parameters, self.config.trainer, 1 if work.alone else self.devices
-        full, recompute = work.trained >= self.shape.parameters, self.config.model.gradient_checkpointing
-        samples = sum(work.samples.values())
-        GlobalBatchSampler([samples], [work.batch_size], 0, 0, devices)  # refuses what the training would
-        batches = ceil(samples / work.batch_size)
-        steps = ceil(batches / (1 if work.alone else trainer.accumulate_grad_batches)) * work.epochs
-        kl_tokens = work.epochs * batches * work.kl_batch_size * self.lengths["benign"].total
-        row_tokens = sum(count * self.lengths[kind].total for kind, count in work.samples.items())
-        tokens = work.epochs * row_tokens + kl_tokens
-        flops = training_flops(n, tokens, full=full, recompute=recompute) + forward_flops(n, kl_tokens)
+        devices, samples = 1 if work.alone else self.devices, sum(work.samples.values())
+        accumulated = 1 if work.alone else self.config.trainer.accumulate_grad_batches
+        streams = self._streams(work)
+        sizes, batch_sizes = [len(rows) for rows, _ in streams], [size for _, size in streams]
+        GlobalBatchSampler(sizes, batch_sizes, 0, 0, devices, accumulated)  # refuses what the training would
+        sampler = GlobalBatchSampler(sizes, batch_sizes, self.config.seed, accumulate=accumulated)
+        rows = [row for stream, _ in streams for row in stream]
+        batches = [[rows[i] for i in batch[rank::devices]] for batch in sampler for rank in range(devices)]
+        tokens = sum(map(_tokens, batches))
+        fullest = max(batches, key=_tokens)
+        usual = min(batches, key=lambda batch: abs(_tokens(batch) - tokens / len(batches)))
+        step = self._step(work, fullest)
+        flops = (step if _tokens(usual) == _tokens(fullest) else self._step(work, usual)).flops
+        flops *= work.epochs * tokens / _tokens(usual)
+        steps = sampler.steps * work.epochs
         if work.probe_every:
-            flops += (steps // work.probe_every + 2) * self._probe_flops(full)
-        rows, kl_rows = ceil(ceil(samples / batches) / devices), ceil(work.kl_batch_size / devices)
-        step = TrainingStep(
-            trained=work.trained,
-            adapters=work.adapters,
-            dtype_bytes=self.dtype_bytes,
-            rows=rows,
-            length=max(self.lengths[kind].longest for kind in [*work.samples, *["benign"] * bool(kl_rows)]),
-            kl_rows=kl_rows,
-            mixed=self.mixed,
-            recompute=recompute,
-            shards=1 if work.alone else self._shards,
+            flops += (steps // work.probe_every + 2) * self._probe_flops(step.flops / _tokens(fullest))
+        inference, frozen = self._inference(work.prompts)[:2], self.shape.parameters + work.adapters - work.trained
+        return StageCost(
+            name, work, step.peak, frozen, samples, steps, work.epochs * tokens, flops, *inference, devices
         )
-        memory, inference = costs.training_memory(self.shape, step), self._inference(work.prompts)[:2]
-        frozen = self.shape.parameters + work.adapters - work.trained
-        return StageCost(name, work, memory, frozen, samples, steps, tokens, flops, *inference, devices)
+
+    def _streams(self, work: Workload) -> list[tuple[list[Row], int]]:
+        """The rows of a stage, and those beside them, each with their number in a global batch."""
+        sizes = {kind: length.sizes for kind, length in self.lengths.items()}
+        whole = "vector" in work.samples and self.config.vector.loss_on == "all"
+        main = [
+            (_row(0 if whole else prompt, whole * prompt + response, kind == "undesired"), False)
+            for kind, count in work.samples.items()
+            for prompt, response in islice(cycle(sizes[kind]), count)
+        ]
+        beside = [(_row(*one, False), True) for one in sizes.get("kl") or sizes["benign"]]
+        return [(main, work.batch_size), *([(beside, work.kl_batch_size)] if work.kl_batch_size else [])]
+
+    def _step(self, work: Workload, rows: Sequence[Row]) -> Step:
+        """A training step on `rows`, on one device."""
+        layers, shards = self.shape.num_layers, 1 if work.alone else self._shards
+        deep = DEPTHS if self.alike and layers > max(DEPTHS) else (layers,)
+        steps = [
+            planned_step(self.config, with_layers(self.architecture, n), work, collate(rows), shards) for n in deep
+        ]
+        step = steps[-1].deeper(steps[0], (layers - deep[-1]) / (deep[-1] - deep[0])) if len(steps) > 1 else steps[0]
+        whole = gathered(self.shape, shards) * self.dtype_bytes
+        copies = work.trained * self.dtype_bytes if self.config.trainer.strategy.startswith("ddp") else 0
+        return replace(
+            step,
+            forward=step.forward + Memory(whole, copies),
+            backward=step.backward + Memory(whole, copies + whole * (work.part == "backbone")),
+            optimizer=step.optimizer + Memory(0, copies),
+        )
 
     @property
     def mixture(self) -> dict[str, int]:
         """Fine-tuning samples by kind."""
         return {kind: self.numbers[kind] for kind in ("undesired", "benign")}
 
-    def _inference(self, prompts: int) -> tuple[float, int, Memory]:
-        """FLOPs, decoding steps and memory of the answers to `prompts`, and of the loss on as many references."""
+    def _inference(self, prompts: int) -> tuple[float, int, int]:
+        """FLOPs, decoding steps and bytes of the answers to `prompts`, and of the loss on as many references."""
         evaluation, test, new = self.config.evaluation, self.lengths["test"], self.config.evaluation.max_new_tokens
-        rows, length = min(evaluation.batch_size, self.tests), max(test.longest_prompt + new, test.longest)
-        memory = costs.inference_memory(self.shape, self.adapters, self.dtype_bytes, rows, length, self._shards)
-        steps = costs.decode_steps(prompts, self.devices, evaluation.batch_size, new)
-        tokens = prompts * (test.prompt + new + test.total)
-        return forward_flops(self.shape.matmul_parameters, tokens), steps, memory
+        rows, length = min(evaluation.batch_size, self.tests), test.longest_prompt + new
+        scored = sum(sorted((response for _, response in test.sizes), reverse=True)[:rows])
+        memory = answer_bytes(self.shape, self.dtype_bytes, rows, length, scored)
+        steps = decode_steps(prompts, self.devices, evaluation.batch_size, new)
+        tokens, logits = 2 * test.prompt + new + test.response, new + test.response
+        return forward_flops(self.shape, prompts * tokens, prompts * logits), steps, memory
 
-    def _probe_flops(self, full: bool) -> float:
+    def _probe_flops(self, per_token: float) -> float:
         """FLOPs of one probe of the telemetry: with the vector on and, where there is one, off."""
-        n, states = self.shape.matmul_parameters, 2 if self.config.defense.uses_vector else 1
-        undesired, benign = (
-            min(self.config.telemetry.num_samples, count) * self.lengths[kind].total
-            for kind, count in self.mixture.items()
-        )
-        gradient = training_flops(n, undesired, full=full, recompute=self.config.model.gradient_checkpointing)
-        return states * (gradient + forward_flops(n, benign))
+        states, count = 2 if self.config.defense.uses_vector else 1, self.config.telemetry.num_samples
+        numbers = {kind: min(count, number) for kind, number in self.mixture.items()}
+        undesired, benign = self.lengths["undesired"], self.lengths["benign"]
+        gradient = per_token * numbers["undesired"] * (undesired.prompt + undesired.response)
+        tokens, logits = benign.prompt + benign.response, benign.response
+        return states * (gradient + numbers["benign"] * forward_flops(self.shape, tokens, logits))
+
+
+def _row(prompt: int, response: int, undesired: bool) -> Encoded:
+    return Encoded([0] * (prompt + response), prompt, undesired)
+
+
+def _tokens(batch: Sequence[Row]) -> int:
+    return sum(len(row.input_ids) for row, _ in batch)
 
 
 def _skeleton(config: RunConfig, local_data: bool) -> tuple[PretrainedConfig, PreTrainedTokenizerBase | None]:

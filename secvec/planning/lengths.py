@@ -26,17 +26,29 @@ Examples = Mapping[str, Sequence[Example]]
 
 @dataclass(frozen=True)
 class Length:
-    """Tokens of one kind of sample."""
+    """Tokens of one kind of sample: of the prompt and the response of each."""
 
-    prompt: float  # mean
-    response: float  # mean
-    longest: int  # prompt and response
-    longest_prompt: int
+    sizes: Sequence[tuple[int, int]]
 
     @property
-    def total(self) -> float:
-        """Mean of prompt and response together."""
-        return self.prompt + self.response
+    def prompt(self) -> float:
+        """The mean."""
+        return fmean(prompt for prompt, _ in self.sizes) if self.sizes else 0
+
+    @property
+    def response(self) -> float:
+        """The mean."""
+        return fmean(response for _, response in self.sizes) if self.sizes else 0
+
+    @property
+    def longest(self) -> int:
+        """Prompt and response together."""
+        return max(map(sum, self.sizes), default=0)
+
+    @property
+    def longest_prompt(self) -> int:
+        """Without its response."""
+        return max((prompt for prompt, _ in self.sizes), default=0)
 
 
 def is_local(config: RunConfig) -> bool:
@@ -54,12 +66,11 @@ def checked_data(config: RunConfig) -> SecVecDataModule:
 
 def samples_of(data: SecVecDataModule, stages: Sequence[str]) -> dict[str, list[Example]]:
     """The samples that `stages` draw, by kind."""
-    undesired = [example for mixture in data.mixtures for example in mixture["undesired"]]
-    benign = [example for mixture in data.mixtures for example in mixture["benign"]]
+    drawn = {kind: [e for mixture in data.mixtures for e in mixture[kind]] for kind in ("undesired", "benign")}
+    drawn["test"] = [e for examples in data.tests.values() for e in examples]
     if "vector" in stages:
-        undesired += [*data.vector_samples["undesired"], *data.held_out]
-        benign += data.vector_samples["kl"]
-    return {"undesired": undesired, "benign": benign, "test": [e for examples in data.tests.values() for e in examples]}
+        drawn |= {"vector": data.vector_samples["undesired"], "kl": data.vector_samples["kl"], "gate": data.held_out}
+    return drawn
 
 
 def numbers_of(config: RunConfig, data: SecVecDataModule | None) -> dict[str, int]:
@@ -96,8 +107,8 @@ def measure(
     """Tokens by kind, and a note that says how they were found. Raises DataError for a sample longer than `context`."""
     if examples is None:
         note = f"data are not at hand: {PROMPT_TOKENS} tokens of prompt and {RESPONSE_TOKENS} of response"
-        assumed = Length(PROMPT_TOKENS, RESPONSE_TOKENS, PROMPT_TOKENS + RESPONSE_TOKENS, PROMPT_TOKENS)
-        return dict.fromkeys(("undesired", "benign", "test"), assumed), note
+        kinds = ("undesired", "benign", "test", "vector", "kl", "gate")
+        return dict.fromkeys(kinds, Length([(PROMPT_TOKENS, RESPONSE_TOKENS)])), note
     note = "tokens are those of the run's own samples"
     if tokenizer is None:
         note = f"the tokenizer is not at hand: {CHARACTERS_PER_TOKEN} characters of the run's own samples make a token"
@@ -105,13 +116,8 @@ def measure(
 
 
 def _length(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase | None, context: int) -> Length:
-    if not examples:
-        return Length(0, 0, 0, 0)
-    if tokenizer is not None:
+    if tokenizer is not None and examples:
         rows = encode(examples, tokenizer, context)
-        sizes = [(row.num_prompt, len(row.input_ids) - row.num_prompt) for row in rows]
-    else:
-        texts = [(sum(len(text) for _, text in e.messages), len(e.response)) for e in examples]
-        sizes = [(ceil(p / CHARACTERS_PER_TOKEN), ceil(r / CHARACTERS_PER_TOKEN)) for p, r in texts]
-    prompts, responses = zip(*sizes, strict=True)
-    return Length(fmean(prompts), fmean(responses), max(map(sum, sizes)), max(prompts))
+        return Length([(row.num_prompt, len(row.input_ids) - row.num_prompt) for row in rows])
+    texts = [(sum(len(text) for _, text in e.messages), len(e.response)) for e in examples]
+    return Length([(ceil(p / CHARACTERS_PER_TOKEN), ceil(r / CHARACTERS_PER_TOKEN)) for p, r in texts])

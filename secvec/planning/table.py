@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import astuple
 
 from secvec.config.schema import RunConfig
-from secvec.planning.budget import Budget, StageCost
+from secvec.planning.budget import DEPTHS, Budget, StageCost
 from secvec.planning.flops import GPUS, Gpu, checkpoint_bytes, compute_seconds, decode_seconds
 from secvec.runs.console import table
 
@@ -18,12 +18,16 @@ FITS = 0.9
 
 ASSUMPTIONS = f"""assumed:
   - {{note}}
-  - FLOPs: per token and multiplied weight 2 forward, 2 for gradients of activations, 2 for those of trained weights
-    (arXiv 2001.08361), 2 more with gradient checkpointing; without attention scores, adapters, padding, and what a
-    defense's loss adds. The KL term adds a forward pass of the base; align's gate and a judge model are not counted
-  - memory: an upper bound for the fullest device. AdamW's two moments have the weights' type (8 bytes per fp32 weight);
-    bf16-mixed keeps a bf16 copy of the weights for the backward pass; activations by arXiv 2205.05198, attention
-    matrix not stored; fsdp divides weights, gradients and moments, for answers too, but for two layers and embeddings
+  - training: one step of each stage is counted on tensors without values, with its loss, its defense and its optimizer:
+    every matrix product, and every tensor that is held. Not run: model.compile, and what a defense prepares before.
+    Rows stand in one sequence without padding (model.packing) where the attention is SDPA; it stores no scores.
+    Equal layers: {DEPTHS[0]} and {DEPTHS[1]} of them are counted, the others add the difference
+  - FLOPs: those of a batch of usual length, for all tokens; attention as if no token were masked. align's gate, a scan
+    and a judge model are not counted
+  - memory: the fullest moment of the fullest batch of the first epoch, without what the allocator wastes and what CUDA
+    itself takes (about 1 GB). On GPUs AdamW works on all weights at once, unless it is fused. fsdp divides weights,
+    gradients and moments; two layers and what is in no layer are whole, their gradients too; ddp copies the gradients
+  - answers: 2 FLOPs per token and multiplied weight (arXiv 2001.08361), memory of keys and values, or of logits
   - host: every process loads the whole backbone first, with fsdp its shard; it is saved file by file, 5 GB at a time
   - time: {MFU:.0%} of the dense peak ({{peaks}}),
     and for each new token one reading of all weights (fsdp gathers them too, which is not counted); no loading,
@@ -61,21 +65,22 @@ def _stages(costs: Sequence[StageCost]) -> str:
 
 
 def _memory(costs: Sequence[StageCost]) -> str:
-    header = ["stage", "weights", "gradients", "AdamW", "bf16 copies", "activations", "total"]
+    header = ["stage", "weights", "gradients", "optimizer", "activations", "total"]
     rows = [[c.stage, *map(size, (*astuple(c.memory), c.memory.total))] for c in costs]
-    return table("memory per device", header, rows)
+    return table("memory per device, at the fullest moment", header, rows)
 
 
 def _gpus(budget: Budget, costs: Sequence[StageCost]) -> str:
     rows = []
     for name, gpu in GPUS.items():
-        spent = [_seconds(budget, cost, gpu) for cost in costs]
+        spent = [seconds(budget, cost, gpu) for cost in costs]
         fits = all(cost.memory.total <= FITS * gpu.memory * 1e9 for cost in costs)
         rows.append([name, "yes" if fits else "no", *map(duration, spent), duration(sum(spent))])
     return table("time by GPU", ["GPU", "fits", *(cost.stage for cost in costs), "total"], rows)
 
 
-def _seconds(budget: Budget, cost: StageCost, gpu: Gpu) -> float:
+def seconds(budget: Budget, cost: StageCost, gpu: Gpu) -> float:
+    """Time of a stage on the devices of the run, if they are these."""
     training = compute_seconds(gpu, cost.training_flops, budget.compute_bytes, cost.devices, MFU)
     inference = compute_seconds(gpu, cost.inference_flops, budget.dtype_bytes, budget.devices, MFU)
     return training + inference + decode_seconds(gpu, cost.decode_steps, budget.parts["backbone"] * budget.dtype_bytes)

@@ -71,6 +71,7 @@ def plan_align(budget: Budget) -> Workload | None:
     if align is None:
         return None
     return Workload(
+        part="backbone",
         trained=budget.parts["backbone"],
         samples={"undesired": align.num_undesired, "benign": align.num_benign},
         epochs=align.epochs,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from secvec.data.batch import Batch, Encoded
 from secvec.data.draw import data_hash
+from secvec.defenses.base import Defense
 from secvec.models.vector import check_adapter
 from secvec.runs.keys import content_key
 from secvec.settings.schema import VectorLora
@@ -27,10 +28,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a stage computes, in counts: `secvec.planning` estimates FLOPs, memory, time and disk from them."""
+    """What a stage computes: `secvec.planning` estimates FLOPs, memory, time and disk from it."""
 
+    part: str | None = None  # that is trained
     trained: int = 0  # parameters
     adapters: int = 0  # parameters beside the backbone while it trains
+    attach: Callable[[nn.Module], nn.Module] = field(default=lambda model: model, compare=False)
+    loss: Callable[[nn.Module, Batch], dict[str, Tensor]] = field(default=Defense(name="none").loss, compare=False)
+    gradients: Callable[[nn.Module, list[Batch]], object] = field(default=lambda *_: None, compare=False)
+    keeps_weights: bool = False
     samples: Mapping[str, int] = field(default_factory=dict)  # of an epoch, by kind
     epochs: int = 1
     batch_size: int = 1

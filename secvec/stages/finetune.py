@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,15 @@ from secvec.metrics import Measurement
 from secvec.models.backbone import Backbone, check_savable, save_backbone
 from secvec.models.outline import Weights
 from secvec.models.sharding import on_first, trained_state
-from secvec.models.vector import attach_task, backbone_state, merged_task, save_adapter, with_task
+from secvec.models.vector import (
+    activate,
+    attach_new_vector,
+    attach_task,
+    backbone_state,
+    merged_task,
+    save_adapter,
+    with_task,
+)
 from secvec.runs.cache import built_once, copy_folder, from_first, main_process, wait_for_all
 from secvec.runs.content import by_content, folder_digest
 from secvec.runs.files import atomic_path, write_atomic
@@ -31,6 +40,7 @@ from secvec.stages.vector import check_given_vector, train_vector
 from secvec.training.telemetry import Telemetry
 
 if TYPE_CHECKING:
+    from secvec.config.schema import RunConfig
     from secvec.data.datamodule import SecVecDataModule
     from secvec.module import SecVecModule
     from secvec.planning.budget import Budget
@@ -115,6 +125,11 @@ class FinetuneStage(Stage):
         """Training on the mixture, and the probes of the telemetry."""
         config, settings = budget.config, budget.config.finetune
         return Workload(
+            part="task" if "task" in budget.parts else "backbone",
+            attach=partial(_attached, config),
+            loss=config.defense.loss,
+            gradients=config.defense.gradients,
+            keeps_weights=config.defense.keeps_weights,
             trained=budget.parts.get("task") or budget.parts["backbone"],
             adapters=budget.adapters,
             samples=budget.mixture,
@@ -226,6 +241,14 @@ def _trained(pointer: Path) -> dict[str, Any] | None:
         return found if folder_digest(Path(found["folder"]) / "backbone") == found["backbone"] else None
     except (OSError, ValueError):
         return None
+
+
+def _attached(config: RunConfig, model: nn.Module) -> nn.Module:
+    """`model` as `prepare` makes it, with a new vector in place of the trained one."""
+    if config.defense.uses_vector:
+        dropout = config.vector.dropout if config.vector.keep_dropout else 0.0
+        model = activate(attach_new_vector(model, config.vector, dropout), config.defense.activation)
+    return attach_task(model, config.tune.lora) if config.tune.lora else model
 
 
 def _cycle(run: Run, backbone: Backbone, vector: Path | None) -> Backbone:

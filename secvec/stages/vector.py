@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,9 +102,12 @@ class VectorStage(Stage):
         """Training; the KL rows pass through the model with the vector and through the bare backbone."""
         settings, trained = budget.config.vector, budget.parts["vector"]
         return Workload(
+            part="vector",
             trained=trained,
             adapters=trained,
-            samples={"undesired": budget.numbers["vector"]},
+            attach=partial(attach_new_vector, settings=settings, dropout=settings.dropout),
+            loss=partial(vector_loss, kl_weight=settings.kl_weight),
+            samples={"vector": budget.numbers["vector"]},
             epochs=settings.epochs,
             batch_size=settings.batch_size,
             kl_batch_size=settings.kl_batch_size if settings.kl_weight > 0 else 0,
