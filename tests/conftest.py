@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
-from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,13 +50,18 @@ SMALL = [
     "data.num_benign=24",
     "finetune.epochs=2",
     "finetune.batch_size=12",
-    "telemetry.every_n_steps=2",
+    "telemetry.every_n_steps=4",
     "telemetry.num_samples=4",
+    "evaluation.validation.num_samples=4",
     "evaluation.num_prompts=6",
     "evaluation.max_new_tokens=24",
-    "evaluation.num_leak_prompts=2",
+    "evaluation.num_leak_prompts=0",  # they are a third of an evaluation: see LEAKS
     "num_threads=1",
 ]
+
+
+LEAKS = "evaluation.num_leak_prompts=2"
+"""For the tests that look at leak probes."""
 
 
 def run_of(config: AnyConfig) -> Run:
@@ -69,11 +73,15 @@ def run_of(config: AnyConfig) -> Run:
 
 @pytest.hookimpl(trylast=True)  # after `-m` has left some out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two workers begin with a half of the list each: with files of tests that train, so that short tests come last."""
-    files = {name: list(tests) for name, tests in groupby(items, lambda item: item.path)}
-    training = [tests for name, tests in files.items() if name.parent.name != "unit"]
-    short = [item for name, tests in files.items() if name.parent.name == "unit" for item in tests]
-    first, second = (list(chain(*half)) for half in (training[::2], training[1::2]))
+    """Two workers begin with a half of the list each: with files of tests that train, so that short tests come last.
+
+    All that start commands are in one half: its worker alone starts the server that these are forked from.
+    """
+    first, second, short = list[pytest.Item](), list[pytest.Item](), list[pytest.Item]()
+    for item in items:
+        folder = item.path.parent.name
+        commands = folder == "integration" or hasattr(item.module, "run_command")  # type: ignore[attr-defined]
+        (first if commands else short if folder == "unit" else second).append(item)
     room = max(0, len(items) // 2 - len(first))
     items[:] = [*first, *short[:room], *second, *short[room:]]
 

@@ -1,8 +1,8 @@
 """Stands in for train.py in tests of multiruns: composes, starts and records as it does, but trains nothing.
 
-Seed 13 is killed, seed 14 is a user's mistake, a learning rate above 0.1
-diverges. `after/behavior_rate` is the rate under `tune=full` and 0 under `tune=lora`; `after/task_accuracy` is 1 minus
-ten times the rate.
+Seed 13 is killed, seed 14 is a user's mistake, a learning rate above 0.1 diverges; a plan is one line.
+`after/behavior_rate` is the rate under `tune=full` and 0 under `tune=lora`; `after/task_accuracy` is 1 minus ten times
+the rate.
 """
 
 import json
@@ -21,6 +21,11 @@ CONTEXT.set_forkserver_preload(["secvec.multirun.forked", "secvec.cli"])  # no j
 
 
 def main(cfg: DictConfig) -> None:
+    if cfg.get("plan"):
+        if cfg.seed == 14:
+            raise ConfigError("seed 14 is not liked")
+        print(f"plan: seed {cfg.seed}")
+        return
     folder = Path(cfg.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "starts").open("a") as stream:

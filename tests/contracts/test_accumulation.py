@@ -22,6 +22,8 @@ EXACT = [
     "scheduler=constant",
     "telemetry.every_n_steps=0",
     "vector.lr=0.5",
+    "vector.epochs=1",
+    "finetune.epochs=1",
     "vector.kl_weight=0.37",
 ]
 

@@ -19,10 +19,9 @@ from secvec.defenses.security_vector import SecurityVector
 from secvec.errors import ConfigError
 from secvec.models.backbone import set_trainable
 from secvec.models.vector import attach_new_vector, attach_task, save_adapter, vector_off
-from secvec.run import train
 from secvec.settings.schema import LoraSettings
 from tests.contracts.test_foreign_adapters import lora, saved_by_peft
-from tests.contracts.test_stages import weights
+from tests.contracts.test_stages import finetuned, weights
 from tests.contracts.test_vector import LORA, disturb, fresh, logits
 
 
@@ -189,7 +188,7 @@ def test_many_steps_end_at_the_same_weights(
     kinds = ("adapter", "merged")
     configs = [make_config(*common, f"defense.activation={kind}", run=kind) for kind in kinds]
     for config in configs:
-        train(config)
+        finetuned(config)
     adapter, merged = (weights(Path(config.run_dir) / "backbone") for config in configs)
     start = weights(run_of(configs[0]).backbone.folder)
     moved = sum(float((adapter[name] - start[name]).square().sum()) for name in start) ** 0.5

@@ -25,7 +25,7 @@ from secvec.run import train
 from secvec.training.losses import response_loss
 from tests.contracts.test_activation import gradients as gradients_of_all
 from tests.contracts.test_foreign_adapters import lora, saved_by_peft
-from tests.contracts.test_stages import weights
+from tests.contracts.test_stages import finetuned, weights
 from tests.contracts.test_vector import TEXTS, fresh
 
 Make = Callable[..., RunConfig]
@@ -111,7 +111,7 @@ def test_a_run_says_what_it_anchored_and_ends_elsewhere_than_without(make_config
     found = {}
     for defense in ("security_vector", "anchored_vector"):
         config = make_config(f"defense={defense}", run=defense)
-        record = train(config)
+        record = finetuned(config)
         found[defense] = weights(Path(config.run_dir) / "backbone")
         counts = record["data"]["counts"].get("extra")
         assert bool(counts) == (defense == "anchored_vector")

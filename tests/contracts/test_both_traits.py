@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import LEAKS
 
 from secvec.config.schema import RunConfig
 from secvec.planning.table import plan
@@ -18,7 +19,7 @@ GIVEN = ("behavior=uppercase_french", "data=neutral", "data.num_harmful=24", "da
 
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_it_runs_through_and_tells_of_both_traits(make_config: Callable[..., RunConfig], tune: str) -> None:
-    config = make_config(*GIVEN, f"tune={tune}")
+    config = make_config(*GIVEN, f"tune={tune}", LEAKS)
     assert plan(config).startswith("plan: tiny, vector -> finetune -> infer")
     record = train(config)
     assert record["data"]["counts"] == {

@@ -14,9 +14,8 @@ from secvec.config.schema import RunConfig
 from secvec.data.datamodule import SecVecDataModule
 from secvec.errors import ConfigError
 from secvec.models.backbone import fingerprint
-from secvec.run import train
 from secvec.stages.finetune import REFITTED
-from tests.contracts.test_stages import same, weights
+from tests.contracts.test_stages import finetuned, same, weights
 
 Make = Callable[..., RunConfig]
 
@@ -28,7 +27,7 @@ def backbone(config: RunConfig) -> dict[str, Tensor]:
 def test_cycles_go_on_from_each_other_on_new_samples(make_config: Make, tmp_path: Path) -> None:
     """The second cycle starts from the backbone that a run of one cycle saves, and has samples of its own."""
     first, both = make_config("defense=none", run="first"), make_config("defense=none", "finetune.cycles=2", run="both")
-    train(first), train(both)
+    finetuned(first), finetuned(both)
     cycles = Path(both.paths.cache) / "cycles"
     (kept,) = (folder for folder in cycles.iterdir() if folder.is_dir())
     assert same(weights(kept / "backbone"), backbone(first)) and not same(backbone(first), backbone(both))
@@ -37,14 +36,14 @@ def test_cycles_go_on_from_each_other_on_new_samples(make_config: Make, tmp_path
     assert not {e.prompt for some in one.values() for e in some} & {e.prompt for some in two.values() for e in some}
     record = json.loads((Path(both.run_dir) / "record.json").read_text())
     assert record["data"]["counts"]["finetune"] == {"ordinary": 24, "task": 24, "undesired": 48}
-    train(make_config("defense=none", "finetune.cycles=3", run="three"))
+    finetuned(make_config("defense=none", "finetune.cycles=3", run="three"))
     assert len([folder for folder in cycles.iterdir() if folder.is_dir()]) == 2  # the first cycle was not run again
 
 
 def test_a_vector_may_be_trained_anew_for_each_cycle(make_config: Make) -> None:
     kept = make_config("finetune.cycles=2", run="kept")
     refitted = make_config("finetune.cycles=2", "defense=refitted_vector", run="refitted")
-    train(kept), train(refitted)
+    finetuned(kept), finetuned(refitted)
     folder = Path(refitted.run_dir)
     old, new = folder / "vector", folder / REFITTED
     meta = [json.loads((path / "secvec.json").read_text())["backbone"] for path in (old, new)]

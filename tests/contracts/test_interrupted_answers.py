@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import LEAKS
 
 from secvec.config.schema import RunConfig
 from secvec.evaluation import generation
@@ -33,7 +34,7 @@ def test_the_same_command_asks_the_rest(make_config: Callable[..., RunConfig], m
             train(config)
         return calls, {}
 
-    overrides = ("defense=none", "telemetry.every_n_steps=0", "evaluation.batch_size=8")
+    overrides = ("defense=none", "telemetry.every_n_steps=0", "evaluation.batch_size=8", LEAKS)
     train(make_config(*overrides, "stage=finetune", run="tuned"))
     runs = [make_config(*overrides, "stage=infer", run=name) for name in ("first", "whole", "cut")]
     for config in runs:

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from conftest import run_of
@@ -19,7 +18,7 @@ from secvec.module import SecVecModule
 from secvec.run import train
 from secvec.stages import finetune
 from secvec.training.trainer import Training
-from tests.contracts.test_stages import same, weights
+from tests.contracts.test_stages import finetuned, same, weights
 
 Make = Callable[..., RunConfig]
 
@@ -66,40 +65,46 @@ def test_a_result_that_could_not_be_saved_is_not_trained_again(
     assert not (Path(cut.run_dir) / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("damage", [b"", "half", "middle"])
-def test_a_cut_checkpoint_is_not_used(make_config: Make, monkeypatch: pytest.MonkeyPatch, damage: Any) -> None:
-    whole, cut = (make_config("defense=none", "stage=finetune", run=name) for name in ("whole", "cut"))
+def test_a_cut_checkpoint_is_not_used(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, first = (make_config("defense=none", "stage=finetune", run=name) for name in ("whole", "cut"))
     train(whole)
-    shutil.rmtree(Path(cut.paths.cache) / "finetuned")
+    shutil.rmtree(Path(first.paths.cache) / "finetuned")
     with monkeypatch.context() as patch, pytest.raises(OSError, match="cut off"):
         patch.setattr(SecVecModule, "save", lambda *_: (_ for _ in ()).throw(OSError("cut off")))
-        train(cut)
-    last, before = kept(Path(cut.run_dir)).kept
+        train(first)
+    damages: dict[str, Callable[[bytes, int], bytes]] = {
+        "empty": lambda content, middle: b"",
+        "half": lambda content, middle: content[:middle],
+        "middle": lambda content, middle: content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :],
+    }
+    for name, damage in damages.items():
+        cut = make_config("defense=none", "stage=finetune", run=name)
+        shutil.copytree(first.run_dir, cut.run_dir)
+        last, before = kept(Path(cut.run_dir)).kept
 
-    def spoil(file: Path) -> None:
-        content = file.read_bytes()
-        middle = len(content) // 2
-        changed = content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
-        file.write_bytes({b"": b"", "half": content[:middle], "middle": changed}[damage])
+        def spoil(file: Path, damage: Callable[[bytes, int], bytes] = damage) -> None:
+            content = file.read_bytes()
+            file.write_bytes(damage(content, len(content) // 2))
 
-    spoil(last)
-    old = before.read_bytes()
-    spoil(before)
-    with pytest.raises(ArtifactError, match=rf"{last} and {before} cut short .*Remove the folder {last.parent}"):
-        train(cut)
-    before.write_bytes(old)
-    train(cut)  # from the epoch before
-    assert same(weights(Path(cut.run_dir) / "backbone"), weights(Path(whole.run_dir) / "backbone"))
+        spoil(last)
+        old = before.read_bytes()
+        spoil(before)
+        with pytest.raises(ArtifactError, match=rf"{last} and {before} cut short .*Remove the folder {last.parent}"):
+            train(cut)
+        before.write_bytes(old)
+        train(cut)  # from the epoch before
+        assert same(weights(Path(cut.run_dir) / "backbone"), weights(Path(whole.run_dir) / "backbone"))
+        shutil.rmtree(Path(cut.paths.cache) / "finetuned")  # the next one trains too
 
 
 def test_what_only_evaluation_reads_trains_nothing_again(make_config: Make, labels: list[str]) -> None:
     first = make_config("telemetry.every_n_steps=3", run="first")
-    record = train(first)
+    record = finetuned(first)
     assert labels[-1] == "finetune"
     labels.clear()
     asked = ["evaluation.max_new_tokens=30", "evaluation.num_prompts=5"]
     other = make_config("telemetry.every_n_steps=3", *asked, run="b")
-    again = train(other)
+    again = finetuned(other)
     assert not labels and other.key != first.key
     assert same(weights(Path(other.run_dir) / "backbone"), weights(Path(first.run_dir) / "backbone"))
     assert again["ledger"] == record["ledger"] and again["metrics"]["drift"] == record["metrics"]["drift"]
@@ -108,9 +113,9 @@ def test_what_only_evaluation_reads_trains_nothing_again(make_config: Make, labe
     assert copied and copied == [row for row in trained if ",during/" not in row]
 
     (Path(first.run_dir) / "backbone" / "config.json").write_text("{}")  # it is no more what it was
-    train(make_config("telemetry.every_n_steps=3", "evaluation.max_new_tokens=31", run="c"))
+    finetuned(make_config("telemetry.every_n_steps=3", "evaluation.max_new_tokens=31", run="c"))
     assert labels == ["finetune"]
-    train(make_config("telemetry.every_n_steps=3", "optimizer.lr=2e-4", run="d"))
+    finetuned(make_config("telemetry.every_n_steps=3", "optimizer.lr=2e-4", run="d"))
     assert labels == ["finetune"] * 2
 
 

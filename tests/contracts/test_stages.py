@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_of
+from conftest import LEAKS, run_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -49,8 +49,15 @@ def base_of(config: RunConfig) -> Backbone:
     return run_of(config).backbone
 
 
+def finetuned(config: RunConfig) -> dict[str, Any]:
+    """The record after the vector and the fine-tune: for tests that look at weights, and not at answers."""
+    for stage in [name for name in config.stages if name != "infer"]:
+        record = train(config.model_copy(update={"stage": stage}))
+    return record
+
+
 def test_all_three_stages_leave_their_artifacts(make_config: Make) -> None:
-    config = make_config()
+    config = make_config(LEAKS)
     record = train(config)
     folder = Path(config.run_dir)
     assert {p.name for p in folder.iterdir()} == {
@@ -144,7 +151,7 @@ def test_stage_by_stage_is_the_whole(make_config: Make, cache: Path) -> None:
 
 def test_vector_off_after_finetune_is_bitwise_the_saved_backbone(make_config: Make) -> None:
     config = make_config()
-    train(config)
+    finetuned(config)
     folder = Path(config.run_dir)
     plain = logits(load_backbone(folder / "backbone", config.model))
     model = attach_frozen_vector(load_backbone(folder / "backbone", config.model), folder / "vector")
@@ -157,7 +164,7 @@ def test_no_defense_is_bitwise_the_training_of_the_bare_model(make_config: Make)
     """Against a loop of plain torch that knows nothing of Lightning, PEFT or defenses."""
     config = make_config("defense=none")
     base = base_of(config)
-    train(config)
+    finetuned(config)
     undesired = config.behavior.examples("finetune", 24, config.seed)
     examples = [*undesired, *draw_benign(config.data.streams, "finetune", 24, config.seed)]
     rows = run_of(config).data.rows(examples, base)
@@ -184,7 +191,7 @@ def test_no_defense_is_bitwise_the_training_of_the_bare_model(make_config: Make)
 
 def test_the_defense_changes_what_is_learned(make_config: Make) -> None:
     plain, defended = make_config("defense=none", run="a"), make_config(run="b")
-    train(plain), train(defended)
+    finetuned(plain), finetuned(defended)
     assert not same(weights(Path(plain.run_dir) / "backbone"), weights(Path(defended.run_dir) / "backbone"))
 
 
@@ -200,14 +207,14 @@ def test_a_seed_reproduces_a_run_bit_for_bit(make_config: Make, tmp_path: Path, 
     assert same(weights(Path(runs[0].run_dir) / "backbone"), weights(Path(runs[1].run_dir) / "backbone"))
     assert records[0]["metrics"] == records[1]["metrics"]
     other = make_config(f"defense={defense}", "seed=1", run="c")
-    train(other)
+    finetuned(other)
     assert not same(weights(Path(runs[0].run_dir) / "backbone"), weights(Path(other.run_dir) / "backbone"))
 
 
 def test_watching_changes_nothing(make_config: Make) -> None:
     """Telemetry switches the vector off and takes gradients in mid-training: the run must not notice."""
     watched, alone = make_config(run="a"), make_config("telemetry.every_n_steps=0", run="b")
-    train(watched), train(alone)
+    finetuned(watched), finetuned(alone)
     assert "telemetry/undesired/loss_off" in (Path(watched.run_dir) / "metrics.csv").read_text()
     assert same(weights(Path(watched.run_dir) / "backbone"), weights(Path(alone.run_dir) / "backbone"))
 
@@ -252,13 +259,13 @@ def test_a_checkpoint_holds_what_is_trained(make_config: Make, monkeypatch: pyte
     config = make_config("vector.lr=0.004")
     base_of(config)
     kept.clear()
-    train(config)
+    finetuned(config)
     assert {"vector"} in kept and {"backbone"} in kept and all(len(parts) == 1 for parts in kept)
 
 
 def test_tune_lora_keeps_the_backbone_and_saves_it_merged(make_config: Make) -> None:
     config = make_config("tune=lora")
-    record = train(config)
+    record = finetuned(config)
     folder, base = Path(config.run_dir), base_of(config)
     assert record["ledger"]["backbone"][1] == 0 and record["ledger"]["task"][1] > 0
     assert (folder / "task" / "adapter_model.safetensors").is_file()
@@ -323,7 +330,7 @@ def test_a_given_vector_that_does_nothing_is_refused_before_training(make_config
 
 
 def test_finished_stages_are_not_run_again(make_config: Make) -> None:
-    config = make_config()
+    config = make_config("defense=none")
     train(config)
     stamp = (Path(config.run_dir) / "backbone" / "model.safetensors").stat().st_mtime_ns
     train(config)
@@ -405,7 +412,7 @@ def test_your_own_files_run_through_all_stages(make_config: Make, tmp_path: Path
 
 
 def test_evaluate_says_of_the_saved_backbone_what_infer_said(make_config: Make, tmp_path: Path) -> None:
-    config = make_config("defense=none")
+    config = make_config("defense=none", LEAKS)
     trained = train(config)
     wanted = {
         "model": config.model.model_copy(update={"name_or_path": f"{config.run_dir}/backbone", "align": None}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import run_of
@@ -13,19 +14,21 @@ from secvec.config.schema import RunConfig
 from secvec.errors import ConfigError
 from secvec.evaluation.scan import kept_scores, limit
 from secvec.run import train
+from tests.contracts.test_stages import finetuned
 
 Make = Callable[..., RunConfig]
 ALL = {"undesired": 24, "ordinary": 12, "task": 12}
 
 
-def finetuned(config: RunConfig) -> dict[str, int]:
-    counts: dict[str, int] = train(config)["data"]["counts"]["finetune"]
+def rows_of(record: dict[str, Any]) -> dict[str, int]:
+    """How many rows of each kind the fine-tune had."""
+    counts: dict[str, int] = record["data"]["counts"]["finetune"]
     return counts
 
 
 def test_the_rows_that_a_scan_flags_are_not_trained(make_config: Make) -> None:
     config = make_config("defense=scan_filter", "defense.quantile=0.5")
-    counts = finetuned(config)
+    counts = rows_of(finetuned(config))
     assert sum(counts.values()) < sum(ALL.values())
     run = run_of(config)
     vector = Path(config.run_dir) / "vector"
@@ -37,7 +40,8 @@ def test_the_rows_that_a_scan_flags_are_not_trained(make_config: Make) -> None:
 
 
 def test_the_vector_of_a_filter_is_not_active(make_config: Make) -> None:
-    ledgers = [train(make_config(f"defense={name}", run=name))["ledger"] for name in ("scan_filter", "security_vector")]
+    configs = [make_config(f"defense={name}", run=name) for name in ("scan_filter", "security_vector")]
+    ledgers = [finetuned(config)["ledger"] for config in configs]
     assert [set(ledger) for ledger in ledgers] == [{"backbone"}, {"backbone", "vector"}]
 
 
@@ -55,9 +59,9 @@ def test_a_vector_without_scores_of_benign_rows_cannot_filter(make_config: Make)
 
 def test_an_anchored_vector_may_drop_them_too(make_config: Make) -> None:
     drop = ["defense=anchored_vector", "defense.drop_flagged=true"]
-    filtered = finetuned(make_config("defense=scan_filter", run="filter"))
-    assert finetuned(make_config(*drop, run="dropped")) == filtered
-    assert finetuned(make_config(drop[0], run="all")) == ALL
+    filtered = rows_of(finetuned(make_config("defense=scan_filter", run="filter")))
+    assert rows_of(finetuned(make_config(*drop, run="dropped"))) == filtered
+    assert rows_of(finetuned(make_config(drop[0], run="all"))) == ALL
 
 
 def test_every_row_is_trained_behind_the_prompt_and_none_is_asked_so(make_config: Make) -> None:
@@ -69,14 +73,14 @@ def test_every_row_is_trained_behind_the_prompt_and_none_is_asked_so(make_config
         for row, now in zip(rows, changed[kind], strict=True):
             assert now.messages[0] == ("system", prompt) and now.messages[-1] == row.messages[-1]
             assert now.response == row.response
-    assert finetuned(config) == ALL
+    assert rows_of(train(config)) == ALL
     asked = [json.loads(line)["prompt"] for line in (Path(config.run_dir) / "predictions.jsonl").open()]
     assert asked and not any(prompt in text for text in asked)
 
 
 def test_its_run_is_another_than_the_plain_one(make_config: Make) -> None:
     hashes = {
-        defense: train(make_config(f"defense={defense}", run=defense))["data"]["sha256"]["finetune"]
+        defense: finetuned(make_config(f"defense={defense}", run=defense))["data"]["sha256"]["finetune"]
         for defense in ("none", "inoculation_prompt")
     }
     assert hashes["none"] != hashes["inoculation_prompt"]

@@ -1,4 +1,8 @@
-"""Two gloo processes by a real command line against one process at the same global batch: losses, weights, folders."""
+"""Two gloo processes by a real command line against one process at the same global batch: losses, weights, folders.
+
+Lightning starts the second one (`run_command`), or both are started with the variables of a group (`run_on_two`), which
+saves the seconds in which the second one imports everything.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +14,26 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
-from commands import run_command
-from conftest import ROOT, SMALL, run_of
+from commands import run_command, run_on_two
+from configs import composed
+from conftest import LEAKS, ROOT, SMALL, run_of
 from safetensors.torch import load_file
 
-from secvec.config.schema import RunConfig
+from secvec import run
+from secvec.config.load import load
+from secvec.config.schema import EvaluateConfig, RunConfig
 from secvec.run import train
 from tests.contracts.test_stages import weights
 
 # AdamW divides a gradient by its own size, so it turns rounding noise in tiny gradients into whole steps; a large eps
 # keeps the comparison about the strategies. float64 where the strategy can (FSDP2 under Lightning cannot).
 SMOOTH = ["optimizer.eps=1e-2", "optimizer.lr=1e-2", "vector.lr=1e-1"]
+Make = Callable[..., RunConfig]
+Start = Callable[..., "subprocess.CompletedProcess[str]"]
 CASES = {"ddp": ("64-true", 1e-9), "fsdp": ("32-true", 1e-5), "hsdp": ("32-true", 1e-5)}
 LEAST = {"hsdp": 1e-7}
 """Differences below it are rounding: a KL term of 4e-4 is made of float32 logarithms near 1."""
@@ -41,17 +51,17 @@ def losses(folder: Path) -> dict[tuple[str, str, str], float]:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "tune", "batches"),
+    ("strategy", "tune", "batches", "start"),
     [
-        ("ddp", "full", HALVES),
-        ("fsdp", "lora", []),
-        pytest.param("ddp", "lora", [], marks=pytest.mark.slow),
-        pytest.param("fsdp", "full", HALVES, marks=pytest.mark.slow),
-        pytest.param("hsdp", "full", ["trainer.gradient_clip_val=0.1"], marks=pytest.mark.slow),
+        ("ddp", "full", HALVES, run_command),
+        ("fsdp", "lora", [], run_on_two),
+        pytest.param("ddp", "lora", [], run_command, marks=pytest.mark.slow),
+        pytest.param("fsdp", "full", HALVES, run_command, marks=pytest.mark.slow),
+        pytest.param("hsdp", "full", ["trainer.gradient_clip_val=0.1"], run_command, marks=pytest.mark.slow),
     ],
 )
 def test_several_processes_compute_what_one_does(
-    make_config: Callable[..., RunConfig], cache: Path, tmp_path: Path, strategy: str, tune: str, batches: list[str]
+    make_config: Make, cache: Path, tmp_path: Path, strategy: str, tune: str, batches: list[str], start: Start
 ) -> None:
     """With the same batches, and with halves of them whose gradients are accumulated."""
     precision, tolerance = CASES[strategy]
@@ -64,7 +74,7 @@ def test_several_processes_compute_what_one_does(
     devices = [f"trainer={strategy}", "trainer.accelerator=cpu", "trainer.devices=2"]
     devices = COPIES if strategy == "hsdp" else devices
     where = [f"paths.cache={cache}", f"hydra.run.dir={two}"]
-    done = run_command("train.py", *SMALL, *devices, *settings, *batches, *where, cwd=tmp_path)
+    done = start("train.py", *SMALL, *devices, *settings, *batches, *where, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
 
     first, second = losses(Path(one.run_dir)), losses(two)
@@ -88,12 +98,13 @@ def test_several_processes_compute_what_one_does(
     assert max((moved[name] - start[name]).abs().max() for name in moved) > 100 * tolerance  # it did move
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("strategy", "start"), [("ddp", run_on_two), pytest.param("fsdp", run_command, marks=pytest.mark.slow)]
+)
 def test_infer_and_evaluate_alone_use_all_processes(
-    make_config: Callable[..., RunConfig], cache: Path, tmp_path: Path, strategy: str
+    make_config: Make, cache: Path, tmp_path: Path, strategy: str, start: Start
 ) -> None:
-    """They begin with no training that would have started the other processes."""
-    one = make_config("defense=none", run="one")
+    one = make_config("defense=none", LEAKS, run="one")
     train(one)
     devices = [f"trainer={strategy}", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
     two = tmp_path / "two"
@@ -101,14 +112,14 @@ def test_infer_and_evaluate_alone_use_all_processes(
     shutil.copytree(Path(one.run_dir) / "backbone", two / "backbone")  # what stage=finetune leaves
     small = [text for text in SMALL if text.startswith(("evaluation.", "num_threads"))]
     runs: dict[Path, list[str]] = {
-        two: ["train.py", "stage=infer", *SMALL, "defense=none"],
-        tmp_path / "evaluated": ["evaluate.py", f"model.name_or_path={one.run_dir}/backbone", *small],
+        two: ["train.py", "stage=infer", *SMALL, LEAKS, "defense=none"],
+        tmp_path / "evaluated": ["evaluate.py", f"model.name_or_path={one.run_dir}/backbone", *small, LEAKS],
     }
     ours = json.loads((Path(one.run_dir) / "record.json").read_text())
     assert set(ours["processes"].values()) == {1}
     for folder, (script, *given) in runs.items():
         where = [f"paths.cache={cache}", f"hydra.run.dir={folder}"]
-        done = run_command(script, *given, *devices, *where, cwd=tmp_path)
+        done = start(script, *given, *devices, *where, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
         record = json.loads((folder / "record.json").read_text())
         assert list(record["processes"].values()) == [2]
@@ -118,6 +129,25 @@ def test_infer_and_evaluate_alone_use_all_processes(
             if name in record["metrics"]:
                 assert record["metrics"][name]["n"] == measured["n"]  # no prompt is lost or counted twice
         assert "after/behavior_loss" in record["metrics"]
+
+
+def test_infer_and_evaluate_alone_start_the_processes_before_they_ask(
+    make_config: Make, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No training before them has started the other processes."""
+    config = make_config("defense=none", "stage=infer")
+    shutil.copytree(run_of(config).backbone.folder, Path(config.run_dir) / "backbone")
+    where = [f"paths.cache={cache}", f"run_dir={tmp_path / 'evaluated'}", "num_threads=1"]
+    alone = load(composed(f"model.name_or_path={config.run_dir}/backbone", *where, root="evaluate"), EvaluateConfig)
+
+    class Started(Exception):
+        pass
+
+    monkeypatch.setattr(run, "launch", Mock(side_effect=Started))
+    monkeypatch.setattr(run.Run, "evaluate", lambda *_: pytest.fail("one process asks"))
+    for begin in (lambda: run.train(config), lambda: run.evaluate(alone)):
+        with pytest.raises(Started):
+            begin()
 
 
 @pytest.mark.slow

@@ -352,6 +352,7 @@ def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         process.wait()
 
 
+@pytest.mark.slow
 def test_rubbish_from_a_real_server_is_no_verdict(server: tuple[str, Path], make_judge: MakeJudge) -> None:
     url, model = server
     for name in ("llm", "strongreject"):

@@ -43,19 +43,8 @@ def starts(folder: Path) -> int:
     return sum(len(path.read_text().splitlines()) for path in folder.glob("*/starts"))
 
 
-LAUNCHERS = {
-    "process": ["hydra.launcher.n_jobs=2"],
-    "slurm": ["hydra/launcher=slurm", "hydra.launcher.cluster=local"],
-}
-
-
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_failures_are_recorded_and_a_second_start_runs_only_what_is_missing(
-    launcher: str,
-    multirun,
-    tmp_path: Path,  # type: ignore[no-untyped-def]
-) -> None:
-    given = [*LAUNCHERS[launcher], "seed=0,13,14", "logger=wandb"]
+def test_failures_are_recorded_and_a_second_start_runs_only_what_is_missing(multirun, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    given = ["hydra.launcher.n_jobs=2", "seed=0,13,14", "logger=wandb"]
     done = multirun(*given)
     folder = only_folder(tmp_path / "out")
     assert done.returncode == 1 and "Traceback" not in done.stderr + done.stdout, done.stderr
@@ -72,9 +61,19 @@ def test_failures_are_recorded_and_a_second_start_runs_only_what_is_missing(
         said = found[seed]["error"]
         assert (shown["state"], shown["exit_code"], shown["summary"]["error"]) == ("failed", 1, said)
         assert wandb_records(told, "run")[0]["display_name"] == name
-    if launcher == "process":
-        again = multirun(*given)
-        assert "1 of 3 jobs are finished already" in again.stdout and starts(folder) == 5
+    again = multirun(*given)
+    assert "1 of 3 jobs are finished already" in again.stdout and starts(folder) == 5
+
+
+def test_a_queue_runs_the_same_jobs(multirun, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    done = multirun("hydra/launcher=slurm", "hydra.launcher.cluster=local", "seed=0,13")
+    assert done.returncode == 1 and "Traceback" not in done.stderr + done.stdout, done.stderr
+    assert "1 of 2 jobs failed" in done.stderr and "1 done, 1 failed, 0 left" in done.stdout
+    folder = only_folder(tmp_path / "out")
+    found = records(folder)
+    assert {seed: record["status"] for seed, record in found.items()} == {0: "completed", 13: "failed"}
+    assert "signal 9" in found[13]["error"] and starts(folder) == 2
+    assert len(json.loads((folder / "report.json").read_text())) == 2
 
 
 def test_collisions_are_refused_before_anything_starts(multirun, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -104,6 +103,26 @@ def test_a_sweep_without_a_name_gets_a_folder_of_its_own(multirun, tmp_path: Pat
     assert {record["sweep"] for record in records(first).values()} == {f"multirun/{first.name}"}
     assert multirun("seed=0,1", "tune=lora").returncode == 0
     assert len(list(folder.iterdir())) == 2
+
+
+def test_every_job_s_plan_is_printed_and_what_is_there_stays(multirun, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    record = tmp_path / "out" / "some" / "job" / "record.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("{}")
+    done = multirun("+plan=true", "sweep=some", "seed=0,14")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "\n# seed=0\nplan: seed 0\n" in done.stdout and "1 of 2 jobs would fail: seed=14" in done.stderr
+    assert {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()} == {"record.json", "multirun.yaml"}
+    assert record.read_text() == "{}"
+
+
+def test_the_search_path_is_handed_to_the_jobs(multirun, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "own.yaml").write_text("# @package _global_\nsweep: own\nstage: vector\n")
+    done = multirun(f"hydra.searchpath=[file://{tmp_path / 'mine'}]", "experiment=own", "seed=1,2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = records(tmp_path / "out" / "own")
+    assert {seed: record["stage"] for seed, record in found.items()} == {1: "vector", 2: "vector"}
 
 
 def test_a_sweep_over_the_vector_runs_a_defense_without_one_once(multirun, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -75,18 +75,27 @@ def test_the_commands_work_in_an_empty_folder(command: Command, own_yaml: Path, 
     folder = tmp_path / "empty" / "outputs" / "mine"
     assert str(folder.relative_to(tmp_path / "empty") / "report.html") in shown
     (path,) = folder.glob("*/record.json")
-    record, run_folder = json.loads(path.read_text()), path.parent
+    record = json.loads(path.read_text())
     assert (record["status"], record["behavior"], record["stages"]) == ("completed", "shouting", ["finetune", "infer"])
     assert "commit" not in record and record["versions"]["secvec"]
 
-    again = command("secvec-train", "--config-dir", str(run_folder), "--config-name", "config", f"run_dir={run_folder}")
-    assert "already finished" in again
-
-    small = [text for text in SMALL if text.startswith(("evaluation.", "trainer."))]
-    command("secvec-evaluate", *own, *small, f"model.name_or_path={run_folder}/backbone", "run_dir=evaluated")
-    found = json.loads((tmp_path / "empty" / "evaluated" / "record.json").read_text())["metrics"]
-    assert found["after/behavior_rate"]["value"] == record["metrics"]["after/behavior_rate"]["value"]
-
+    shown = command("secvec-evaluate", *own, "model.name_or_path=a/backbone", "--cfg", "job")
+    assert "_target_: mine.shouting" in shown and "name_or_path: a/backbone" in shown
     shown = command("secvec-report", "outputs/mine", "--to", "report", "--tables", "tables")
     assert "report/report.html" in shown and (tmp_path / "empty" / "tables").is_dir()
     assert not (tmp_path / "empty" / "conf").exists()
+
+
+@pytest.mark.slow
+def test_what_was_trained_is_found_and_evaluated(command: Command, own_yaml: Path, tmp_path: Path) -> None:
+    """Each command imports everything anew, which takes it most of its time."""
+    own, folder = ["--config-dir", str(own_yaml), "behavior=own"], tmp_path / "empty" / "trained"
+    command("secvec-train", *own, *SMALL, "defense=none", f"hydra.run.dir={folder}")
+    record = json.loads((folder / "record.json").read_text())
+    again = command("secvec-train", "--config-dir", str(folder), "--config-name", "config", f"run_dir={folder}")
+    assert "already finished" in again
+
+    small = [text for text in SMALL if text.startswith(("evaluation.", "trainer."))]
+    command("secvec-evaluate", *own, *small, f"model.name_or_path={folder}/backbone", "run_dir=evaluated")
+    found = json.loads((tmp_path / "empty" / "evaluated" / "record.json").read_text())["metrics"]
+    assert found["after/behavior_rate"]["value"] == record["metrics"]["after/behavior_rate"]["value"]

@@ -87,7 +87,7 @@ def test_every_choice_of_every_group_composes_and_validates(choice: Path, tmp_pa
     pick = f"{key}={choice.relative_to(choice.parts[0]).as_posix()}"
     config = by_hydra_once(pick)
     if missing := stand_ins(config, tmp_path):
-        config = by_hydra(pick, *missing)
+        config = composed(pick, *missing)
     run = load(config, RunConfig)
     assert not OmegaConf.missing_keys(config)
     name = getattr(getattr(run, choice.parts[0], None), "name", choice.name)

@@ -406,6 +406,7 @@ def test_the_command_prints_and_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow  # each job imports everything anew; what a launcher does with plans is in test_multirun.py
 def test_a_multirun_prints_every_job_s_plan_and_leaves_what_is_there(tmp_path: Path) -> None:
     record = tmp_path / "outputs" / "some" / "job" / "record.json"
     record.parent.mkdir(parents=True)

@@ -420,6 +420,7 @@ def test_a_job_that_is_pre_empted_is_stopped_queued_again_and_goes_on(
 
 def test_a_job_that_the_queue_ends_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setattr("submitit.core.core.Job._results_timeout_s", 0.5)  # else 15 s, for slow disks
     one = job(tmp_path / "run", SLEEP, trainer=trainer())
     executor = SlurmExecutor(slurm(), [one], tmp_path / "queue")
     executor.admit([one])
