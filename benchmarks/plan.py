@@ -12,7 +12,6 @@ import argparse
 import ctypes
 import json
 import os
-import statistics
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -39,9 +38,13 @@ telemetry.every_n_steps=0
 """.split()
 """The settings of what is measured; the data are not read, its rows are those of the benchmark."""
 LLAMAS = ("7b", "13b", "70b")
-H100S = {1: (1, 1), 8: (8, 1), 64: (8, 8)}
-"""Devices of a node, and nodes."""
-PLANNED = "experiment=paper/harmlarge trainer=fsdp finetune.batch_size=80 vector.batch_size=100 vector.kl_batch_size=64"
+H100S = {
+    1: "trainer.devices=1 finetune.batch_size=16 vector.batch_size=10",
+    8: "trainer.devices=8 finetune.batch_size=16 vector.batch_size=10",
+    64: "trainer.devices=8 trainer.num_nodes=8 finetune.batch_size=80 vector.batch_size=100 vector.kl_batch_size=64",
+}
+"""Each GPU has a row at least."""
+PLANNED = "experiment=paper/harmlarge trainer=fsdp"
 CHECKPOINTING = "model.gradient_checkpointing=true"
 
 
@@ -117,16 +120,15 @@ def resident(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def plan_of(job: Job) -> dict[str, Any]:
-    """What the plan says of the same rows, and the FLOPs per second of matrix products alone."""
+def plan_of(job: Job, seconds: float) -> dict[str, Any]:
+    """What the plan says of the same rows; the share of the rate of matrix products that a step of `seconds` reaches."""
     from secvec.planning.budget import Budget
     from secvec.planning.lengths import Length
 
     rows, kl = rows_of(job)
     sizes = [Length([(row.num_prompt, len(row.input_ids) - row.num_prompt) for row in some]) for some in (rows, kl)]
-    stage = f"stage={'[vector,finetune]' if job.way == 'vector' else 'finetune'}"
     given = [f"model.name_or_path={job.model}", f"vector.num_samples={len(rows)}", f"data.num_harmful={len(rows)}"]
-    budget = Budget.of(composed(*RUN, stage, *given))
+    budget = Budget.of(composed(*RUN, f"stage={job.way}", *given))
     lengths = dict(budget.lengths) | dict.fromkeys(("undesired", "vector"), sizes[0]) | {"kl": sizes[1]}
     cost = next(cost for cost in replace(budget, lengths=lengths).stages() if cost.stage == job.way)
     tokens, labels = (round(len(rows) / (job.steps + 1) * mean) for mean in (sum_of(sizes[0]), sizes[0].response))
@@ -134,12 +136,9 @@ def plan_of(job: Job) -> dict[str, Any]:
     weights = sum(count * out * into for (out, into), count in layers.items())
     products = 6 * (weights * tokens + head[0] * head[1] * labels)
     rate = products / product_seconds(job.model, tokens, labels, True, job.device, job.precision)
-    return {
-        "bytes": cost.memory.total,
-        "flops": cost.training_flops,
-        "parameters": budget.shape.parameters,
-        "rate": rate,
-    }
+    share = cost.training_flops / (job.steps + 1) / seconds / rate
+    plan = {"bytes": cost.memory.total, "flops": cost.training_flops, "parameters": budget.shape.parameters}
+    return plan | {"seconds": seconds, "share": share}
 
 
 def sum_of(length: Any) -> float:
@@ -169,10 +168,9 @@ def plan_llama(size: str) -> list[dict[str, Any]]:
 
     found, gpu = [], GPUS["H100-80GB"]
     model = f"model.name_or_path=meta-llama/Llama-2-{size}-chat-hf"
-    for number, (devices, nodes) in H100S.items():
+    for number, where in H100S.items():
         for way in ((), (CHECKPOINTING,)):
-            where = [f"trainer.devices={devices}", f"trainer.num_nodes={nodes}"]
-            budget = Budget.of(composed(*PLANNED.split(), model, *where, *way))
+            budget = Budget.of(composed(*PLANNED.split(), model, *where.split(), *way))
             costs = budget.stages()
             found.append({
                 "model": size, "gpus": number, "checkpointing": bool(way),
@@ -194,14 +192,13 @@ def table(record: Mapping[str, Any]) -> str:
         cells = [f"{plan['parameters'] / 1e6:.0f} M", one["stage"]]
         cells += [f"{plan['bytes'] / 1e9:.2f} GB", f"{seen['bytes'] / 1e9:.2f} GB", _error(plan, seen, "bytes")]
         cells += [f"{plan['flops']:.3e}", f"{seen['flops']:.3e}", _error(plan, seen, "flops")]
-        share = seen["flops"] / steps / statistics.median(seconds) / plan["rate"]
-        lines.append(f"| {' | '.join([*cells, spread(seconds, 2), f'{share:.2f}'])} |")
+        lines.append(f"| {' | '.join([*cells, spread(seconds, 2), spread(one['shares'], 2)])} |")
     how = f"{steps} steps of {BATCH} rows (vector: and {KL_BATCH} KL rows) of 40 to 400 tokens, float32, fused AdamW"
     lines += [
         "",
         footer(how, record["machine"]),
         "",
-        f"The plan of `{PLANNED}` on H100s, by `+plan=true`:",
+        f"The plan of `{PLANNED}` on H100s, by `+plan=true`; batches of 16, on 64 GPUs of 80:",
         "",
     ]
     head = ["Llama 2", "GPUs", "gradient checkpointing", "vector, GB per GPU", "finetune", "infer", "fits", "hours"]
@@ -226,14 +223,13 @@ def main() -> None:
     if given.one:
         what, _, which = given.one.partition(":")
         if what == "make":
-            make_model(which, given.model)
-            result: Any = None
+            result: Any = [str(make_model(size, given.model / size)) for size in which.split(",")]
         elif what == "llama":
-            result = plan_llama(which)
+            result = [plan for size in LLAMAS for plan in plan_llama(size)]
         else:
             given.one = which
             job = job_of(given)
-            result = plan_of(job) if what == "plan" else measure(job, what == "count")
+            result = measure(job, True) if what == "count" else plan_of(job, measure(job, False)["seconds"])
         print(MEASURED + json.dumps(result))
         return
     if not given.table:
@@ -250,14 +246,16 @@ def main() -> None:
             return ran.measured
 
         with tempfile.TemporaryDirectory() as folder:
+            one("make", given.sizes, Path(folder))
             for size in given.sizes.split(","):
-                model = Path(folder) / size
-                one("make", size, model)
                 for stage in STAGES:
-                    found = {name: one(short, stage, model) for name, short in (("plan", "plan"), ("counted", "count"))}
-                    seconds = [one("time", stage, model)["seconds"] for _ in range(given.rounds)]
-                    runs.append({"size": size, "stage": stage, **found, "seconds": seconds})
-        plans = [plan for size in LLAMAS for plan in one("llama", size)]
+                    counted = one("count", stage, Path(folder) / size)
+                    found = [one("plan", stage, Path(folder) / size) for _ in range(given.rounds)]
+                    shares = [each.pop("share") for each in found]
+                    seconds = [each.pop("seconds") for each in found]
+                    plan = {"plan": found[0], "counted": counted, "seconds": seconds, "shares": shares}
+                    runs.append({"size": size, "stage": stage, **plan})
+        plans = one("llama", "all")
         keep({"steps": given.steps, "rounds": given.rounds, "machine": about, "runs": runs, "plans": plans}, RECORDS)
     show(table(json.loads(RECORDS.read_text(encoding="utf-8"))), __file__, PAGE, TITLE)
 
