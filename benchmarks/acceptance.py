@@ -88,15 +88,8 @@ def answers(sweep: Path, root: Path, transfer: bool) -> list[dict[str, Any]]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """One line for each defense: its worst point by each question; the lowest behavior rate first."""
-    heads = [
-        "Defense",
-        "Behavior rate",
-        "Minus plain",
-        "Reworded",
-        "Other behavior",
-        "Update with plain's",
-        "with vector's",
-    ]
+    asked = ["Behavior rate", "Minus plain", "Reworded", "Other behavior", "Cosine with plain", "Cosine with sBA"]
+    heads = ["Defense", *asked]
     lines = []
     for name in dict.fromkeys(row["defense"] for row in rows):
         mine = [row for row in rows if row["defense"] == name]

@@ -87,7 +87,7 @@ def test_all_three_stages_leave_their_artifacts(make_config: Make) -> None:
 
 def test_one_backbone_is_in_memory_at_a_time(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a stage begins: the model before, its optimizer and its Trainer are gone."""
-    config = make_config("vector.lr=0.0042")  # a vector of its own: none in the cache
+    config = make_config("vector.lr=0.00421")  # a vector of its own: none in the cache
     base_of(config)
     weights_of: list[weakref.ref[Tensor]] = []
     alive: list[int] = []

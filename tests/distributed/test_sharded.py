@@ -140,7 +140,9 @@ def test_processes_with_more_and_with_less_to_do_stay_in_step(tmp_path: Path) ->
     answers, losses, kl = together(3, ask, tmp_path / "three", *folders)[0]
     (alone, alone_losses, alone_kl) = together(1, ask, tmp_path / "one", *folders)[0]
     assert answers == alone and len(set(alone[0])) > 3
-    assert losses == pytest.approx(alone_losses, rel=1e-6) and kl == pytest.approx(alone_kl, rel=1e-5) and kl > 0.01
+    assert (
+        losses == pytest.approx(alone_losses, rel=1e-6) and kl == pytest.approx(alone_kl, rel=1e-5) and max(kl) > 0.01
+    )
 
 
 SIZES = {"vocab_size": 600, "num_hidden_layers": 4, "num_attention_heads": 2, "max_position_embeddings": 64}
