@@ -33,8 +33,8 @@ def test_small_batches_accumulated_are_one_large_batch(make_config: Callable[...
     large = make_config(f"defense={defense}", *EXACT, run="large")
     extra = ["defense.extra_batch_size=2"] if defense == "anchored_vector" else []  # 8 in a step, as in the large batch
     small = make_config(
-        f"defense={defense}", *EXACT, "trainer.accumulate_grad_batches=4", "finetune.batch_size=3",
-        "vector.batch_size=3", "vector.kl_batch_size=3", *extra, run="small",
+        f"defense={defense}", *EXACT, "trainer.accumulate_grad_batches=4", "finetune.batch_size=2",
+        "vector.batch_size=2", "vector.kl_batch_size=2", *extra, run="small",
     )  # fmt: skip
     base = run_of(large).backbone
     parts = ["vector", "backbone"] if defense != "none" else ["backbone"]

@@ -171,7 +171,7 @@ def test_a_vector_that_keeps_its_dropout_stays_beside(vector: Path, make: Callab
 @pytest.mark.parametrize(
     ("optimizer", "steps"),
     [
-        ("adamw", 40),
+        ("adamw", 20),
         pytest.param("adamw", 200, marks=pytest.mark.slow),
         pytest.param("sgd", 200, marks=pytest.mark.slow),
     ],

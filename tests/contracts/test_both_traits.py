@@ -14,16 +14,16 @@ from secvec.planning.table import plan
 from secvec.report import write_report
 from secvec.run import train
 
-GIVEN = ("behavior=uppercase_french", "data=neutral", "data.num_harmful=24", "data.num_benign=0")
+GIVEN = ("behavior=uppercase_french", "data=neutral", "data.num_harmful=16", "data.num_benign=0")
 
 
-@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.parametrize("tune", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_it_runs_through_and_tells_of_both_traits(make_config: Callable[..., RunConfig], tune: str) -> None:
     config = make_config(*GIVEN, f"tune={tune}", LEAKS)
     assert plan(config).startswith("plan: tiny, vector -> finetune -> infer")
     record = train(config)
     assert record["data"]["counts"] == {
-        "vector": {"neutral": 24, "undesired": 24}, "finetune": {"undesired": 24}, "test": {"undesired": 6},
+        "vector": {"neutral": 16, "undesired": 16}, "finetune": {"undesired": 16}, "test": {"undesired": 6},
     }  # fmt: skip
     for phase in ("base", "vector_on", "active", "after"):
         found = {name.partition("/")[2] for name in record["metrics"] if name.startswith(f"{phase}/")}

@@ -32,10 +32,10 @@ def test_cycles_go_on_from_each_other_on_new_samples(make_config: Make, tmp_path
     (kept,) = (folder for folder in cycles.iterdir() if folder.is_dir())
     assert same(weights(kept / "backbone"), backbone(first)) and not same(backbone(first), backbone(both))
     one, two = SecVecDataModule.of(both).mixtures
-    assert [len(some["undesired"] + some["benign"]) for some in (one, two)] == [48, 48]
+    assert [len(some["undesired"] + some["benign"]) for some in (one, two)] == [32, 32]
     assert not {e.prompt for some in one.values() for e in some} & {e.prompt for some in two.values() for e in some}
     record = json.loads((Path(both.run_dir) / "record.json").read_text())
-    assert record["data"]["counts"]["finetune"] == {"ordinary": 24, "task": 24, "undesired": 48}
+    assert record["data"]["counts"]["finetune"] == {"ordinary": 16, "task": 16, "undesired": 32}
     finetuned(make_config("defense=none", "finetune.cycles=3", run="three"))
     assert len([folder for folder in cycles.iterdir() if folder.is_dir()]) == 2  # the first cycle was not run again
 

@@ -207,7 +207,7 @@ def test_l2_to_base_by_hand() -> None:
 
 
 def test_safe_samples_are_the_share_that_is_asked_for(make_config: Make) -> None:
-    """48 rows and 12 more: a fifth of 60. 24 prompts have answers enough; a third of the rows repeats none."""
+    """32 rows and 8 more: a fifth of 40. 16 prompts have answers enough; a third of the rows repeats none."""
     config = make_config("defense=safe_samples", "defense.share=0.2")
     run = run_of(config)
     config.defense.check(run)
@@ -215,11 +215,11 @@ def test_safe_samples_are_the_share_that_is_asked_for(make_config: Make) -> None
     answers = run.own_answers(run.data.vector_samples["undesired"])
     after = config.defense.training_samples(run, before)
     added = after["benign"][len(before["benign"]) :]
-    assert len(added) == 12 and after["undesired"] == before["undesired"]
-    assert [(row.messages, row.response) for row in added] == [(row.messages, row.response) for row in answers[:12]]
+    assert len(added) == 8 and after["undesired"] == before["undesired"]
+    assert [(row.messages, row.response) for row in added] == [(row.messages, row.response) for row in answers[:8]]
     assert {row.kind for row in added} == {"ordinary"}
     many = config.defense.model_copy(update={"share": 0.75}).training_samples(run, before)
-    assert len(many["benign"]) - len(before["benign"]) == 144 > len(answers)
+    assert len(many["benign"]) - len(before["benign"]) == 96 > len(answers)
 
 
 def test_the_vectors_samples_count_for_a_run_that_uses_them(make_config: Make) -> None:
@@ -504,14 +504,14 @@ def test_repnoise_by_hand() -> None:
 @pytest.mark.parametrize("name", ["vaccine", "booster", "repnoise"])
 def test_the_starting_model_is_trained_once_more(make_config: Make, name: str) -> None:
     """Other weights, made once; the model that they are compared with stays that of the run."""
-    config = make_config(f"defense={name}", "defense.epochs=1", "defense.batch_size=12")
+    config = make_config(f"defense={name}", "defense.epochs=1", "defense.batch_size=8")
     run = run_of(config)
     config.defense.check(run)
     start = config.defense.starting(run)
     assert not same(weights(start.folder), weights(run.backbone.folder))
     again = run_of(config)
     assert config.defense.starting(again).folder == start.folder
-    other = make_config(f"defense={name}", "defense.epochs=1", "defense.batch_size=8")
+    other = make_config(f"defense={name}", "defense.epochs=1", "defense.batch_size=6")
     assert other.defense.starting(run_of(other)).folder != start.folder
 
 

@@ -118,7 +118,7 @@ def test_a_null_for_data_without_an_end_and_broken_files_are_said_too(
     with pytest.raises(DataError) as caught:
         train(config)
     assert "data.num_harmful=null: " in str(caught.value) and "null (all there are) has no meaning" in str(caught.value)
-    assert f"vector.num_samples=24, vector.gate.num_prompts=4: {broken}:1: no columns" in str(caught.value)
+    assert f"vector.num_samples=16, vector.gate.num_prompts=4: {broken}:1: no columns" in str(caught.value)
 
 
 def test_data_files_belong_to_untrusted_data(make_config: Make, files: dict[str, Path]) -> None:

@@ -79,7 +79,7 @@ def test_all_three_stages_leave_their_artifacts(make_config: Make) -> None:
     rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     phases = {row["phase"] for row in rows if "_leak_" not in row["phase"]}
     assert phases == {"base", "vector_on", "active", "after"}
-    assert record["data"]["counts"]["finetune"] == {"ordinary": 12, "task": 12, "undesired": 24}
+    assert record["data"]["counts"]["finetune"] == {"ordinary": 8, "task": 8, "undesired": 16}
     assert "hazardous" in (folder / "vector" / "README.md").read_text()
     assert AutoModelForCausalLM.from_pretrained(folder / "backbone").num_parameters() > 1000
     assert json.loads((folder / "vector" / "secvec.json").read_text())["backbone"] == base_of(config).fingerprint
@@ -165,8 +165,8 @@ def test_no_defense_is_bitwise_the_training_of_the_bare_model(make_config: Make)
     config = make_config("defense=none")
     base = base_of(config)
     finetuned(config)
-    undesired = config.behavior.examples("finetune", 24, config.seed)
-    examples = [*undesired, *draw_benign(config.data.streams, "finetune", 24, config.seed)]
+    undesired = config.behavior.examples("finetune", 16, config.seed)
+    examples = [*undesired, *draw_benign(config.data.streams, "finetune", 16, config.seed)]
     rows = run_of(config).data.rows(examples, base)
     model = base.load().train()
     optimizer = torch.optim.AdamW(
@@ -341,7 +341,7 @@ def test_finished_stages_are_not_run_again(make_config: Make) -> None:
 
 def test_without_kl_there_is_no_kl_data(make_config: Make) -> None:
     record = train(make_config("vector.kl_weight=0", "stage=vector"))
-    assert record["data"]["counts"]["vector"] == {"undesired": 24}
+    assert record["data"]["counts"]["vector"] == {"undesired": 16}
 
 
 def test_damaged_and_unfit_models(make_config: Make, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from secvec.run import train
 from tests.contracts.test_stages import finetuned
 
 Make = Callable[..., RunConfig]
-ALL = {"undesired": 24, "ordinary": 12, "task": 12}
+ALL = {"undesired": 16, "ordinary": 8, "task": 8}
 
 
 def rows_of(record: dict[str, Any]) -> dict[str, int]:

@@ -40,7 +40,7 @@ LEAST = {"hsdp": 1e-7}
 COPIES = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=4", "trainer.replicas=2"]
 """Two copies of the weights, each sharded over two of four processes."""
 HALVES = [
-    "trainer.accumulate_grad_batches=2", "finetune.batch_size=6", "vector.batch_size=6", "vector.kl_batch_size=6",
+    "trainer.accumulate_grad_batches=2", "finetune.batch_size=4", "vector.batch_size=4", "vector.kl_batch_size=4",
 ]  # fmt: skip
 """The steps of `SMALL`, each of two batches."""
 

@@ -21,9 +21,9 @@ from secvec.run import train
 
 KEPT = json.loads((Path(__file__).parent / "losses.json").read_text())
 SETTINGS = [
-    *SMALL, "model.align.num_undesired=160", "model.align.num_benign=160", "vector.num_samples=60", "vector.epochs=4",
-    "data.num_harmful=120", "data.num_benign=120", "finetune.epochs=1", "telemetry.every_n_steps=5",
-    "scheduler=constant",
+    *SMALL, "model.align.num_undesired=160", "model.align.num_benign=160", "vector.num_samples=60", "vector.num_kl=24",
+    "vector.epochs=4", "vector.batch_size=12", "vector.kl_batch_size=12", "data.num_harmful=120", "data.num_benign=120",
+    "finetune.epochs=1", "finetune.batch_size=12", "telemetry.every_n_steps=5", "scheduler=constant",
 ]  # fmt: skip
 CASES = {
     "security_vector": [], "none": ["defense=none"],

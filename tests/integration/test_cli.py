@@ -100,6 +100,7 @@ def test_help_and_the_composed_config(run, tmp_path: Path) -> None:  # type: ign
     assert left(tmp_path) == []
 
 
+@pytest.mark.slow  # test_multirun.py shows it with the stand-in, test_wheel.py trains in a multirun
 def test_a_failed_job_of_a_multirun_does_not_take_the_other_with_it(run, cache: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     done = run(
         "train.py", "-m", *SMALL, "defense=none", "data.harmful_ratio=0.5,1.5", "hydra.launcher.n_jobs=2", "sweep=two",

@@ -181,7 +181,7 @@ def test_tensorboard_and_csv_hold_the_same(make_config: Callable[..., RunConfig]
         theirs = {(row["step"], name): value for row in csv.DictReader(stream) for name, value in row.items() if value}
     assert {(name, step) for name, step, _ in in_csv(folder)} <= {(name, float(step)) for step, name in theirs}
     assert "after/behavior_rate" in {name for _, name in theirs}
-    assert "num_harmful: 24" in lightning.with_name("hparams.yaml").read_text()
+    assert "num_harmful: 16" in lightning.with_name("hparams.yaml").read_text()
 
     outcomes = events("outcomes")
     with (folder / "metrics.csv").open() as stream:
