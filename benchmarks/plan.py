@@ -121,7 +121,7 @@ def resident(name: str) -> int:
 
 
 def plan_of(job: Job, seconds: float) -> dict[str, Any]:
-    """What the plan says of the same rows; the share of the matrix products' rate that a step of `seconds` reaches."""
+    """What the plan says of the same rows; which share of the rate of matrix products a step of `seconds` reaches."""
     from secvec.planning.budget import Budget
     from secvec.planning.lengths import Length
 

@@ -159,15 +159,12 @@ class Budget:
         sampler = GlobalBatchSampler(sizes, batch_sizes, self.config.seed, accumulate=accumulated)
         rows = [row for stream, _ in streams for row in stream]
         batches = [[rows[i] for i in batch[rank::devices]] for batch in sampler for rank in range(devices)]
-        tokens = sum(map(_tokens, batches))
-        fullest = max(batches, key=_tokens)
-        usual = min(batches, key=lambda batch: abs(_tokens(batch) - tokens / len(batches)))
+        tokens, fullest = sum(map(_tokens, batches)), max(batches, key=_tokens)
         step = self._step(work, fullest)
-        flops = (step if _tokens(usual) == _tokens(fullest) else self._step(work, usual)).flops
-        flops *= work.epochs * tokens / _tokens(usual)
-        steps = sampler.steps * work.epochs
+        per_token, steps = step.flops / _tokens(fullest), sampler.steps * work.epochs
+        flops = per_token * work.epochs * tokens
         if work.probe_every:
-            flops += (steps // work.probe_every + 2) * self._probe_flops(step.flops / _tokens(fullest))
+            flops += (steps // work.probe_every + 2) * self._probe_flops(per_token)
         inference, frozen = self._inference(work.prompts)[:2], self.shape.parameters + work.adapters - work.trained
         return StageCost(
             name, work, step.peak, frozen, samples, steps, work.epochs * tokens, flops, *inference, devices
@@ -194,7 +191,8 @@ class Budget:
         ]
         step = steps[-1].deeper(steps[0], (layers - deep[-1]) / (deep[-1] - deep[0])) if len(steps) > 1 else steps[0]
         whole = gathered(self.shape, shards) * self.dtype_bytes
-        copies = work.trained * self.dtype_bytes if self.config.trainer.strategy.startswith("ddp") else 0
+        ddp = self.config.trainer.strategy.startswith("ddp") and not work.alone
+        copies = work.trained * self.dtype_bytes * ddp
         return replace(
             step,
             forward=step.forward + Memory(whole, copies),
@@ -211,7 +209,7 @@ class Budget:
         """FLOPs, decoding steps and bytes of the answers to `prompts`, and of the loss on as many references."""
         evaluation, test, new = self.config.evaluation, self.lengths["test"], self.config.evaluation.max_new_tokens
         rows, length = min(evaluation.batch_size, self.tests), test.longest_prompt + new
-        scored = sum(sorted((response for _, response in test.sizes), reverse=True)[:rows])
+        scored = sum(islice(cycle(sorted((response for _, response in test.sizes), reverse=True)), rows))
         memory = answer_bytes(self.shape, self.dtype_bytes, rows, length, scored)
         steps = decode_steps(prompts, self.devices, evaluation.batch_size, new)
         tokens, logits = 2 * test.prompt + new + test.response, new + test.response
@@ -228,7 +226,7 @@ class Budget:
 
 
 def _row(prompt: int, response: int, undesired: bool) -> Encoded:
-    return Encoded([0] * (prompt + response), prompt, undesired)
+    return Encoded(range(prompt + response), prompt, undesired)
 
 
 def _tokens(batch: Sequence[Row]) -> int:

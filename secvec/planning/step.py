@@ -5,15 +5,14 @@ It is the step that the run makes: the model's own code, the loss, the optimizer
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,26 +22,21 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from secvec.config.schema import RunConfig
 from secvec.data.batch import Batch
+from secvec.errors import ConfigError
 from secvec.models.backbone import prepared, set_trainable
 from secvec.models.kept import keep_weights
 from secvec.models.packing import PACKED
 from secvec.stages.base import Workload
 from secvec.training.optim import build_optimizer
+from secvec.training.trainer import precision_on_cpu
 
 aten = torch.ops.aten
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it prints a traceback of what is raised
 for suffix in ("", "_backward"):  # torch has the FLOPs of this attention for GPUs only
     here = getattr(aten, f"_scaled_dot_product_flash_attention_for_cpu{suffix}")
     if here not in flop_registry:
         formula = flop_registry[getattr(aten, f"_scaled_dot_product_flash_attention{suffix}")]
         register_flop_formula(here, get_raw=True)(formula)
-PRECISIONS: dict[str, Callable[[], Precision]] = {
-    "32-true": Precision,
-    "64-true": DoublePrecision,
-    "bf16-true": partial(HalfPrecision, "bf16-true"),
-    "bf16-mixed": partial(MixedPrecision, "bf16-mixed", "cpu"),
-    "16-mixed": partial(MixedPrecision, "bf16-mixed", "cpu"),
-}
-"""Lightning's, for the CPU: the bytes are those on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -181,8 +175,9 @@ def count_step(
 
 
 def planned_step(config: RunConfig, architecture: PretrainedConfig, work: Workload, batch: Batch, shards: int) -> Step:
-    """The step of a stage with `batch` on one device."""
-    settings, dtype, plugin = config.model, getattr(torch, config.model.dtype), PRECISIONS[config.trainer.precision]()
+    """The step of a stage with `batch` on one device. Raises ConfigError for a model that asks for values."""
+    settings, plugin = config.model, precision_on_cpu(config.trainer.precision)
+    dtype = getattr(torch, settings.dtype)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             architecture, dtype=dtype, trust_remote_code=settings.trust_remote_code
@@ -213,7 +208,13 @@ def planned_step(config: RunConfig, architecture: PretrainedConfig, work: Worklo
             work.gradients(model, [batch])
 
     accumulates = config.trainer.accumulate_grad_batches > 1 and not work.alone
-    return count_step(model, optimizer, loss, change, shards, accumulates)
+    try:
+        return count_step(model, optimizer, loss, change, shards, accumulates)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"model.name_or_path={settings.name_or_path}: a step of {architecture.model_type} cannot be counted "
+            f"without values ({' '.join(str(error).split())[:200]}), so it has no plan. Start the run without plan=true"
+        ) from None
 
 
 def _on_cpu(model: nn.Module) -> nn.Module:

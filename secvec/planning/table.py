@@ -19,14 +19,14 @@ FITS = 0.9
 ASSUMPTIONS = f"""assumed:
   - {{note}}
   - training: one step of each stage is counted on tensors without values, with its loss, its defense and its optimizer:
-    every matrix product, and every tensor that is held. Not run: model.compile, and what a defense prepares before.
-    Rows stand in one sequence without padding (model.packing) where the attention is SDPA; it stores no scores.
-    Equal layers: {DEPTHS[0]} and {DEPTHS[1]} of them are counted, the others add the difference
-  - FLOPs: those of a batch of usual length, for all tokens; attention as if no token were masked. align's gate, a scan
-    and a judge model are not counted
-  - memory: the fullest moment of the fullest batch of the first epoch, without what the allocator wastes and what CUDA
-    itself takes (about 1 GB). On GPUs AdamW works on all weights at once, unless it is fused. fsdp divides weights,
-    gradients and moments; two layers and what is in no layer are whole, their gradients too; ddp copies the gradients
+    every matrix product, and every tensor that is held. Its batch is the fullest of the first epoch. Rows stand in one
+    sequence without padding (model.packing) where the attention is SDPA, which stores no scores. Of equal layers
+    {DEPTHS[0]} and {DEPTHS[1]} are counted, the others add the difference. Not: model.compile, a defense's trainings
+  - FLOPs: those of that step per token, for all tokens; attention as if no token were masked; without align's gate, a
+    scan and a judge model
+  - memory: the fullest moment of that step, without what the allocator wastes and what CUDA itself takes. On GPUs AdamW
+    works on all weights at once, unless it is fused. fsdp divides weights, gradients and moments; two layers and what
+    is in no layer are whole, their gradients too; ddp copies the gradients
   - answers: 2 FLOPs per token and multiplied weight (arXiv 2001.08361), memory of keys and values, or of logits
   - host: every process loads the whole backbone first, with fsdp its shard; it is saved file by file, 5 GB at a time
   - time: {MFU:.0%} of the dense peak ({{peaks}}),

@@ -10,7 +10,7 @@ import signal
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -165,6 +166,16 @@ def device_of(settings: TrainerSettings) -> str:
 def device_type(settings: TrainerSettings) -> str:
     """`cpu` or `cuda`, for keys: `trainer.accelerator=auto` counts as the device that it finds."""
     return device_of(settings).partition(":")[0]
+
+
+def precision_on_cpu(precision: str) -> Precision:
+    """How Lightning computes in this `trainer.precision`, on the CPU; float16 as bfloat16, which has the same bytes."""
+    plugins: dict[str, Callable[[], Precision]] = {
+        "32-true": Precision,
+        "64-true": DoublePrecision,
+        "bf16-true": partial(HalfPrecision, "bf16-true"),
+    }
+    return plugins.get(precision, partial(MixedPrecision, "bf16-mixed", "cpu"))()
 
 
 class LastTwo(Checkpoint):

@@ -41,7 +41,6 @@ DOORS = {
     ("lightning", "pytorch_lightning"): {
         "secvec.module", "secvec.evaluation.generation", "secvec.evaluation.prediction",
         "secvec.training.callbacks", "secvec.settings.trainer", "secvec.evaluation.during_training",
-        "secvec.planning.step",
         "secvec.training.telemetry", "secvec.training.trainer", "secvec.run", "secvec.data.datamodule",
         "secvec.tracking.lightning",
     },

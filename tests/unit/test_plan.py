@@ -15,7 +15,15 @@ from commands import run_command
 from configs import CHOICES
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+)
 
 from secvec.config.schema import RunConfig
 from secvec.data.batch import Encoded, collate
@@ -35,10 +43,11 @@ from secvec.planning.flops import (
     gathered,
 )
 from secvec.planning.lengths import PROMPT_TOKENS, RESPONSE_TOKENS
-from secvec.planning.step import PRECISIONS, Step, count_step, planned_step
+from secvec.planning.step import Step, count_step, planned_step
 from secvec.planning.table import duration, plan, size
 from secvec.stages import STAGES
 from secvec.stages.base import Workload
+from secvec.training.trainer import precision_on_cpu
 
 LLAMA_7B = "model.name_or_path=meta-llama/Llama-2-7b-chat-hf"
 KNOWN_SIZES = {"13b": 13_015_864_320, "70b": 68_976_648_192}
@@ -117,7 +126,7 @@ TINY = LlamaConfig(
 ROWS = [(Encoded(list(range(3, 30 + 4 * i)), 8 + i), i > 4) for i in range(8)]
 
 
-def planned(config: RunConfig, stage: str, architecture: LlamaConfig = TINY, shards: int = 1) -> Step:
+def planned(config: RunConfig, stage: str, architecture: PretrainedConfig = TINY, shards: int = 1) -> Step:
     """The step on tensors without values."""
     return planned_step(config, architecture, workload(config, stage), collate(ROWS), shards)
 
@@ -132,12 +141,12 @@ def workload(config: RunConfig, stage: str) -> Workload:
 class Real:
     """The same step of a model that has values."""
 
-    def __init__(self, config: RunConfig, stage: str):
+    def __init__(self, config: RunConfig, stage: str, architecture: PretrainedConfig = TINY):
         work, self.batch = workload(config, stage), collate(ROWS)
-        self.precision = PRECISIONS[config.trainer.precision]()
+        self.precision = precision_on_cpu(config.trainer.precision)
         with torch.random.fork_rng(devices=[]):
             dtype = getattr(torch, config.model.dtype)
-            model = work.attach(prepared(AutoModelForCausalLM.from_config(TINY, dtype=dtype), config.model))
+            model = work.attach(prepared(AutoModelForCausalLM.from_config(architecture, dtype=dtype), config.model))
         self.model = self.precision.convert_module(model).train()
         set_trainable(self.model, work.part)
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], foreach=False)
@@ -176,6 +185,32 @@ def test_a_planned_step_is_the_real_one(stage: str, override: str, make_config: 
         real.twice()
     assert 2 * found.flops == flops.get_total_flops() > 0
     assert found.peak.total == pytest.approx(peak_bytes(Real(config, stage)), rel=0.05)
+
+
+OTHERS: list[PretrainedConfig] = [
+    GPT2Config(vocab_size=500, n_embd=32, n_layer=2, n_head=2, n_positions=128),
+    Gemma2Config(
+        vocab_size=500, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=128,
+    ),
+]  # fmt: skip
+"""Layers of another kind (Conv1D, tied embeddings, dropout), and one that cannot be packed."""
+
+
+@pytest.mark.parametrize("architecture", OTHERS, ids=lambda architecture: architecture.model_type)
+def test_a_planned_step_of_another_family(architecture: PretrainedConfig, make_config: Make) -> None:
+    config = make_config("vector.target_modules=all-linear")
+    real = Real(config, "finetune", architecture)
+    assert planned(config, "finetune", architecture) == count_step(real.model, real.optimizer, real.loss)
+
+
+def test_a_model_whose_step_needs_values_has_no_plan(make_config: Make) -> None:
+    experts = MixtralConfig(
+        vocab_size=500, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=128,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="a step of mixtral cannot be counted without values"):
+        planned(make_config("vector.target_modules=[q_proj]"), "finetune", experts)
 
 
 def peak_bytes(real: Real) -> float:
