@@ -9,7 +9,7 @@ from pydantic import DirectoryPath, Field, model_validator
 from secvec.behaviors.base import Behavior
 from secvec.data.example import Split, Stream
 from secvec.data.tables import Source
-from secvec.defenses.base import AlignmentStage, Defense
+from secvec.defenses.base import Defense
 from secvec.errors import nearest
 from secvec.judges.base import Judge
 from secvec.settings.conf import CONF
@@ -381,7 +381,7 @@ class RunConfig(AnyConfig):
             faults.append(
                 f"defense.activation=merged adds the vector to whole weights: set defense.activation=adapter, {plain}"
             )
-        if self.defense.finishes or isinstance(self.defense, AlignmentStage):
+        if self.defense.changes_backbone:
             faults.append(
                 f"defense={self.defense.name} changes the backbone's own weights: choose another defense, {plain}"
             )

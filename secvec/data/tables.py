@@ -14,7 +14,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +21,7 @@ from pydantic import AfterValidator, BeforeValidator
 
 from secvec.errors import DataError, nearest
 from secvec.runs.content import file_digest, folder_digest
+from secvec.runs.keys import content_key
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ def _load_local(path: Path, config: str | None, data_dir: str | None, split: str
     if (path / "state.json").is_file():
         return datasets.load_from_disk(str(path))
     if (path / "README.md").is_file():  # a copy of the repository: its card names the files of each split
-        kept = _kept_by(folder_digest(path))
+        kept = _kept_by([folder_digest(path)])
         return datasets.load_dataset(str(path), config, data_dir=data_dir, split=split, cache_dir=kept)
     files = [path] if path.is_file() else _files(path, config, data_dir, split)
     kinds = {_suffix(file) for file in files}
@@ -191,17 +191,15 @@ def _load_local(path: Path, config: str | None, data_dir: str | None, split: str
         raise DataError(f"{path}: the files of a split must be of one format ({known}), got {', '.join(sorted(kinds))}")
     suffix = kinds.pop()
     options: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
-    options["cache_dir"] = _kept_by("".join(map(file_digest, files)))
+    options["cache_dir"] = _kept_by([file_digest(file) for file in files])
     return datasets.load_dataset(FORMATS[suffix], data_files=[str(file) for file in files], split="train", **options)
 
 
-def _kept_by(content: str) -> str:
+def _kept_by(digests: list[str]) -> str:
     """Where `datasets` keeps its copy of local files: it knows them by path and time alone, and not by content."""
     import datasets
 
-    return str(
-        Path(datasets.config.HF_DATASETS_CACHE) / "local" / blake2b(content.encode(), digest_size=16).hexdigest()
-    )
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "local" / content_key(digests))
 
 
 def _suffix(file: Path) -> str:

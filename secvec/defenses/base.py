@@ -134,6 +134,11 @@ class Defense(Settings):
         """Whether `finish` is its own. Only then are the weights to save in memory all at once."""
         return type(self).finish is not Defense.finish
 
+    @property
+    def changes_backbone(self) -> bool:
+        """Whether it changes the backbone's weights itself, before the fine-tune or after it."""
+        return self.finishes or type(self).starting is not Defense.starting
+
     def finish(self, weights: dict[str, Tensor], backbone: Backbone, vector: Path | None) -> dict[str, Tensor]:
         """The weights to save in `backbone/`, made from those that a training gave. Default: these.
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from secvec.data.encode import frame, render
+from secvec.data.encode import frame
 from secvec.data.example import Example
-from secvec.data.prompts import Question
+from secvec.data.prompts import Question, question
 from secvec.errors import ConfigError
 from secvec.evaluation.verdicts import EvaluationResult, judged, prediction_rows
 from secvec.judges.base import Judge
@@ -61,27 +61,28 @@ def leak_questions(
     if not examples:
         return {}
 
-    def asked(system: str) -> list[str]:
-        return [render(example.with_system(system), tokenizer)[0] for example in examples]
-
-    plain = [render(example, tokenizer)[0] for example in examples]
-    found = {"plain": Question(plain, examples)}
-    if behavior.eliciting_prompt:
-        found["eliciting_prompt"] = Question(asked(behavior.eliciting_prompt), examples)
-    if behavior.negated_prompt:
-        found["negated_prompt"] = Question(asked(behavior.negated_prompt), examples)
+    plain = question(examples, tokenizer)
+    found = {"plain": plain}
+    for name, system in (("eliciting", behavior.eliciting_prompt), ("negated", behavior.negated_prompt)):
+        if system:
+            found[f"{name}_prompt"] = _asked(tokenizer, examples, [one.with_system(system) for one in examples])
     if prefix := behavior.answer_prefix:
         begun = frame(examples[0].messages, tokenizer).before + prefix
-        found["answer_prefix"] = Question(plain, examples, begun=begun)
+        found["answer_prefix"] = replace(plain, begun=begun)
     if behavior.reworded:
         again = [_reworded(e, words) for e, words in zip(examples, cycle(behavior.reworded), strict=False)]
-        found["reworded"] = Question([render(example, tokenizer)[0] for example in again], examples)
+        found["reworded"] = _asked(tokenizer, examples, again)
     begin = tokenizer.bos_token or ""  # some families write nothing sensible without it
-    begin *= plain[0].startswith(begin)
+    begin *= plain.texts[0].startswith(begin)
     others = [begin + OTHER_TEMPLATE.format(prompt=example.prompt) for example in examples]
-    found["other_template"] = Question(others, examples)
-    found["sampled"] = Question(plain, examples, SAMPLING_SEED)
+    found["other_template"] = replace(plain, texts=others)
+    found["sampled"] = replace(plain, seed=SAMPLING_SEED)
     return found
+
+
+def _asked(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], of: Sequence[Example]) -> Question:
+    """The prompts of `of`; the answers are those to `examples`, from which they were made."""
+    return replace(question(of, tokenizer), examples=examples)
 
 
 def _reworded(example: Example, wording: str) -> Example:
@@ -105,7 +106,7 @@ def context_question(
     Raises DataError where the chat template refuses such a conversation.
     """
     later = [example.following(row) for example, row in zip(examples, cycle(context), strict=False)]
-    return Question([render(example, tokenizer)[0] for example in later], examples)
+    return _asked(tokenizer, examples, later)
 
 
 def leak_result(

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from secvec.data.batch import IGNORE, Batch, collate
+from secvec.data.batch import IGNORE, Batch, Encoded, collate
 from secvec.data.encode import encode
 from secvec.data.example import Example
 from secvec.evaluation.prediction import predict
@@ -59,7 +59,7 @@ def mean_losses(
     loaders = [
         [
             LossBatch(number, batch, without_vector)
-            for number, batch in _mine(module.backbone, kind, settings.batch_size)
+            for number, batch in _mine(_rows(module.backbone, kind), settings.batch_size)
         ]
         for kind in examples.values()
     ]
@@ -115,12 +115,12 @@ def in_parts(backbone: Backbone, examples: Sequence[Example], batch_size: int) -
 
     Every process has as many parts.
     """
-    rows = encode(examples, backbone.tokenizer, backbone.context)
+    rows = _rows(backbone, examples)
     answers = [len(row.input_ids) - row.num_prompt for row in rows]
     tokens = accumulate(sum(answers[start : start + batch_size]) for start in range(0, len(rows), batch_size))
     part_of = [4 * backbone.vocabulary * n // ON_DISK for n in tokens]
     parts: dict[int, list[tuple[int, Batch]]] = {part: [] for part in part_of}
-    for number, batch in _mine(backbone, examples, batch_size):
+    for number, batch in _mine(rows, batch_size):
         parts[part_of[number]].append((number, batch))
     return list(parts.values())
 
@@ -156,9 +156,12 @@ def _log_probs(model: nn.Module, batch: Batch) -> Tensor:
     return logits_at(model, batch["input_ids"], batch["attention_mask"], here).log_softmax(-1)
 
 
-def _mine(backbone: Backbone, examples: Sequence[Example], batch_size: int) -> list[tuple[int, Batch]]:
+def _rows(backbone: Backbone, examples: Sequence[Example]) -> list[Encoded]:
+    return encode(examples, backbone.tokenizer, backbone.context)
+
+
+def _mine(rows: Sequence[Encoded], batch_size: int) -> list[tuple[int, Batch]]:
     """The batches of this process with their numbers."""
-    rows = encode(examples, backbone.tokenizer, backbone.context)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     starts = list(enumerate(range(0, len(rows), batch_size)))[rank::world]
     return [(number, collate([(row, False) for row in rows[start : start + batch_size]])) for number, start in starts]

@@ -153,8 +153,8 @@ class Backbone:
 
     def hyperparameters(self) -> dict[str, Any]:
         """Plain values from which `of` makes it again."""
-        fields = {"name", "revision", "trust_remote_code", "dtype", "gradient_checkpointing", "packing", "compile"}
-        fields |= {"quantization"}
+        fields = {"name", "revision", "trust_remote_code", "dtype", "quantization"}
+        fields |= {"gradient_checkpointing", "packing", "compile"}
         return self.settings.model_dump(mode="json", include=fields) | {"name_or_path": str(self.folder)}
 
 

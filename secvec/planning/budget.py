@@ -144,7 +144,7 @@ class Budget:
         test = self.lengths["test"]
         flops, steps, answers = self._inference(work.prompts)
         flops += forward_flops(self.shape, work.scored * (test.prompt + test.response), work.scored * test.response)
-        weights = work.models * (self.shape.parameters / self._shards + gathered(self.shape, self._shards))
+        weights = self.shape.parameters / self._shards + gathered(self.shape, self._shards)
         memory = Memory((weights + self.adapters / self._shards) * self.dtype_bytes, activations=answers)
         frozen = self.shape.parameters + self.adapters
         return StageCost(name, work, memory, frozen, self.tests, inference_flops=flops, decode_steps=steps)

@@ -45,7 +45,6 @@ class Workload:
     alone: bool = False  # trains on one device, one batch a step
     prompts: int = 0  # to answer
     scored: int = 0  # test samples that only get a loss
-    models: int = 1  # in memory at a time
     saved: Mapping[str, tuple[str, int]] = field(default_factory=dict)  # by part: what it is, how many copies
 
 

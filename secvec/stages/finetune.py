@@ -145,15 +145,15 @@ class FinetuneStage(Stage):
         config, backbone, meanwhile = run.config, run.backbone, run.config.evaluation.validation
         if meanwhile.every_n_steps:
             run.evaluator(run.data.validation(meanwhile.num_prompts)).check(run.inference_module(backbone))
-        if config.vector.path:
-            check_given_vector(run)
-        elif "vector" not in config.stages:
+        if config.vector.path or "vector" not in config.stages:
             run.saved_vector()
         if config.tune.lora:
             attach_task(backbone.skeleton(), config.tune.lora)
         config.defense.check(run)
         check_savable(backbone)
         _check_disk(run)
+        if config.vector.path:  # last, as it takes the longest: it loads the model
+            check_given_vector(run)
 
     def run(self, run: Run) -> None:
         """Fine-tunes for the cycles that the settings name, and saves what the last one gives.

@@ -64,16 +64,18 @@ class InferStage(Stage):
         """
         folder, config = run.folder.path, run.config
         tuned, ordinary = run.backbone.at(folder / "backbone"), run.data.tests.get("ordinary", [])
-        first, *others = in_parts(run.backbone, ordinary, config.evaluation.batch_size) or [[]]
+        parts, kl = in_parts(run.backbone, ordinary, config.evaluation.batch_size), []
         with TemporaryDirectory(prefix=".log_probs.", dir=folder) as kept:
             with run.answering(tuned) as module:
                 after = run.evaluate(module, "after", leaks=True)
-                keep_log_probs(module, first, Path(kept), config.trainer)
+                for part in parts[:1]:
+                    keep_log_probs(module, part, Path(kept), config.trainer)
             with run.answering(run.backbone) as base:
                 before = run.evaluate_once(base, "base", leaks=True)
-                kl = kl_to_kept(base, first, Path(kept), config.trainer)
+                for part in parts[:1]:
+                    kl += kl_to_kept(base, part, Path(kept), config.trainer)
                 compared = _answer_perplexity(run, base, after)
-            for part in others:
+            for part in parts[1:]:
                 with run.answering(tuned) as module:
                     keep_log_probs(module, part, Path(kept), config.trainer)
                 with run.answering(run.backbone) as base:
