@@ -34,6 +34,8 @@ from secvec.settings.schema import LoraSettings
 VECTOR = "security_vector"
 TASK = "task"
 
+ATTENTION = ("q_proj", "v_proj")
+"""Where a LoRA goes if nothing else is said: the choice of the LoRA paper (arXiv 2106.09685), section 7.1."""
 NOT_TARGETS = ("lm_head", "embed_tokens", "wte", "embed_in", "embed_out")
 """Input and output embeddings: many models tie them, and a LoRA on tied weights cannot be merged or removed."""
 
@@ -333,6 +335,8 @@ def _attach(model: nn.Module, name: str, settings: LoraSettings, dropout: float)
     }
     usable = sorted(linear - set(NOT_TARGETS))
     wanted = settings.target_modules
+    if wanted is None:
+        wanted = list(ATTENTION) if set(ATTENTION) <= linear else "all-linear"
     wanted = usable if wanted == "all-linear" else [wanted] if isinstance(wanted, str) else wanted
     if any(target in NOT_TARGETS for target in wanted):
         raise ConfigError(f"target_modules {wanted}: input and output embeddings may be tied and take no LoRA")

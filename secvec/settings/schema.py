@@ -88,8 +88,11 @@ class LoraSettings(Settings):
 
     r: Count
     alpha: Rate
-    target_modules: list[str] | str
-    """Names of linear layers, or `all-linear` (the output head stays untouched)."""
+    target_modules: list[str] | str | None = None
+    """Names of linear layers, or `all-linear` (the output head stays untouched).
+
+    None: `q_proj` and `v_proj`; all linear layers where the model does not have both, such as GPT-2 and Phi-3.
+    """
     layers: list[int] | None = None
     """Indices of the transformer layers to change; null: all."""
 
@@ -187,6 +190,7 @@ class VectorRecipe(Settings):
     epochs: Count
     batch_size: Count
     kl_batch_size: Count
+    target_modules: list[str] | str | None
 
 
 class EvaluationRecipe(Settings):

@@ -18,6 +18,7 @@ from secvec.errors import ArtifactError, ConfigError
 from secvec.models.backbone import ledger, set_trainable
 from secvec.models.tiny import build_tiny
 from secvec.models.vector import (
+    VECTOR,
     attach_frozen_vector,
     attach_new_vector,
     attach_task,
@@ -145,6 +146,15 @@ def test_task_lora_beside_the_vector(saved: Path) -> None:
 def test_wrong_targets_are_named(settings: dict, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         attach_new_vector(fresh(), LoraSettings(r=2, alpha=2, **settings), 0.0)
+
+
+def test_targets_that_are_not_given_fit_the_model() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64))
+    for model, wanted in ((fresh(), {"q_proj", "v_proj"}), (gpt2, {"c_attn", "c_fc", "c_proj"})):
+        attached = attach_new_vector(model, LoraSettings(r=2, alpha=2), 0.0)
+        assert attached.peft_config[VECTOR].target_modules == wanted
 
 
 def test_all_linear_leaves_embeddings_and_head_alone() -> None:

@@ -95,6 +95,21 @@ def test_a_folder_of_rows_counts_by_content(tmp_path: Path, name: str) -> None:
     assert run_key(copy) == before
 
 
+def test_the_card_of_a_dataset_counts_by_its_header(tmp_path: Path) -> None:
+    """`datasets` reads there which files are a split's."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("a")
+    card = folder / "README.md"
+    header = "---\nconfigs:\n- config_name: main\n  data_files: train.jsonl\n---\n"
+    digests = []
+    for text in ("", "Words.\n", header, header + "Words.\n", header.replace("train", "other")):
+        card.write_text(text)
+        digests.append(folder_digest(folder))
+    bare, words, first, with_words, other = digests
+    assert bare == words != first == with_words != other
+
+
 def test_a_word_that_is_also_a_folder_is_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     before = run_key({"vector": {"split": "vector"}})

@@ -200,7 +200,7 @@ def test_all_three_stages(name: str, make_config: Callable[..., RunConfig], tmp_
     config = make_config(
         "recipe=tiny", f"model.name_or_path={tmp_path / 'model'}", "judge=exact", "behavior=jsonl", "data=jsonl",
         *files,
-        *(f"+behavior.{key}='{value}'" for key, value in behavior.items()), "vector.target_modules=all-linear",
+        *(f"+behavior.{key}='{value}'" for key, value in behavior.items()), "vector.target_modules=null",
         "vector.num_samples=4", "vector.gate.num_prompts=1", "vector.gate.min_behavior_rate=0",
         "vector.gate.min_loss_drop=null",  # the model knows the answer already
         "vector.kl_weight=0", "vector.epochs=1", "vector.lr=1e-4",
