@@ -336,7 +336,7 @@ def _attach(model: nn.Module, name: str, settings: LoraSettings, dropout: float)
     usable = sorted(linear - set(NOT_TARGETS))
     wanted = settings.target_modules
     if wanted is None:
-        wanted = list(ATTENTION) if set(ATTENTION) <= linear else "all-linear"
+        wanted = list(ATTENTION) if linear.issuperset(ATTENTION) else "all-linear"
     wanted = usable if wanted == "all-linear" else [wanted] if isinstance(wanted, str) else wanted
     if any(target in NOT_TARGETS for target in wanted):
         raise ConfigError(f"target_modules {wanted}: input and output embeddings may be tied and take no LoRA")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,8 +20,6 @@ NAMES_FOLDERS = (
     *("file", "align", "vector", "validation", "finetune", "test"),  # rows, and the rows of a split
 )
 """Parts of the names of settings that may name a folder. Elsewhere a word that is also a folder's name is a word."""
-CARD = re.compile(rb"(?:\xef\xbb\xbf)?\s*---\r?\n(.*?)\n---\s", re.DOTALL)
-"""A README.md that starts with a header of YAML."""
 LARGE = 64 * 2**20
 """Bytes from which on a digest is kept: a smaller file is read again, and then no change can be missed."""
 SETTLED = 2e9
@@ -59,8 +56,12 @@ def folder_digest(folder: Path, keep: Path | None = None) -> str:
     files = {file for pattern in (OF_MODELS if model else ("**/*",)) for file in folder.glob(pattern)}
     names = {file.relative_to(folder).as_posix(): file for file in files if file.is_file() and file.suffix != ".md"}
     seen = {name: file_digest(file, keep) for name, file in names.items() if not f"/{name}".count("/.")}
-    if not model and (folder / "README.md").is_file() and (header := CARD.match((folder / "README.md").read_bytes())):
-        seen["README.md"] = hashlib.sha256(header[1]).hexdigest()
+    card = folder / "README.md"
+    if not model and card.is_file():
+        from huggingface_hub.repocard import REGEX_YAML_BLOCK  # by which `datasets` finds the header
+
+        if header := REGEX_YAML_BLOCK.search(card.read_text(encoding="utf-8-sig", errors="replace")):
+            seen[card.name] = hashlib.sha256(header[2].encode()).hexdigest()
     return hashlib.sha256(repr(sorted(seen.items())).encode()).hexdigest()
 
 

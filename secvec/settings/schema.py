@@ -190,7 +190,7 @@ class VectorRecipe(Settings):
     epochs: Count
     batch_size: Count
     kl_batch_size: Count
-    target_modules: list[str] | str | None
+    target_modules: list[str] | str | None = None
 
 
 class EvaluationRecipe(Settings):

@@ -103,11 +103,11 @@ def test_the_card_of_a_dataset_counts_by_its_header(tmp_path: Path) -> None:
     card = folder / "README.md"
     header = "---\nconfigs:\n- config_name: main\n  data_files: train.jsonl\n---\n"
     digests = []
-    for text in ("", "Words.\n", header, header + "Words.\n", header.replace("train", "other")):
+    for text in ("", "Words.\n", header, header.strip(), header + "Words.\n", header.replace("train", "other")):
         card.write_text(text)
         digests.append(folder_digest(folder))
-    bare, words, first, with_words, other = digests
-    assert bare == words != first == with_words != other
+    bare, words, first, at_the_end, with_words, other = digests
+    assert bare == words != first == at_the_end == with_words != other
 
 
 def test_a_word_that_is_also_a_folder_is_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
