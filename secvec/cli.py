@@ -33,7 +33,8 @@ from secvec.settings.conf import CONF
 from secvec.settings.messages import renamed
 
 USER_ERROR = 2
-OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+OF_THE_DISK = (*NO_ROOM, errno.EACCES, errno.EPERM)
 """A disk that is full or may not be written: the user's to mend."""
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 
@@ -101,11 +102,11 @@ def report_user_errors(main: Callable[[], None], config_name: str) -> int:
     except KeyboardInterrupt:
         message, code = "interrupted; the same command goes on from the last checkpoint, batch or job", 130
     except Exception as error:
-        started = HydraConfig.initialized()
-        if isinstance(error, OSError) and (error.errno in OF_THE_DISK or (error.filename and not started)):
-            where = f"{error.filename}: " if error.filename else ""
+        started, cause = HydraConfig.initialized(), _no_room(error) or error
+        if isinstance(cause, OSError) and (cause.errno in OF_THE_DISK or (cause.filename and not started)):
+            where = f"{cause.filename}: " if cause.filename else ""
             then = "; once this is mended, the same command goes on from what is finished" if started else ""
-            message, code = f"{where}{error.strerror}{then}", USER_ERROR
+            message, code = f"{where}{cause.strerror}{then}", USER_ERROR
         elif started and not isinstance(error, HydraException | OmegaConfBaseException):
             traceback.print_exc()
             return 1
@@ -115,6 +116,20 @@ def report_user_errors(main: Callable[[], None], config_name: str) -> int:
             code = USER_ERROR
     print(f"error: {message}", file=sys.stderr, flush=True)
     return code
+
+
+def _no_room(error: BaseException) -> OSError | None:
+    """The full disk behind another error: torch raises its own on top, safetensors and torch's shards put it in words.
+
+    None: it is something else.
+    """
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return error
+    for number in map(int, re.findall(r"(?:os error |\[Errno )(\d+)", str(error))):
+        if number in NO_ROOM:
+            return OSError(number, os.strerror(number))
+    before = error.__cause__ or error.__context__
+    return _no_room(before) if before else None
 
 
 def _composition_faults(config_name: str) -> list[str]:

@@ -15,6 +15,8 @@ OF_MODELS = (
     "adapter_model.bin",  # PEFT reads it where there is no other
 )
 """Files of a model or an adapter that shape what it says: weights, configs, tokenizer, templates, its own code."""
+DATASET_CONFIG = ".huggingface.yaml"
+"""What `datasets` reads beside, or in the place of, the header of README.md."""
 NAMES_FOLDERS = (
     *("path", "folder", "model", "dataset"),
     *("file", "align", "vector", "validation", "finetune", "test"),  # rows, and the rows of a split
@@ -50,12 +52,14 @@ def file_digest(file: Path, keep: Path | None = None) -> str:
 def folder_digest(folder: Path, keep: Path | None = None) -> str:
     """SHA-256 of the names and contents of the files that count: in a model's folder OF_MODELS, elsewhere all.
 
-    Hidden files and Markdown never count, but for the header of a dataset's card, which may name the files of a split.
+    Hidden files and Markdown do not count. In a dataset, DATASET_CONFIG and the header of the card do: they may name
+    the files of a split.
     """
     model = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
     files = {file for pattern in (OF_MODELS if model else ("**/*",)) for file in folder.glob(pattern)}
     names = {file.relative_to(folder).as_posix(): file for file in files if file.is_file() and file.suffix != ".md"}
-    seen = {name: file_digest(file, keep) for name, file in names.items() if not f"/{name}".count("/.")}
+    counts = {name for name in names if "/." not in f"/{name}" or name == DATASET_CONFIG}
+    seen = {name: file_digest(file, keep) for name, file in names.items() if name in counts}
     card = folder / "README.md"
     if not model and card.is_file():
         from huggingface_hub.repocard import REGEX_YAML_BLOCK  # by which `datasets` finds the header

@@ -97,8 +97,12 @@ class TrainerSettings(Settings, extra="allow"):
         given = {name: built(value) for name, value in self.model_dump(exclude={"replicas"}).items()}
         given |= {"max_epochs": self.max_epochs or epochs, "use_distributed_sampler": False}
         if self.strategy == "fsdp":
-            # what FSDP2 gathers in inference mode, in a validation, could not be written to by the next step
-            given |= {"strategy": self._fsdp2(), "inference_mode": False}
+            from lightning.pytorch.strategies import ModelParallelStrategy
+
+            # FSDP2 takes frozen and trainable weights side by side; `configure_model` shards the model. What it gathers
+            # in inference mode, in a validation, could not be written to by the next step
+            strategy = ModelParallelStrategy(*self.mesh(), save_distributed_checkpoint=False)
+            given |= {"strategy": strategy, "inference_mode": False}
         return given
 
     def hardware(self) -> dict[str, Any]:
@@ -111,17 +115,15 @@ class TrainerSettings(Settings, extra="allow"):
         kept |= {"enable_model_summary", "num_sanity_val_steps"}
         return TrainerSettings(**self.model_dump(include=kept), devices=1, strategy="auto")
 
-    def _fsdp2(self) -> Any:
-        """FSDP2 takes frozen and trainable weights side by side; `configure_model` shards the model."""
+    def mesh(self) -> tuple[int, int]:
+        """The data-parallel and the tensor-parallel size of Lightning's ModelParallelStrategy under `fsdp`."""
         import torch
-        from lightning.pytorch.strategies import ModelParallelStrategy
 
         devices = torch.cuda.device_count() if self.devices == "auto" else self.devices
         processes = devices * self.num_nodes
         # Lightning's own sizes are one data-parallel group per node: every process would train on its own gradient.
         # Its two dimensions are ours of HSDP: copies, and the shards of a copy
-        sizes = (processes, 1) if self.replicas == 1 else (self.replicas, processes // self.replicas)
-        return ModelParallelStrategy(*sizes, save_distributed_checkpoint=False)
+        return (processes, 1) if self.replicas == 1 else (self.replicas, processes // self.replicas)
 
 
 class CallbackSettings(Target):

@@ -8,8 +8,6 @@ import os
 import shutil
 import signal
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.utilities import rank_zero_only
@@ -34,6 +32,14 @@ from secvec.runs.cache import from_first, main_process
 from secvec.runs.console import table
 from secvec.settings.trainer import CheckpointSettings, TrainerSettings
 from secvec.training.callbacks import TrainingMetrics, logged
+from secvec.training.checkpoints import (
+    CheckpointFile,
+    LastCheckpoint,
+    ShardedStrategy,
+    is_whole,
+    newest,
+    remove_leftovers,
+)
 
 log = logging.getLogger(__name__)
 
@@ -63,28 +69,23 @@ class Training:
         return self.folder / "checkpoints" / self.label
 
     @property
-    def kept(self) -> list[Path]:
-        """What an earlier try left, the newest first."""
-        return [file for name in ("last.ckpt", "before.ckpt") if (file := self.checkpoints / name).is_file()]
-
-    @property
     def resumes(self) -> bool:
         """Whether an earlier try left a checkpoint."""
-        return bool(self.kept)
+        return newest(self.checkpoints) is not None
 
-    def newest(self) -> Path | None:
-        """The newest checkpoint that is whole; None: there is none. Raises ArtifactError if none of them is."""
-        kept = self.kept
-        for file in kept:
-            if _is_whole(file):
-                return file
-            log.warning("%s is cut short or damaged: not used", file)
-        if kept:
+    def begins_at(self) -> Path | None:
+        """The checkpoint that it goes on from; None: there is none. What a killed process left beside it is removed.
+
+        Raises ArtifactError for a damaged one.
+        """
+        found = newest(self.checkpoints)
+        if found and not is_whole(found):
             raise ArtifactError(
-                f"{self.label} cannot go on: {' and '.join(map(str, kept))} cut short or damaged, by a crash or a "
-                f"full disk. Remove the folder {self.checkpoints}, and the training begins anew"
+                f"{self.label} cannot go on: {found} is cut short or damaged. Remove the folder {self.checkpoints}, "
+                "and the training begins anew"
             )
-        return None
+        remove_leftovers(self.checkpoints, found)
+        return found
 
 
 def fit(
@@ -100,12 +101,16 @@ def fit(
     Its checkpoints go only when the result is saved. Returns the bytes of those that were written.
 
     Raises DivergedError for a loss or weights that are no finite numbers (see `StopWhenDiverged`), ArtifactError for
-    checkpoints that are cut short.
+    a damaged checkpoint.
     """
     L.seed_everything(training.seed, verbose=False)
-    checkpoints, last = training.checkpoints, from_first(training.newest)
-    keep = LastTwo(checkpoints, training.checkpoint)
+    checkpoints, last = training.checkpoints, from_first(training.begins_at)
+    keep = LastCheckpoint(checkpoints, training.checkpoint)
     arguments = training.trainer.arguments(training.epochs)
+    if training.trainer.strategy == "fsdp":
+        arguments["strategy"] = ShardedStrategy(*training.trainer.mesh())
+    plugins = arguments.get("plugins") or []
+    arguments["plugins"] = [CheckpointFile(), *(plugins if isinstance(plugins, list) else [plugins])]
     if not training.validates:
         arguments["limit_val_batches"] = 0
     progress = [] if arguments.get("enable_progress_bar") is False else [StageProgress(training.label)]
@@ -176,73 +181,6 @@ def precision_on_cpu(precision: str) -> Precision:
         "bf16-true": partial(HalfPrecision, "bf16-true"),
     }
     return plugins.get(precision, partial(MixedPrecision, "bf16-mixed", "cpu"))()
-
-
-class LastTwo(Checkpoint):
-    """Writes `last.ckpt` as often as the settings say, after whole optimizer steps.
-
-    Keeps the one before it as `before.ckpt`, for the case that a crash cuts the last one short. The disk never holds
-    more than two. They hold what is trained, its optimizer state, and the place in the data.
-    """
-
-    def __init__(self, folder: Path, settings: CheckpointSettings):
-        self.folder, self.settings = folder, settings
-        self.written = 0
-        """Bytes of all checkpoints."""
-        self._step, self._time, self._due = 0, time.monotonic(), False
-        self._data: dict[str, Any] | None = None
-
-    def on_load_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
-        """Remembers the place in the data until there is a loader."""
-        self._data = checkpoint.get("data")
-
-    def on_save_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
-        """Adds the place in the data. Lightning does, but it does not read it where the schedule needs the steps."""
-        checkpoint["data"] = trainer.train_dataloader.state_dict()  # type: ignore[union-attr]
-
-    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-        """Goes on in the data."""
-        self._step, self._time = trainer.global_step, time.monotonic()
-        if self._data:
-            trainer.train_dataloader.load_state_dict(self._data)  # type: ignore[union-attr]
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Within an epoch. After its last step it is saved as at the end of an epoch."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        steps, minutes = self.settings.every_n_steps, self.settings.every_n_minutes
-        self._due = steps is not None and trainer.global_step % steps == 0
-        if minutes:
-            late = time.monotonic() - self._time >= 60 * minutes
-            self._due |= trainer.strategy.broadcast(late)
-        if self._due and batch_idx + 1 < trainer.num_training_batches:
-            self._save(trainer, module)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
-        """After an epoch."""
-        every = self.settings.every_n_epochs
-        if self._due or (every and (trainer.current_epoch + 1) % every == 0):
-            self._save(trainer, module)
-
-    def _save(self, trainer: L.Trainer, module: Any) -> None:
-        if trainer.fast_dev_run or trainer.global_step == self._step:  # type: ignore[attr-defined]
-            return
-        module.before_checkpoint()  # before the last one is moved
-        last = self.folder / "last.ckpt"
-        if main_process() and last.is_file():
-            last.replace(last.with_name("before.ckpt"))
-        trainer.save_checkpoint(last)
-        self.written += last.stat().st_size if main_process() else 0
-        self._step, self._time, self._due = trainer.global_step, time.monotonic(), False
-
-
-def _is_whole(file: Path) -> bool:
-    """Whether a checkpoint of torch, a zip file, has all its parts with the right checksums."""
-    try:
-        with zipfile.ZipFile(file) as parts:
-            return parts.testzip() is None
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error):
-        return False
 
 
 class StageProgress(TQDMProgressBar):

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import run_of
 
 from secvec import run as runs
+from secvec.cli import _no_room
 from secvec.config.schema import RunConfig
 from secvec.errors import ArtifactError, ConfigError, DataError
 from secvec.module import SecVecModule
 from secvec.run import train
 from secvec.stages import finetune
+from secvec.training.checkpoints import CheckpointFile
 from secvec.training.trainer import Training
 from tests.contracts.test_stages import finetuned, same, weights
 
@@ -55,8 +60,7 @@ def test_a_result_that_could_not_be_saved_is_not_trained_again(
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
         patch.setattr(SecVecModule, "save", full)
         train(cut)
-    files = kept(Path(cut.run_dir)).kept
-    assert [file.name for file in files] == ["last.ckpt", "before.ckpt"]
+    assert [file.name for file in kept(Path(cut.run_dir)).checkpoints.iterdir()] == ["last.ckpt"]
 
     monkeypatch.setattr(SecVecModule, "training_step", lambda *_: pytest.fail("trained again"))
     again = train(cut)
@@ -65,36 +69,54 @@ def test_a_result_that_could_not_be_saved_is_not_trained_again(
     assert not (Path(cut.run_dir) / "checkpoints").exists()
 
 
-def test_a_cut_checkpoint_is_not_used(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, first = (make_config("defense=none", "stage=finetune", run=name) for name in ("whole", "cut"))
-    train(whole)
-    shutil.rmtree(Path(first.paths.cache) / "finetuned")
+def test_a_damaged_checkpoint_is_not_used(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = make_config("defense=none", "stage=finetune", run="cut")
     with monkeypatch.context() as patch, pytest.raises(OSError, match="cut off"):
         patch.setattr(SecVecModule, "save", lambda *_: (_ for _ in ()).throw(OSError("cut off")))
-        train(first)
-    damages: dict[str, Callable[[bytes, int], bytes]] = {
-        "empty": lambda content, middle: b"",
-        "half": lambda content, middle: content[:middle],
-        "middle": lambda content, middle: content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :],
-    }
-    for name, damage in damages.items():
-        cut = make_config("defense=none", "stage=finetune", run=name)
-        shutil.copytree(first.run_dir, cut.run_dir)
-        last, before = kept(Path(cut.run_dir)).kept
-
-        def spoil(file: Path, damage: Callable[[bytes, int], bytes] = damage) -> None:
-            content = file.read_bytes()
-            file.write_bytes(damage(content, len(content) // 2))
-
-        spoil(last)
-        old = before.read_bytes()
-        spoil(before)
-        with pytest.raises(ArtifactError, match=rf"{last} and {before} cut short .*Remove the folder {last.parent}"):
+        train(cut)
+    last = kept(Path(cut.run_dir)).begins_at()
+    assert last
+    content, middle = last.read_bytes(), last.stat().st_size // 2
+    for damaged in (
+        b"",
+        content[:middle],
+        content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :],
+    ):
+        last.write_bytes(damaged)
+        with pytest.raises(ArtifactError, match=rf"{last} is cut short or damaged. Remove the folder {last.parent}"):
             train(cut)
-        before.write_bytes(old)
-        train(cut)  # from the epoch before
-        assert same(weights(Path(cut.run_dir) / "backbone"), weights(Path(whole.run_dir) / "backbone"))
-        shutil.rmtree(Path(cut.paths.cache) / "finetuned")  # the next one trains too
+
+
+def test_a_disk_that_fills_takes_no_checkpoint_with_it(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are limited in size, which fails as a full disk does: within the write, by one library or the other."""
+    whole, cut = (make_config("defense=none", "stage=finetune", run=name) for name in ("whole", "cut"))
+    train(whole)
+    checkpoints, most = kept(Path(cut.run_dir)).checkpoints, resource.getrlimit(resource.RLIMIT_FSIZE)
+    write = CheckpointFile.save_checkpoint
+    full = [1, 2]
+    """The number of a checkpoint that does not fit, in the first and in the second try."""
+
+    def limited(self: CheckpointFile, *given: Any, **options: Any) -> None:
+        full[0] -= 1
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if full[0] == 0 else most[0], most[1]))
+        try:
+            write(self, *given, **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, most)
+
+    monkeypatch.setattr(CheckpointFile, "save_checkpoint", limited)
+    for left in ([], ["last.ckpt"]):
+        shutil.rmtree(Path(cut.paths.cache) / "finetuned", ignore_errors=True)
+        with pytest.raises(RuntimeError) as error:
+            train(cut)
+        told = _no_room(error.value)
+        assert told and told.errno == errno.EFBIG
+        assert [file.name for file in checkpoints.iterdir()] == left
+        full.pop(0)
+    full.append(0)
+    train(cut)
+    assert full == [-1]  # the first epoch was not trained again
+    assert same(weights(Path(cut.run_dir) / "backbone"), weights(Path(whole.run_dir) / "backbone"))
 
 
 def test_what_only_evaluation_reads_trains_nothing_again(make_config: Make, labels: list[str]) -> None:

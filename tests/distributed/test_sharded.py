@@ -11,13 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
 from in_memory import ON_CPU
+from lightning.pytorch.loggers.logger import DummyLogger
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, LlamaForCausalLM
 
+from secvec.data.batch import Encoded
+from secvec.data.datamodule import training_loader
 from secvec.data.embedded import Skill
 from secvec.data.prompts import question
 from secvec.evaluation.losses import in_parts, keep_log_probs, kl_to_kept, mean_losses
@@ -28,6 +32,7 @@ from secvec.models.tiny import build_tiny
 from secvec.module import SecVecModule
 from secvec.settings.schema import EvaluationSettings
 from secvec.settings.trainer import TrainerSettings
+from secvec.training.trainer import Training, fit
 
 EXAMPLES = Skill().examples("test", 7, 0)
 SETTINGS = EvaluationSettings(num_prompts=7, batch_size=2, max_new_tokens=8, num_leak_prompts=0)
@@ -217,3 +222,68 @@ def test_a_model_is_saved_file_by_file(tmp_path: Path, config: Any, dtype: str) 
     largest, total = (f(p.nbytes for p in saved.parameters()) for f in (max, sum))
     assert len(list((out / "backbone").glob("*.safetensors"))) > 2 and total > 2 * SHARD
     assert second <= largest < first <= SHARD + largest < total
+
+
+ROWS = [Encoded(list(range(3, 10 + i % 5)), 3 + i % 2) for i in range(8)]
+
+
+class Cut(Exception):
+    pass
+
+
+class Began(L.Callback):
+    """Keeps the step that a training begins at; may raise before the second epoch."""
+
+    def __init__(self, cut: bool = False):
+        self.cut, self.step = cut, -1
+
+    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self.step = trainer.global_step
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if self.cut and trainer.current_epoch == 1:
+            raise Cut
+
+
+def train(processes: int, folder: Path, out: Path, began: Began, lora: bool) -> dict[str, torch.Tensor]:
+    """Two epochs of four steps each; what was trained, on the first process."""
+    module = SecVecModule("finetune", folder, tune=LORA if lora else None)
+    state: dict[str, torch.Tensor] = {}
+    module.save = lambda _: state.update(trained_state(module.model))  # type: ignore[method-assign]
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    training = Training(out, "finetune", "optimizer.lr", 0, 2, sharded(processes).model_copy(update=quiet), False)
+    loader = training_loader([(ROWS, 2)], 0, dist.get_rank(), processes)
+    fit(module, loader, training, DummyLogger(), out, [began])  # type: ignore[arg-type]
+    return state
+
+
+def cut_and_go_on(processes: int, folder: Path, out: Path, lora: bool) -> tuple[Any, ...]:
+    """The weights without and with a cut, the step after it, and the sizes of the checkpoint's files."""
+    whole = train(processes, folder, out / "whole", Began(), lora)
+    with pytest.raises(Cut):
+        train(processes, folder, out / "cut", Began(cut=True), lora)
+    last = out / "cut" / "checkpoints" / "finetune" / "last.ckpt"
+    sizes = {file.name: file.stat().st_size for file in last.iterdir()}
+    dist.barrier()
+    began = Began()
+    return whole, train(processes, folder, out / "cut", began, lora), began.step, sizes
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_checkpoint_of_shards_is_gone_on_from(tmp_path: Path, lora: bool) -> None:
+    """Each of two processes writes and reads its half; the weights are to the bit those of a training without a cut."""
+    model, tokenizer = build_tiny([text for e in EXAMPLES for text in (e.prompt, e.response)], 0)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    whole, found, step, sizes = together(
+        2, cut_and_go_on, tmp_path / "two", tmp_path / "model", tmp_path / "out", lora
+    )[0]
+    assert step == 4 and len(whole) > 10
+    assert whole.keys() == found.keys() and all(torch.equal(whole[name], found[name]) for name in whole)
+    shards = [size for name, size in sizes.items() if name.endswith(".distcp")]
+    assert len(shards) == 2 and min(shards) > 0.4 * sum(shards)
+    trained, all_weights = (sum(t.nbytes for t in part) for part in (whole.values(), model.parameters()))
+    if lora:
+        assert trained < 0.1 * all_weights and sum(shards) < all_weights
+    else:
+        assert sum(shards) == pytest.approx(3 * all_weights, rel=0.1)  # two moments of AdamW

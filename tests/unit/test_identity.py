@@ -108,6 +108,12 @@ def test_the_card_of_a_dataset_counts_by_its_header(tmp_path: Path) -> None:
         digests.append(folder_digest(folder))
     bare, words, first, at_the_end, with_words, other = digests
     assert bare == words != first == at_the_end == with_words != other
+    (folder / ".huggingface.yaml").write_text("configs: []")  # it takes the place of the header
+    assert folder_digest(folder) != other
+    (folder / ".hidden").write_text("configs: []")
+    both = folder_digest(folder)
+    (folder / ".hidden").unlink()
+    assert folder_digest(folder) == both
 
 
 def test_a_word_that_is_also_a_folder_is_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
