@@ -41,8 +41,8 @@ DOORS = {
     ("lightning", "pytorch_lightning"): {
         "secvec.module", "secvec.evaluation.generation", "secvec.evaluation.prediction",
         "secvec.training.callbacks", "secvec.training.checkpoints", "secvec.settings.trainer",
-        "secvec.evaluation.during_training", "secvec.training.telemetry", "secvec.training.trainer", "secvec.run", "secvec.data.datamodule",
-        "secvec.tracking.lightning",
+        "secvec.evaluation.during_training", "secvec.training.telemetry", "secvec.training.trainer", "secvec.run",
+        "secvec.data.datamodule", "secvec.tracking.lightning",
     },
     ("wandb", "wandb_workspaces"): {"secvec.tracking.wandb", "secvec.tracking.dashboard"},
 }  # fmt: skip
