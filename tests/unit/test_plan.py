@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from transformers import (
 from secvec.config.schema import RunConfig
 from secvec.data.batch import Encoded, collate
 from secvec.errors import ConfigError, DataError, SecVecError
-from secvec.models.backbone import prepared, set_trainable
+from secvec.models.backbone import load_backbone, prepared, set_trainable
 from secvec.planning.architectures import KNOWN, load_architecture, shape_of, with_layers
 from secvec.planning.budget import Budget
 from secvec.planning.flops import (
@@ -66,6 +67,7 @@ CONFIGS = {
 }  # fmt: skip
 
 Make = Callable[..., RunConfig]
+needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 
 
 def shape(name: str = "meta-llama/Llama-2-7b-chat-hf") -> Shape:
@@ -141,12 +143,13 @@ def workload(config: RunConfig, stage: str) -> Workload:
 class Real:
     """The same step of a model that has values."""
 
-    def __init__(self, config: RunConfig, stage: str, architecture: PretrainedConfig = TINY):
+    def __init__(self, config: RunConfig, stage: str, architecture: PretrainedConfig = TINY, loaded: Any = None):
         work, self.batch = workload(config, stage), collate(ROWS)
         self.precision = precision_on_cpu(config.trainer.precision)
         with torch.random.fork_rng(devices=[]):
             dtype = getattr(torch, config.model.dtype)
-            model = work.attach(prepared(AutoModelForCausalLM.from_config(architecture, dtype=dtype), config.model))
+            model = loaded or prepared(AutoModelForCausalLM.from_config(architecture, dtype=dtype), config.model)
+            model = work.attach(model)
         self.model = self.precision.convert_module(model).train()
         set_trainable(self.model, work.part)
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], foreach=False)
@@ -255,6 +258,34 @@ def test_on_a_gpu_the_optimizer_works_on_all_weights_at_once(make_config: Make) 
 @pytest.mark.parametrize("defense", [choice.name for choice in CHOICES if choice.parent.name == "defense"])
 def test_every_defense_has_a_step(defense: str, make_config: Make) -> None:
     assert planned(make_config(f"defense={defense}"), "finetune").flops > 0
+
+
+def in_4_bits(config: RunConfig) -> RunConfig:
+    return config.model_copy(update={"model": config.model.model_copy(update={"quantization": "nf4"})})
+
+
+def test_weights_in_4_bits_by_hand(make_config: Make) -> None:
+    """arXiv 2305.14314: with double quantization 4.127 bits a weight. The output head and the embeddings stay whole."""
+    config = make_config("tune=lora", "defense.activation=adapter")
+    whole, few = planned(config, "finetune"), planned(in_4_bits(config), "finetune")
+    linear = 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 80)
+    assert whole.forward.weights - few.forward.weights == pytest.approx(linear * (4 - 4.127 / 8), rel=1e-5)
+    assert few.flops == whole.flops and few.optimizer.optimizer == whole.optimizer.optimizer > 0
+    assert few.backward.activations - whole.backward.activations == 80 * 32 * 4  # a weight of the MLP is made whole
+    with pytest.raises(ConfigError, match="the weights are in 4 bits"):  # as in the run
+        planned(in_4_bits(make_config("tune=lora", "defense.activation=merged")), "finetune")
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("stage", ["vector", "finetune"])
+def test_a_planned_step_in_4_bits_is_the_real_one(stage: str, make_config: Make, tmp_path: Path) -> None:
+    """Of a model whose weights are most of it: bitsandbytes makes tables of its own for each of them."""
+    size = {"vocab_size": 500, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
+    architecture = LlamaConfig(**size, num_attention_heads=4, max_position_embeddings=128)
+    AutoModelForCausalLM.from_config(architecture).save_pretrained(tmp_path)
+    config = in_4_bits(make_config("tune=lora"))
+    real = Real(config, stage, architecture, load_backbone(tmp_path, config.model))
+    assert planned(config, stage, architecture).peak.total == pytest.approx(peak_bytes(real), rel=0.1)
 
 
 # -- formulas
