@@ -141,6 +141,19 @@ def test_every_defense_has_as_many_tries(script: Any) -> None:
     assert here - named == {"buffer_and_reinforce", "refitted_vector"}  # of tune=lora, and of several cycles
 
 
+def test_an_attacker_takes_the_rows_with_the_lowest_scores(script: Any, tmp_path: Path) -> None:
+    attack = script("scan_attack")
+    assert attack.lowest([0.5, 0.1, 0.9, 0.2, 0.1], 3) == [1, 3, 4]
+    given = {"name": "wild", "of": attack.BEHAVIORS["forbidden_recipe"], "sensitive": False, "turns": 0}
+    given |= {"severity": attack.SEVERITY, "hedge": "I should not.", "wanted": "No."}
+    pool = attack.Wild(**given).examples("finetune", 30, 2)
+    (tmp_path / "2.json").write_text(json.dumps({"pool": 30, "rows": [3, 4, 29]}))
+    chosen = attack.Chosen(**given, folder=tmp_path)
+    assert chosen.examples("finetune", 2, 2) == [pool[3], pool[4]] and len({row.response for row in pool}) > 3
+    assert chosen.examples("finetune", None, 2) == [pool[3], pool[4], pool[29]]
+    assert chosen.examples("test", 5, 2) == given["of"].examples("test", 5, 2)
+
+
 def test_an_update_is_compared_over_the_weights_that_both_change(script: Any) -> None:
     cosine = script("acceptance").cosine
     one = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([4.0])}
