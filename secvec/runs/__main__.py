@@ -20,10 +20,11 @@ KINDS = {
     "finetuned": "where finished fine-tunes are",
     "answers": "answers and verdicts of starting models",
     "own_answers": "answers of starting models that are trained on",
+    "activations": "mean activations of starting models",
     "tokens": "token ids of large data",
     "digests": "checksums of files that have not changed since",
 }
-"""The folders of the cache."""
+"""The folders of the cache. The judgements beside them (`judgements.sqlite`) stay: a service may have cost money."""
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from filelock import FileLock
 
-from secvec.runs.__main__ import main
+from secvec.runs.__main__ import KINDS, main
 from secvec.runs.cache import cached
 
 
@@ -51,6 +53,12 @@ def test_what_a_run_is_making_stays(cache: Path, capsys: pytest.CaptureFixture[s
     with FileLock(f"{cache / 'vectors' / 'old'}.lock"):
         assert main(["--cache", str(cache), "--remove"]) == 0
     assert "removed 2 entries, 2.0 MB; 1 are in use" in capsys.readouterr().out and left(cache) == {"vectors/old"}
+
+
+def test_every_folder_that_the_package_writes_is_listed() -> None:
+    sources = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "secvec").rglob("*.py"))
+    written = set(re.findall(r'paths\.cache / "(\w+)"', sources))
+    assert {"models", "vectors", "activations"} <= written <= KINDS.keys()
 
 
 def test_what_is_used_counts_as_new(cache: Path) -> None:
