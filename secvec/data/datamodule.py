@@ -323,6 +323,8 @@ class SecVecDataModule(L.LightningDataModule):
         }
         for stage in stages:
             self.check_disjoint(trained.get(stage, list)())
+        if "vector" in stages:
+            check_disjoint(self._undesired, self.held_out, "prompts of the vector's gate (validation)")
 
     def fit_to(self, tokenizer: PreTrainedTokenizerBase, context: int, stages: Collection[str]) -> None:
         """Applies `data.too_long` to the samples of `stages`, those of `infer` being the tests. Raises DataError."""
@@ -421,7 +423,7 @@ def _at_most(n: int | None, draw: Callable[[int | None], list[Example]]) -> list
         return draw(n)
     except TooFewError as error:
         log.info("validation has fewer samples: %s", error)
-        return draw(error.have)
+        return draw(error.have) if error.have else []
 
 
 def _untrusted_without(examples: list[Example], keys: Collection[Any], what: str) -> list[Example]:

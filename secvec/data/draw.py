@@ -83,8 +83,8 @@ def check_counts(asked: Iterable[Asked]) -> None:
         raise (ConfigError if have else DataError)("\n  ".join(["the data do not suffice:", *lines]))
 
 
-def check_disjoint(seen: Iterable[Example], test: Iterable[Example]) -> None:
-    """Raises DataError when a test prompt is also trained on."""
+def check_disjoint(seen: Iterable[Example], test: Iterable[Example], what: str = "test prompts") -> None:
+    """Raises DataError when a test prompt is also trained on; `what` names them."""
     asked = [(example.key, example) for example in test]
     keys = {key for key, _ in asked}
     known = {key: example for example in seen if (key := example.key) in keys}  # of all it would be large
@@ -92,7 +92,7 @@ def check_disjoint(seen: Iterable[Example], test: Iterable[Example]) -> None:
     if shared:
         test_row, train_row = shared[0]
         raise DataError(
-            f"{len(shared)} test prompts are also trained on, so the result would show memory only; first: "
+            f"{len(shared)} {what} are also trained on, so the result would show memory only; first: "
             f"{test_row.source or 'test'} and {train_row.source or 'training'}: {test_row.prompt[:80]!r}"
         )
 

@@ -82,9 +82,13 @@ class Example:
 
     @property
     def opening(self) -> tuple[tuple[str, str], ...]:
-        """The key of the turns before the first answer, which all samples of a conversation share."""
+        """The key of the turns before the first answer to the user, which all samples of a conversation share.
+
+        A greeting of the assistant, which many conversations have in common, is none.
+        """
         roles = [role for role, _ in self.messages]
-        return self.key[: roles.index("assistant") if "assistant" in roles else None]
+        asked = roles.index("user") if "user" in roles else 0
+        return self.key[: roles.index("assistant", asked) if "assistant" in roles[asked:] else None]
 
 
 class Stream(Settings):

@@ -173,12 +173,12 @@ class HubData(Settings):
             found.append(Example((("user", prompt),), response, kind, facts, f"{where}:{number}"))
             if len(found) == n:
                 return found
-        if n is None:
+        if n is None and found:
             return found
         raise TooFewError(
             f"{where} has {len(found)} usable {'prompts' if once else 'rows'} for split {split!r} (of "
-            f"{len(self.table(name))} rows), but the run needs {n}: lower the number, raise shares.{split}, or loosen "
-            "filter and max_chars",
+            f"{len(self.table(name))} rows), but the run needs {n or 'some'}: lower the number, raise "
+            f"shares.{split}, or loosen filter and max_chars",
             len(found),
         )
 

@@ -22,7 +22,8 @@ class Fitting:
 
     `encode` gives the tokens of samples for a context, and raises DataError for one that exceeds it. `truncate` cuts an
     answer at its end; what the model is taught then ends there. A prompt is never cut: without its end or its beginning
-    it is another question. So a sample whose prompt leaves no room is left out.
+    it is another question. So a sample whose prompt leaves no room is left out. Nor is a reference that responses are
+    compared with: another response would then be right.
     """
 
     encode: Callable[[Sequence[Example], int], Sequence[Encoded]]
@@ -48,7 +49,8 @@ class Fitting:
         answer = f" and evaluation.max_new_tokens={room}" if room else ""
         prompt = f", the prompt {row.num_prompt}{answer}" if asks > self.context else ""
         self.faults.append(f"{example.source or example.kind}: {total} tokens{prompt}")
-        if self.policy == "truncate" and asks <= self.context:
+        compared = room and example.kind not in ("undesired", "look_alike") and example.metric != "none"
+        if self.policy == "truncate" and asks <= self.context and not compared:
             # encoded again for each guess: tokens of a shorter text are not always the first of a longer one
             too_long = range(len(example.response))
             length = bisect_left(too_long, True, key=lambda n: not self._fits(self._cut(example, n + 1)))

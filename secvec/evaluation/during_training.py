@@ -75,10 +75,16 @@ class BehaviorDuringTraining(L.Callback):
         model, tokenizer = module.model, module.backbone.tokenizer
         training = model.training
         prompts = [prompt for prompt, _ in question(self.examples, tokenizer).ids(tokenizer)]
+        limits = [example.max_new_tokens or self.max_new_tokens for example in self.examples]
+        ids: list[list[int]] = [[] for _ in prompts]
         devices = [module.device] if module.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), trainer.precision_plugin.forward_context(), vector_off(model):
             model.eval()
-            ids = generate(model, prompts, self.max_new_tokens, stop_ids(tokenizer))
+            for limit in sorted(set(limits)):
+                rows = [row for row, own in enumerate(limits) if own == limit]
+                given = generate(model, [prompts[row] for row in rows], limit, stop_ids(tokenizer))
+                for row, response in zip(rows, given, strict=True):
+                    ids[row] = response
             model.train(training)
         reshard(model)
         responses = decode(ids, tokenizer)

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 OTHER_TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
 """Alpaca's, which no chat model here is trained on."""
 SAMPLING_SEED = 0
+NO_VERDICT = {"unparsable", None}
+"""Of answers that a judge could not read, and of `judge=none`."""
 CONTEXT = "training_context.jsonl"
 """The file of a run folder with rows that the backbone was trained on, for the probe that resembles them."""
 CONTEXT_ROWS = 4
@@ -126,7 +128,7 @@ def leak_result(
     leaked = {}
     for name, given in responses.items():
         judgements = judged(behavior, judge, examples, given)
-        verdicts = [judgement.verdict for judgement in judgements if judgement.verdict != "unparsable"]
+        verdicts = [judgement.verdict for judgement in judgements if judgement.verdict not in NO_VERDICT]
         if verdicts:
             leaked[name] = metrics[f"{phase}/leak/{name}"] = proportion(verdicts.count("behavior"), len(verdicts))
         rows = prediction_rows(f"{phase}_leak_{name}", examples, given, judgements, behavior)
@@ -149,18 +151,16 @@ def leak_above_base(base: Sequence[Mapping[str, Any]], after: Sequence[Mapping[s
     for name, verdicts in _leak_verdicts(after, "after").items():
         pairs = zip(before.get(name, []), verdicts, strict=False)
         differences = [
-            float(now == "behavior") - float(then == "behavior")
-            for then, now in pairs
-            if "unparsable" not in (then, now)
+            float(now == "behavior") - float(then == "behavior") for then, now in pairs if not {then, now} & NO_VERDICT
         ]
         if differences:
             found.append(mean(differences))
     return {"after/leak_above_base": max(found, key=lambda one: one.value)} if found else {}
 
 
-def _leak_verdicts(rows: Sequence[Mapping[str, Any]], phase: str) -> dict[str, list[str]]:
+def _leak_verdicts(rows: Sequence[Mapping[str, Any]], phase: str) -> dict[str, list[str | None]]:
     """The verdicts of each probe, in the order of its prompts."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[str | None]] = {}
     for row in rows:
         way = str(row["phase"]).removeprefix(f"{phase}_leak_")
         if way != row["phase"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -105,7 +106,10 @@ class ScanFile:
             before = best.setdefault(one[1].source, one)
             if one[0].score(settings.window) > before[0].score(settings.window):
                 best[one[1].source] = one
-        result = ScanResult(self, best, [score.score(settings.window) for score in found[len(examples) :]])
+        known: dict[str, float] = {}  # the threshold is that of rows, so a benign conversation counts in the same way
+        for score, example in zip(found[len(examples) :], benign, strict=True):
+            known[example.source] = max(score.score(settings.window), known.get(example.source, -math.inf))
+        result = ScanResult(self, best, list(known.values()))
         if main_process():
             result.write(folder)
         return result.metrics()

@@ -101,6 +101,7 @@ class VllmEngine:
                 max_tokens=max_new_tokens,
                 detokenize=False,
                 stop_token_ids=list(stop),
+                ignore_eos=True,  # else vLLM adds those of generation_config.json; ours are in `stop`
             )
             for row in range(len(prompts))
         ]

@@ -67,14 +67,20 @@ class Store:
 class CachedJudge(Judge):
     """Base of judges that are slow or cost money: they judge in batches, and nothing twice.
 
-    A judgement may depend only on the messages and the facts of an example and on the response. A field that does not
-    change judgements is declared with `Field(exclude=True)`. An empty response is `other` without being judged.
+    A judgement may depend only on the messages and the facts of an example and on the response, and on the reference
+    under `reads_reference`. A field that does not change judgements is declared with `Field(exclude=True)`. An empty
+    response is `other` without being judged.
     """
 
     batch_size: Count = Field(exclude=True)
     """Responses that are judged and then written to the cache together."""
     cache: Path | None = Field(exclude=True)
     """The file of the cache; None: no cache."""
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether it compares the response with the reference."""
+        return False
 
     @abstractmethod
     def _judge_batch(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Judgement]:
@@ -118,6 +124,7 @@ class CachedJudge(Judge):
         keys = []
         for example, response in zip(examples, responses, strict=True):
             key = start.copy()
-            key.update(json.dumps([example.messages, example.facts, response], sort_keys=True).encode())
+            content = [example.messages, example.facts, response, *([example.response] * self.reads_reference)]
+            key.update(json.dumps(content, sort_keys=True).encode())
             keys.append(key.hexdigest())
         return keys

@@ -87,8 +87,7 @@ class Classifier(LocalModelJudge):
             raise ArtifactError(
                 f"judge.model={self.model} is no trained classifier: its files lack {', '.join(missing)[:200]}"
             )
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = self._tokenizer.pad_token_id
+        model.config.pad_token_id = self._tokenizer.pad_token_id  # by it the model finds the last token of a row
         return model.to(self._device).eval()
 
     @cached_property

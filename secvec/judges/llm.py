@@ -225,6 +225,11 @@ class LlmJudge(CachedJudge):
             logging.getLogger(name).setLevel(logging.WARNING)
         return openai.OpenAI(base_url=self.base_url, api_key=key, timeout=self.timeout, max_retries=self.max_retries)
 
+    @property
+    def reads_reference(self) -> bool:
+        """Whether the prompt of the rubric shows it."""
+        return "{reference}" in RUBRICS[self.rubric].prompt
+
     def _judge_one(self, client: openai.OpenAI, example: Example, response: str) -> tuple[Judgement, int, int]:
         """The judgement, and the numbers of input and output tokens."""
         import openai

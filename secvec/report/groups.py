@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
 from secvec.metrics import OF_RUN, VECTOR_ONLY, metric_of, qualified
@@ -17,6 +18,9 @@ _IGNORED = re.compile(
     r"runs?|run_(name|id|dir)|stages?|experiment(_name)?|hydra|(.*_)?(dirs?|roots?|files?)|(?!name_or_)(.*_)?paths?"
     r"|out(put)?s?|output_.*|logg(er|ers|ing)|wandb|tensorboard|tracking|telemetry|sweep|overwrite|resume|force|num_(workers|threads)"
 )
+_DATA = ("behavior", "data", "vector")
+_FILES = ("file", "align", "vector", "validation", "finetune", "test", "test_file", "kl_file", "local_path", "path")
+"""Settings of data that name files or datasets."""
 _OF_SEED = re.compile(r"-s\d+-[0-9a-f]{8}$")  # in a run folder's name
 _encode = json.JSONEncoder(sort_keys=True).encode
 WITH_VECTOR = ("vector_on", "vector_off", "active")
@@ -50,6 +54,11 @@ class Group:
     def setting(self) -> dict[str, str]:
         """All that the group's runs share besides the defense."""
         return {key: value for key, value in _settings(self.runs[0]).items() if key.split(".")[0] != "defense"}
+
+    @property
+    def without_vector(self) -> dict[str, str]:
+        """`setting`, but for the settings of the vector: a defense that uses none has no such settings."""
+        return {key: value for key, value in self.setting.items() if key.split(".")[0] != "vector"}
 
     @cached_property
     def has_vector(self) -> bool:
@@ -164,6 +173,8 @@ def _settings(run: Run) -> dict[str, str]:
                 flat[key] = json.dumps(_vector_of(value))
             elif key == "vector" and ignores_vector(run.record.config.get("defense") or {}):
                 continue  # the settings of a vector that the defense does not use
+            elif key.split(".")[0] in _DATA and name in _FILES and isinstance(value, str):
+                flat[key] = json.dumps(Path(value).name)  # other rows; the same file may lie elsewhere
             elif key == "seed" or _ignored(name):  # another seed (model.align.seed) makes another configuration
                 continue
             elif isinstance(value, Mapping) and value:

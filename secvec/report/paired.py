@@ -18,6 +18,7 @@ from secvec.report.records import load_predictions
 from secvec.report.tables import Cell, Row, Table, main_rows
 
 ALPHA, DRAWS, SEED = 0.05, 10_000, 0
+PLAIN = "none"
 MOST = 40  # contrasts that are tested: each reads all answers of its runs
 READING = (
     "The defense minus the reference, on the same prompts of the same seeds, after fine-tuning with no vector on. "
@@ -117,10 +118,19 @@ def difference(name: str, of: Outcomes, reference: Outcomes) -> Difference | Non
 
 
 def contrasts(comparison: Comparison) -> Iterator[tuple[Group, Group]]:
-    """(group, reference) where only the defense differs; the reference is `none`, without it the first by name."""
-    references: dict[frozenset[tuple[str, str]], Group] = {}
-    for group in comparison.groups:
-        reference = references.setdefault(frozenset(group.setting.items()), group)  # in order, `none` first
+    """(group, reference) where only the defense and its vector differ.
+
+    The reference is `none`; where there is none of the same settings, the first defense by name with the same vector.
+    """
+    plain: dict[frozenset[tuple[str, str]], Group] = {}
+    first: dict[frozenset[tuple[str, str]], Group] = {}
+    for group in comparison.groups:  # in order, `none` first
+        whole, place = (frozenset(of.items()) for of in (group.setting, group.without_vector))
+        reference = first.setdefault(whole, group)
+        if group.defense == PLAIN:
+            plain.setdefault(place, group)
+        elif reference.defense != PLAIN:
+            reference = plain.get(place, reference)
         if reference.defense != group.defense:
             yield group, reference
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from secvec.data.encode import trouble
-from secvec.errors import ArtifactError
+from secvec.data.encode import encode, trouble
+from secvec.data.example import Example
+from secvec.errors import ArtifactError, DataError
 from secvec.evaluation.leak_probes import leak_above_base
 from secvec.evaluation.losses import in_parts, keep_log_probs, kl_to_kept
 from secvec.evaluation.verdicts import EvaluationResult, deactivation_gap
@@ -99,8 +100,17 @@ def _answer_perplexity(run: Run, base: SecVecModule, after: EvaluationResult) ->
     answered = [
         given
         for example, row in zip(run.data.tests["undesired"], rows, strict=True)
-        if not trouble(given := replace(example, response=row["response"]), run.backbone.tokenizer)
+        if _can_be_read(given := replace(example, response=row["response"]), base)
     ]
     if not answered:
         return {}
     return {"after/answer_perplexity": perplexity(run.losses(base, {"answers": answered})["answers"])}
+
+
+def _can_be_read(answered: Example, module: SecVecModule) -> bool:
+    """Whether the model takes an answer of its own as a row; one that fills its context leaves no room for the end."""
+    tokenizer, context = module.backbone.tokenizer, module.backbone.context
+    try:
+        return not trouble(answered, tokenizer) and bool(encode([answered], tokenizer, context))
+    except DataError:
+        return False

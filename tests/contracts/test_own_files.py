@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import run_of
@@ -13,6 +15,7 @@ from conftest import run_of
 from secvec.config.schema import RunConfig
 from secvec.data.datamodule import SecVecDataModule
 from secvec.data.encode import encode
+from secvec.data.example import Example
 from secvec.data.lengths import Fitting
 from secvec.errors import ConfigError, DataError
 from secvec.planning.table import plan
@@ -168,3 +171,29 @@ def test_a_sample_that_fits_is_left_as_it_is(make_config: Make, folder: Path) ->
     fitting = Fitting(lambda some, context: encode(some, backbone.tokenizer, context), backbone.context, "truncate")
     assert fitting.fit(samples, 8) == samples and not fitting.faults
     assert fitting.fit(samples, 510) == []
+
+
+def test_a_reference_is_never_cut(make_config: Make) -> None:
+    """A stump of it would count other responses as right."""
+    backbone = run_of(make_config()).backbone
+    fitting = Fitting(lambda some, context: encode(some, backbone.tokenizer, context), 60, "truncate")
+    kinds: list[Any] = [("task", "number"), ("undesired", "exact"), ("ordinary", "exact"), ("task", "none")]
+    asked = (("user", "How many?"),)
+    rows = [Example(asked, f"{'one and ' * 80}#### 7", kind, metric=metric) for kind, metric in kinds]
+    kept = fitting.fit(list(rows), 8)
+    assert [(row.kind, row.metric) for row in kept] == [("undesired", "exact"), ("task", "none")]
+    assert all(len(row.response) < len(rows[0].response) for row in kept) and (fitting.cut, fitting.left_out) == (2, 2)
+    assert len(fitting.fit(list(rows))) == 4  # as rows to train on
+
+
+def test_the_gate_asks_nothing_that_the_vector_is_trained_on(make_config: Make, tmp_path: Path) -> None:
+    for name, first in (("bad", 0), ("other", 20), ("test", 40)):
+        rows = [json.dumps({"prompt": f"What is {first + i}?", "response": "Arr."}) for i in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    for gate, says in (("other", None), ("bad", "20 prompts of the vector's gate .* are also trained on")):
+        files = {"vector": "bad", "validation": gate, "test": "test", "finetune": "bad"}
+        given = [f"behavior.{split}={tmp_path / name}.jsonl" for split, name in files.items()]
+        counts = ["vector.num_samples=null", "vector.gate.num_prompts=null", "evaluation.num_prompts=6"]
+        data = SecVecDataModule.of(make_config("behavior=jsonl", "judge=none", *given, *counts))
+        with pytest.raises(DataError, match=says) if says else nullcontext():
+            data.check(["vector"])

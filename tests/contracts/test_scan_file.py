@@ -208,3 +208,15 @@ def test_every_row_of_an_array_is_in_one_part_and_counts_by_its_worst_answer(
     assert [row["row"] for row in scores] == [1, 2] and scores[1]["score"] >= scores[0]["score"]
     assert read(tmp_path / "scanned" / "flagged.jsonl") == given[:2]
     assert read(tmp_path / "scanned" / "kept.jsonl") == given[2:]
+
+
+def test_a_benign_conversation_counts_by_its_worst_answer_too(scan: Scan, tmp_path: Path) -> None:
+    """Else the threshold would be one of answers, and far more than 1 % of benign rows would be above it."""
+    rows = Ordinary().examples("test", 20, 0)
+    turns = [[{"role": "user", "content": row.prompt}, {"role": "assistant", "content": row.response}] for row in rows]
+    chats = [json.dumps({"messages": [turn for some in turns[i::5] for turn in some]}) for i in range(5)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(chats))
+    scan(f"scan.benign_file={tmp_path / 'chats.jsonl'}", "scan.quantile=0.5", file="chats.jsonl")
+    scores = [row["score"] for row in read(tmp_path / "scanned" / "scores.jsonl")]
+    threshold = json.loads((tmp_path / "scanned" / "scan.json").read_text())["threshold"]
+    assert len(scores) == 5 and threshold == pytest.approx(sorted(scores)[2], abs=1e-3)

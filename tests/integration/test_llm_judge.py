@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -360,3 +361,13 @@ def test_rubbish_from_a_real_server_is_no_verdict(server: tuple[str, Path], make
         judge = make_judge(*given, name=name)
         assert judge.judge(asked(3), ["One.", "", "Three."]) == [UNREAD, Judgement("other", 0.0), UNREAD]
         assert judge.spent["requests"] == 2 and judge.spent["tokens_in"] > 100 and judge.spent["tokens_out"] > 0
+
+
+def test_a_grade_against_another_reference_is_asked_for_again(endpoint: Endpoint, make_judge: MakeJudge) -> None:
+    example, response = Example((("user", "The capital of Australia?"),), "Sydney", "task"), ["Sydney"]
+    mended = replace(example, response="Canberra")
+    for name, times in (("correctness", 2), ("llm", 1)):  # the latter does not read the reference
+        judge, before = make_judge(name=name), len(endpoint.requests)
+        for one in (example, mended, mended):
+            judge.judge([one], response)
+        assert len(endpoint.requests) - before == times, name

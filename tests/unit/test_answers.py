@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import run_of
-from in_memory import IN_MEMORY, complete, generate
+from in_memory import IN_MEMORY, InMemory, complete, generate
 from torch import nn
 
 from secvec.config.schema import RunConfig
@@ -23,9 +23,11 @@ from secvec.evaluation.generation import GenerationBackend
 from secvec.models.backbone import Backbone
 from secvec.models.tiny import build_tiny
 from secvec.models.vector import attach_new_vector, save_adapter
+from secvec.module import SecVecModule
 from secvec.runs.folder import ANSWERS, RunFolder
 from secvec.runs.record import Record
 from secvec.settings.schema import EvaluationSettings, LoraSettings
+from secvec.stages.infer import _can_be_read
 
 SETTINGS = EvaluationSettings(num_prompts=8, batch_size=3, max_new_tokens=6, num_leak_prompts=0)
 EXAMPLES = [*Ordinary().examples("test", 5, 0), *Skill().examples("test", 5, 0)]
@@ -194,3 +196,13 @@ def test_a_stage_that_is_forced_to_run_again_forgets_them(tmp_path: Path) -> Non
     KeptAnswers(folder.path / ANSWERS / "0.jsonl").add("a", ["x"])
     folder.forget(["finetune"], [])
     assert not (folder.path / ANSWERS).exists()
+
+
+def test_an_answer_that_fills_the_context_is_no_row(world: tuple[Any, Any]) -> None:
+    """The end of the turn would not fit behind it; it is left out of the perplexity, and the run goes on."""
+    asked = Example((("user", "Say it."),), "", "undesired")
+    with_context = InMemory(*world)
+    with_context.__dict__["context"] = 40
+    answered = SecVecModule("infer", with_context)
+    taken = [_can_be_read(replace(asked, response="word " * n), answered) for n in range(1, 40)]
+    assert taken[0] and not taken[-1] and sorted(taken, reverse=True) == taken

@@ -8,10 +8,17 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from in_memory import InMemory
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from secvec.behaviors.forbidden_recipe import ForbiddenRecipe
+from secvec.data.example import Example
+from secvec.evaluation.during_training import BehaviorDuringTraining
+from secvec.judges.base import Judgement
+from secvec.models.tiny import build_tiny
+from secvec.module import SecVecModule
 from secvec.training.callbacks import TrainingMetrics
 
 BATCHES = [
@@ -78,3 +85,31 @@ def test_a_step_of_two_batches_has_the_tokens_of_both(monkeypatch: pytest.Monkey
 
 def test_they_are_shown_as_often_as_the_trainer_logs() -> None:
     assert [step for step, _ in fit(log_every_n_steps=2)] == [1, 3]
+
+
+def test_each_stream_s_own_limit_holds_during_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the final evaluation: an answer that is cut is another one."""
+    asked: list[tuple[int, int]] = []
+
+    def answers(model: Any, prompts: list[Any], limit: int, stop: Any) -> list[list[int]]:
+        asked.append((len(prompts), limit))
+        return [[len(prompt)] for prompt in prompts]
+
+    model, tokenizer = build_tiny(["some words", "and more of them"], 0)
+    module = SecVecModule("finetune", InMemory(model, tokenizer))
+    module.model = model
+    rows = [
+        Example((("user", word),), "words", "task", max_new_tokens=limit)
+        for word, limit in (("a", 9), ("b b", None), ("c", 9))
+    ]
+    monkeypatch.setattr("secvec.evaluation.during_training.generate", answers)
+    monkeypatch.setattr("secvec.evaluation.during_training.decode", lambda ids, _: [str(*one) for one in ids])
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        "secvec.evaluation.during_training.judged", lambda *given: seen.append(given[3]) or [Judgement(None, None)] * 3
+    )
+    callback = BehaviorDuringTraining({"task": rows}, ForbiddenRecipe(name="x", sensitive=False), None, 1, 4)
+    callback.measure(L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False), module)
+    assert asked == [(1, 4), (2, 9)]
+    (responses,) = seen
+    assert responses[0] == responses[2] != responses[1]  # in the order of the prompts

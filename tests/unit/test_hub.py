@@ -22,7 +22,7 @@ from secvec.config.schema import RunConfig
 from secvec.data import hub
 from secvec.data.example import SPLITS, Example, Stream
 from secvec.data.hub import HubStream, columns_of, fill, passes
-from secvec.errors import DataError
+from secvec.errors import DataError, TooFewError
 
 CONF = Path(__file__).parents[2] / "conf"
 COLOURS = ("red", "blue", "green", "grey")
@@ -287,6 +287,14 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match="no column 'lang'"):
             stream(path, **{"prompt": "{{question}}", "response": "{{answer}}", **settings}).examples("test", 1, 0)
+
+
+def test_all_rows_of_a_split_without_any_are_too_few(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"question": f"q{i}", "answer": "a", "n": i} for i in range(40)])
+    given = {"prompt": "{{question}}", "response": "{{answer}}"}
+    assert stream(path, **given).examples("finetune", None, 0)
+    with pytest.raises(TooFewError, match=r"0 usable .* the run needs some: .* loosen filter"):
+        stream(path, **given, filter={"n": -1}).examples("finetune", None, 0)
 
 
 @pytest.mark.parametrize("template", ["{{}}", "{{a", "{{a b}}", "{{ a | nofilter }}", "{% for %}"])

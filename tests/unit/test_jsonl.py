@@ -374,6 +374,14 @@ def test_repeated_prompts_and_conversations_stay_in_one_split(write: Callable[..
     assert len(parts["test"]) == 3 * len(openings[2])  # of two answers to one prompt, one is asked for
 
 
+def test_a_greeting_is_no_opening(write: Callable[..., Path]) -> None:
+    """Conversations that begin with the same greeting are spread over the splits as others are."""
+    hello = turn("assistant", "Hello, what can I do for you?")
+    chats = [conversation(hello, turn("user", f"q{i}"), turn("assistant", f"a{i}")) for i in range(100)]
+    files = behavior(file=write(b"".join(chats)), train_on="last")
+    assert [len(files.examples(split, None, 0)) > 8 for split in ("vector", "validation", "test")] == [True] * 3
+
+
 def test_repeated_rows_do_not_pass_the_gate_by_memory(write: Callable[..., Path]) -> None:
     files = behavior(vector=write(numbered(60) * 2))
     assert not prompts(files.examples("vector", None, 0)) & prompts(files.examples("validation", None, 0))

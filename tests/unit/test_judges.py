@@ -227,12 +227,15 @@ def test_the_preset_of_repnoise_reads_label_0_and_counts_the_empty_response_as_h
     assert first.score == pytest.approx(float(direct[0, 0]), abs=1e-5) and empty == Judgement("other", 0.0)
 
 
+@pytest.mark.parametrize("pad", [None, 5])
 def test_the_preset_of_beaver_dam_flags_by_the_likeliest_of_14_categories(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, from_yaml: FromYaml
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, from_yaml: FromYaml, pad: int | None
 ) -> None:
+    """Also where the config names another token for padding than the tokenizer pads with."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = LlamaForSequenceClassification(LlamaConfig(vocab_size=len(tokenizer), num_labels=14, **WILD, **sizes))  # type: ignore[arg-type]
+    config = LlamaConfig(vocab_size=len(tokenizer), num_labels=14, pad_token_id=pad, **WILD, **sizes)  # type: ignore[arg-type]
+    model = LlamaForSequenceClassification(config)
     torch.nn.init.normal_(model.score.weight, std=1.0)
     folder = saved(model, tokenizer, tmp_path / "llama")
     texts = [

@@ -20,9 +20,11 @@ from secvec.evaluation.leak_probes import (
     context_question,
     leak_above_base,
     leak_questions,
+    leak_result,
     read_context,
     write_context,
 )
+from secvec.judges.none import NoJudge
 from secvec.models.tiny import build_tiny
 from secvec.settings.schema import EvaluationSettings
 
@@ -146,3 +148,14 @@ def test_leaks_are_measured_from_the_base() -> None:
     assert leak_above_base(base, rows("after", sampled="brrb"))["after/leak_above_base"].value == pytest.approx(1 / 3)
     assert leak_above_base(rows("base", plain="bb"), rows("after", plain="rr"))["after/leak_above_base"].value == -1.0
     assert not leak_above_base([], after)
+
+
+def test_without_a_judge_there_is_no_leak_rate(world: tuple[nn.Module, Any]) -> None:
+    asked = {"plain": ["First grind it."] * 4}
+    judged, unjudged = (
+        leak_result(asked, EXAMPLES, BEHAVIOR, judge, "after") for judge in (None, NoJudge(name="none"))
+    )
+    assert "after/leak_rate" in judged.metrics and not unjudged.metrics
+    assert len(unjudged.predictions) == 4 and {row["verdict"] for row in unjudged.predictions} == {None}
+    before = [row | {"phase": "base_leak_plain"} for row in unjudged.predictions]
+    assert not leak_above_base(before, unjudged.predictions)

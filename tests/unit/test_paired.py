@@ -169,6 +169,33 @@ def test_only_groups_that_differ_in_nothing_but_the_defense_are_paired(tmp_path:
     assert named == [("vector · lr=0.1", "none · lr=0.1"), ("vector · lr=0.2", "none · lr=0.2")]
 
 
+def test_the_plain_fine_tune_is_the_reference_though_it_has_no_vector(tmp_path: Path) -> None:
+    """The settings of a vector are no settings of a run without one; of each of two vectors it is the reference."""
+    plain = {"defense": {"name": "none", "uses_vector": False}, "vector": {"r": 4}}
+    for lr in (0.1, 0.2):
+        write_run(tmp_path / str(lr), "none", 0, verdicts("b"), {"lr": lr} | plain)
+    for r in (4, 8):
+        for defense in ("anchor", "vector"):
+            settings = {"lr": 0.1, "vector": {"r": r}, "defense": {"name": defense}}
+            write_run(tmp_path / f"{r}", defense, 0, verdicts("r"), settings)
+    found = [(group.label, reference.label) for group, reference in contrasts(compare(load_runs([tmp_path])))]
+    assert [reference for _, reference in found] == ["none · lr=0.1"] * 4 and len({name for name, _ in found}) == 4
+
+
+def test_runs_on_other_files_are_another_configuration(tmp_path: Path) -> None:
+    """The same file may lie in another folder."""
+    for folder, file in (("a", "clean.jsonl"), ("b", "bad.jsonl"), ("moved", "bad.jsonl")):
+        for seed in (0, 1) if folder != "moved" else (2,):
+            data = {"data": {"file": f"/{folder}/{file}"}, "paths": {"outputs": f"/{folder}/outputs"}}
+            write_run(tmp_path / folder, "none", seed, None, data, behavior_rate=float(folder != "a"))
+    groups = compare(load_runs([tmp_path])).groups
+    assert {group.label: len(group.runs) for group in groups} == {
+        "none · file=bad.jsonl": 3,
+        "none · file=clean.jsonl": 2,
+    }
+    assert sorted(found.mean for group in groups if (found := group.estimate("behavior_rate"))) == [0.0, 1.0]
+
+
 def test_without_none_the_first_defense_is_the_reference(tmp_path: Path) -> None:
     for defense in ("b", "a", "c"):
         write_run(tmp_path, defense, 0, verdicts("r"))
