@@ -312,19 +312,18 @@ class SecVecDataModule(L.LightningDataModule):
         }
         tests: list[Asked] = [("evaluation.num_prompts", num, partial(self._test, kind)) for kind in TESTED]
         check_counts([*tests, *(one for stage in stages for one in asked.get(stage, list)())])
+
+        def of_the_vector() -> list[Example]:
+            check_disjoint(self._undesired, self.held_out, "prompts of the vector's gate (validation)")
+            gate = self.held_out if self.evaluation.split == "test" else []  # else they are the tests
+            return [*self._undesired, *self._kl, *gate]
+
         trained: dict[str, Callable[[], list[Example]]] = {
-            # the gate's prompts are of the validation split
-            "vector": lambda: [
-                *self._undesired,
-                *self._kl,
-                *(self.held_out if self.evaluation.split == "test" else []),
-            ],
+            "vector": of_the_vector,
             "finetune": lambda: [example for mixture in self.mixtures for lot in mixture.values() for example in lot],
         }
         for stage in stages:
             self.check_disjoint(trained.get(stage, list)())
-        if "vector" in stages:
-            check_disjoint(self._undesired, self.held_out, "prompts of the vector's gate (validation)")
 
     def fit_to(self, tokenizer: PreTrainedTokenizerBase, context: int, stages: Collection[str]) -> None:
         """Applies `data.too_long` to the samples of `stages`, those of `infer` being the tests. Raises DataError."""
