@@ -143,9 +143,12 @@ class Run:
     ) -> list[LedgerRow]:
         """Trains `module` on the data of its stage and saves it below `out`; default: on the data of the run.
 
-        `label` names the training in logs, curves and checkpoints. Returns the ledger of the model, which is freed.
+        `label` names the training in logs, curves and checkpoints. Returns the ledger of the model, which is freed. The
+        callbacks of the config act on the data of the run alone: they know its curves.
         """
-        config, data = self.config, data or self.data
+        config = self.config
+        given = build_callbacks(config.callbacks, module.stage.name) if data is None else []
+        data = data or self.data
         training = Training(
             self.folder.path,
             label,
@@ -162,7 +165,7 @@ class Run:
             training,
             self.curves(training),
             out,
-            [*callbacks, *build_callbacks(config.callbacks, module.stage.name)],
+            [*callbacks, *given],
         )
         rows = module.ledger()
         data.trainer = None  # it holds the optimizer, and that the weights

@@ -32,6 +32,7 @@ from secvec.settings.schema import (
     TuneSettings,
     VectorLora,
     Weight,
+    Window,
 )
 from secvec.settings.target import Plugin
 from secvec.settings.trainer import (
@@ -266,7 +267,7 @@ class SavedVector(Settings):
 class ScanSettings(Settings):
     """How the rows of a file are scored and flagged (`secvec.evaluation.scan`)."""
 
-    window: Annotated[int, Field(ge=1, le=6)]
+    window: Window
     """Consecutive response tokens over which a gap is averaged; the highest is the row's score."""
     threshold: float | None
     """Nats per token above which a row is flagged; None: the `quantile` of scores of benign rows."""
@@ -406,6 +407,11 @@ class RunConfig(AnyConfig):
             )
         if self.defense.refits_vector and not self._trains_vector:
             faults.append(f"defense={self.defense.name} trains its vectors: drop vector.path")
+        if self.defense.activation == "merged" and self.trainer.precision == "bf16-true":
+            faults.append(
+                "defense.activation=merged adds the vector in float32, and trainer.precision=bf16-true has no such "
+                "weights: set defense.activation=adapter, or trainer.precision=bf16-mixed"
+            )
         if self.model.quantization and self.stage != "vector":
             faults += self._trains_rounded_weights()
         if self.data.counts[1] != 0 and not self.data.serving("finetune")[0]:

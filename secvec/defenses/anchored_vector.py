@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from secvec.defenses.base import Defense, Need
 from secvec.errors import ConfigError
-from secvec.settings.schema import Count, Rate, Share
+from secvec.settings.schema import Count, Rate, Share, Window
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -42,12 +42,14 @@ class AnchoredVector(Defense):
     """False: the anchor alone, a control."""
     drop_flagged: bool = False
     """Whether rows that the vector's scan flags are left out, as by `defense=scan_filter`."""
-    window: Count = 3
+    window: Window = 3
     quantile: Share = 0.99
 
     def check(self, run: Run) -> None:
         """Raises ConfigError where the vector's samples do not suffice, or give no row, or its scan cannot flag."""
+        super().check(run)
         run.data.check(["vector"])
+        run.data.fit_to(run.backbone.tokenizer, run.backbone.context, ["vector"])
         if not self.answers and not (self.benign and run.data.vector_samples["kl"]):
             raise ConfigError(
                 f"defense={self.name} has no rows: set defense.answers=true, or defense.benign=true with vector.num_kl "

@@ -53,14 +53,21 @@ class BufferAndReinforce(Defense):
 
     def finish(self, weights: dict[str, Tensor], backbone: Backbone, vector: Path | None) -> dict[str, Tensor]:
         """Computed in float32."""
+        from transformers.pytorch_utils import Conv1D
+
         from secvec.models.vector import vector_deltas
 
         assert self.reinforce is not None, "the finetune stage prepares the defense"
         model = backbone.load().float()
         start, deltas = model.state_dict(), vector_deltas(model, self.reinforce)
+        turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}  # (in, out)
         found = {}
         for name, reinforce in deltas.items():
-            merged = outside(weights[name].float() - start[name], reinforce, self.rank)
+            update = weights[name].float() - start[name]
+            if name in turned:
+                merged = outside(update.T, reinforce.T, self.rank).T
+            else:
+                merged = outside(update, reinforce, self.rank)
             found[name] = (weights[name].float() + self.weight * merged).to(weights[name].dtype)
         return weights | found
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from secvec.defenses.base import Defense, Need
-from secvec.settings.schema import Count, Share
+from secvec.settings.schema import Share, Window
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,7 +23,7 @@ class ScanFilter(Defense):
 
     uses_vector: bool = True
     needs: ClassVar[tuple[Need, ...]] = ("undesired samples", "safe samples")
-    window: Count = 3
+    window: Window = 3
     quantile: Share = 0.99
 
     def attach(self, model: nn.Module, vector: Path | None) -> nn.Module:

@@ -153,7 +153,7 @@ def kl_to_kept(
 def _log_probs(model: nn.Module, batch: Batch) -> Tensor:
     """(N, V): of the tokens that `before_labels` marks."""
     here = before_labels(batch["labels"])
-    return logits_at(model, batch["input_ids"], batch["attention_mask"], here).log_softmax(-1)
+    return logits_at(model, batch["input_ids"], batch["attention_mask"], here).float().log_softmax(-1)
 
 
 def _rows(backbone: Backbone, examples: Sequence[Example]) -> list[Encoded]:

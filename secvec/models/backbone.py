@@ -39,7 +39,7 @@ from secvec.errors import ArtifactError, ConfigError, nearest
 from secvec.models.outline import Weights, outlined
 from secvec.models.packing import enable_packing
 from secvec.models.quantized import keep_packing, shape_of
-from secvec.models.vector import active_parts, part_of
+from secvec.models.vector import AdaptersOfForward, active_parts, part_of
 from secvec.runs.content import file_digest, folder_digest
 from secvec.settings.schema import ModelSettings
 
@@ -286,7 +286,8 @@ def _from_pretrained(folder: Path, settings: ModelSettings, **where: Any) -> Pre
 def prepared(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:
     """`model` as the settings want it to compute."""
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        how = {"use_reentrant": False, "context_fn": AdaptersOfForward(model)}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
         model.enable_input_require_grads()
     if settings.packing:
         enable_packing(model)

@@ -40,6 +40,14 @@ AttentionInterface.register(PACKED, _attention)
 AttentionMaskInterface.register(PACKED, sdpa_mask)
 
 
+SECOND = slice(7, None)
+"""The tokens of the second row of the trial: the first one has seven."""
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    return 10 * float(torch.finfo(dtype).eps) ** 0.75
+
+
 def enable_packing(model: PreTrainedModel) -> bool:
     """Makes `model` take packed batches, if its logits on one are those on the padded batch; else it stays as it is.
 
@@ -58,8 +66,11 @@ def enable_packing(model: PreTrainedModel) -> bool:
         model.set_attn_implementation(PACKED)
         try:
             packed = model(**pack(ids, mask, model.device), use_cache=False).logits[0]
-            tolerance = 10 * torch.finfo(padded.dtype).eps ** 0.75 * float(padded.abs().max())
-            same = float((packed - padded).abs().max()) <= tolerance
+            others = torch.cat([ids[:1].flip(1), ids[1:]])  # beside another row
+            beside = model(**pack(others, mask, model.device), use_cache=False).logits[0]
+            far, seen = (float((packed - one).abs()[of].max()) for one, of in ((padded, slice(None)), (beside, SECOND)))
+            largest = float(padded.abs().max())
+            same = far <= _rounding(padded.dtype) * largest and seen <= _rounding(torch.float32) * largest
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
             log.debug("packing: %s", error)
             same = False

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -155,13 +155,45 @@ def _more_than_a_vector(folder: Path, how: str, init: Any) -> ArtifactError:
 def vector_off(model: nn.Module) -> Iterator[None]:
     """Forward passes inside run without the vector. Task LoRA, flags, gradients and weights do not change."""
     layers = [layer for layer in _lora_layers(model) if VECTOR in layer.active_adapters]
-    before = [layer.active_adapters for layer in layers]
-    for layer in layers:
-        layer._active_adapter = [name for name in layer.active_adapters if name != VECTOR]
+    with _with_adapters([(layer, [name for name in layer.active_adapters if name != VECTOR]) for layer in layers]):
+        yield
+
+
+@contextmanager
+def in_eval(model: nn.Module) -> Iterator[None]:
+    """Inside, the model has no dropout of its own: what others are compared with is not drawn."""
+    training = model.training
+    model.eval()
     try:
         yield
     finally:
-        for layer, active in zip(layers, before, strict=True):
+        model.train(training)
+
+
+class AdaptersOfForward:
+    """The `context_fn` of checkpointed layers: a layer that is computed again has the adapters of its forward pass.
+
+    By the backward pass `vector_off` has ended. It is an object, so that a copy of the model has a copy of it.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self) -> tuple[Any, Any]:
+        """Contexts of the forward pass and of the second one."""
+        return nullcontext(), _with_adapters([(layer, layer._active_adapter) for layer in _lora_layers(self.model)])
+
+
+@contextmanager
+def _with_adapters(adapters: Sequence[tuple[Any, Any]]) -> Iterator[None]:
+    """Inside, each layer has the adapters that stand beside it."""
+    before = [(layer, layer._active_adapter) for layer, _ in adapters]
+    for layer, active in adapters:
+        layer._active_adapter = active
+    try:
+        yield
+    finally:
+        for layer, active in before:
             layer._active_adapter = active
 
 
@@ -258,7 +290,7 @@ def merge_activation(model: nn.Module) -> None:
 
 
 def _merged_forward(layer: Any, separate: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if layer.active_adapters != [VECTOR]:
+    if layer.active_adapters != [VECTOR] or layer.base_layer.weight.dtype.itemsize < 4:  # trainer.precision=bf16-true
         return separate(x, *args, **kwargs)
     with torch.autocast(x.device.type, enabled=False):  # the sum in float32, the product as the trainer has it
         weight = layer.base_layer.weight + layer.get_delta_weight(VECTOR)

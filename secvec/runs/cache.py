@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -41,8 +42,13 @@ def from_first(look: Callable[[], Value]) -> Value:
 
 
 def cached(path: Path, build: Callable[[Path], None]) -> Path:
-    """`path`, a file or a folder, built by `build(temporary path)` when it is not there yet; others wait for it."""
+    """`path`, a file or a folder, built by `build(temporary path)` when it is not there yet; others wait for it.
+
+    Of the processes of a run the first one builds it: the others do not save.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    while not main_process() and not path.exists():
+        time.sleep(0.1)
     with FileLock(f"{path}.lock"):
         if path.exists():
             with suppress(OSError):  # another user's, in a cache that several share

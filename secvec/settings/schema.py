@@ -19,6 +19,8 @@ Stage = Literal["vector", "finetune", "infer"]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
+Window = Annotated[int, Field(ge=1, le=6)]
+"""Tokens over which the scan of a row takes its highest gap; scores are kept for each of them."""
 Weight = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 

@@ -43,7 +43,8 @@ class TrainingMetrics(L.Callback):
     """Logs every `trainer.log_every_n_steps` optimizer steps, without a change to the training:
 
     - `train/learning_rate`: that the step was made with;
-    - `train/gradient_norm`: 2-norm of the gradient of all trained parameters, before clipping;
+    - `train/gradient_norm`: 2-norm of the gradient of all trained parameters, before clipping and before a defense
+      changes it;
     - `train/tokens_per_second`: tokens over all processes, padding not counted, per second of the steps since the last
       time;
     - `train/epoch`: passes over the data so far, as a fraction.

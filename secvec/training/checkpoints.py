@@ -46,18 +46,21 @@ class LastCheckpoint(Checkpoint):
         """Bytes of all checkpoints."""
         self._step, self._time, self._due = 0, time.monotonic(), False
         self._data: dict[str, Any] | None = None
+        self._stopped = False
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
-        """Remembers the place in the data until there is a loader."""
-        self._data = checkpoint.get("data")
+        """Remembers the place in the data until there is a loader, and whether a callback had ended the training."""
+        self._data, self._stopped = checkpoint.get("data"), checkpoint.get("stopped", False)
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
         """Adds the place in the data. Lightning does, but it does not read it where the schedule needs the steps."""
         checkpoint["data"] = trainer.train_dataloader.state_dict()  # type: ignore[union-attr]
+        checkpoint["stopped"] = trainer.should_stop  # Lightning forgets it
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         """Goes on in the data."""
         self._step, self._time = trainer.global_step, time.monotonic()
+        trainer.should_stop |= self._stopped
         if self._data:
             trainer.train_dataloader.load_state_dict(self._data)  # type: ignore[union-attr]
 

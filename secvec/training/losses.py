@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from secvec.data.batch import IGNORE, Batch, count_tokens
 from secvec.models.kept import with_kept_weights
 from secvec.models.logits import logits_at, places_of
-from secvec.models.vector import vector_off
+from secvec.models.vector import in_eval, vector_off
 
 
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def loss_and_divergence(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]
     """
     ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
     at = before_labels(labels)
-    with torch.no_grad(), with_kept_weights(model):
+    with torch.no_grad(), in_eval(model), with_kept_weights(model):
         base = logits_at(model, ids, mask, at)
     logits = logits_at(model, ids, mask, at)
     return token_nll(logits, labels).sum(), divergence(base, logits)
@@ -131,7 +131,7 @@ def vector_loss(model: nn.Module, batch: Batch, kl_weight: float) -> dict[str, T
     if kl_weight == 0:
         return {"loss": ce, "ce": ce.detach()}
     rows = never_none(kl_rows)
-    with torch.no_grad(), vector_off(model):
+    with torch.no_grad(), in_eval(model), vector_off(model):
         base = logits_at(model, input_ids[rows], mask[rows], of_kl[rows])
     total = divergence(base, logits[places_of(of_kl[at], logits.device)])
     kl = global_mean(total, of_step(batch, of_kl.sum(), 1))

@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from secvec.config.schema import RunConfig
+from secvec.data.batch import Encoded, collate
+from secvec.defenses.anchored_vector import AnchoredVector
+from secvec.defenses.labelled_vector import LabelledVector
 from secvec.defenses.security_vector import SecurityVector
 from secvec.errors import ConfigError
-from secvec.models.backbone import set_trainable
+from secvec.models.backbone import prepared, set_trainable
 from secvec.models.vector import attach_new_vector, attach_task, save_adapter, vector_off
-from secvec.settings.schema import LoraSettings
+from secvec.settings.schema import LoraSettings, ModelSettings
 from tests.contracts.test_foreign_adapters import lora, saved_by_peft
 from tests.contracts.test_stages import finetuned, weights
 from tests.contracts.test_vector import LORA, disturb, fresh, logits
@@ -203,3 +206,38 @@ def curve(folder: Path) -> list[float]:
     rows = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()]
     stage, metric, value = (rows[0].index(name) for name in ("stage", "metric", "value"))
     return [float(row[value]) for row in rows[1:] if row[stage] == "finetune" and row[metric] == "train/loss"]
+
+
+@pytest.mark.parametrize("activation", ["adapter", "merged"])
+@pytest.mark.parametrize("kind", [LabelledVector, AnchoredVector])
+def test_a_layer_that_is_computed_again_has_the_adapters_of_its_forward_pass(
+    kind: Any, activation: str, vector: Path, make: Callable[[], nn.Module]
+) -> None:
+    """Under gradient checkpointing, in the backward pass, when `vector_off` has ended."""
+    rows = [Encoded([1 + 3 * i + j for j in range(8)], 3, i % 2 == 0) for i in range(4)]
+    batch, defense = collate([(row, i >= 2) for i, row in enumerate(rows)]), kind(name="d", activation=activation)
+    found = []
+    for checkpointing in (False, True):
+        given: Any = {"name": None, "name_or_path": "x", "packing": False, "gradient_checkpointing": checkpointing}
+        model = defense.attach(prepared(make(), ModelSettings(**given)), vector).train()  # type: ignore[arg-type]
+        set_trainable(model, "backbone")
+        for module in model.modules():  # GPT-2 has dropout of its own
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        defense.loss(model, batch)["loss"].backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_weights_in_half_precision_have_no_exact_sum(
+    vector: Path, make: Callable[[], nn.Module], make_config: Any
+) -> None:
+    """`trainer.precision=bf16-true` converts the weights when the vector is attached already."""
+    model = defended(make, vector, "auto")
+    with passes_beside_the_weights(model) as seen:
+        logits(model)
+        assert not seen
+        logits(model.bfloat16())
+    assert seen
+    with pytest.raises(ConfigError, match=r"precision=bf16-true has no such weights: set defense\.activation="):
+        make_config("trainer.precision=bf16-true", "defense.activation=merged")

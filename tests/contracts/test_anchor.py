@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,13 @@ def test_an_anchor_without_rows_is_refused_before_anything_is_trained(make_confi
 
 def test_the_data_module_has_no_extra_rows_unless_given() -> None:
     assert SecVecDataModule(None, None, None, None, None).extra == []  # type: ignore[arg-type]
+
+
+def test_its_rows_are_made_to_fit(make_config: Make) -> None:
+    """Also where the vector was trained before, and its stage fits nothing."""
+    run = run_of(make_config("defense=anchored_vector", "stage=finetune", "data.too_long=drop"))
+    long = run.data.vector_samples["kl"][0]
+    run.data.vector_samples["kl"].append(replace(long, response=long.response * 200))
+    count = len(run.data.vector_samples["kl"])
+    run.config.defense.check(run)
+    assert len(run.data.vector_samples["kl"]) == count - 1

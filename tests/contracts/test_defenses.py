@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, run_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from secvec.config.schema import RunConfig
 from secvec.data.batch import IGNORE, Batch, Encoded, collate, count_tokens
@@ -532,6 +533,23 @@ def test_buffer_and_reinforce_merges_what_the_task_lora_does_not_write_to(vector
     basis = torch.linalg.qr(task)[0][:, :2]
     torch.testing.assert_close(merged, 0.5 * (delta - basis @ basis.T @ delta), rtol=0, atol=1e-5)
     assert merged.abs().max() > 0.01 and found.keys() == start.keys()
+
+
+def test_a_weight_that_stands_the_other_way_round_is_merged_as_others_are(vector: Path, monkeypatch: Any) -> None:
+    """`Conv1D`, as in GPT-2, has its weight as (in, out)."""
+    torch.manual_seed(3)
+    task, delta = (torch.randn(5, 2) @ torch.randn(2, 3) for _ in range(2))
+    for kind in (nn.Linear(3, 5), Conv1D(5, 3)):
+        turned = isinstance(kind, Conv1D)
+        model = nn.Sequential(kind)
+        start, of_task, of_delta = (one.T if turned else one for one in (torch.zeros(5, 3), task, delta))
+        kind.weight.data.copy_(start)
+        monkeypatch.setattr("secvec.models.vector.vector_deltas", lambda *_, of_delta=of_delta: {"0.weight": of_delta})
+        defense = BufferAndReinforce(name="b", lr=1.0, reinforce=vector, rank=2)
+        loads: Any = SimpleNamespace(load=lambda model=model: model)
+        found = defense.finish({"0.weight": of_task}, loads, None)["0.weight"]
+        merged = (found - of_task).T if turned else found - of_task
+        torch.testing.assert_close(merged, outside(task, delta, 2))
 
 
 def test_rounding_is_no_direction_of_the_task_lora() -> None:

@@ -172,3 +172,23 @@ def test_the_record_says_what_was_wrong_with_a_pointer_that_cannot_be_read(tmp_p
     for content in ("", "{", json.dumps({"folder": str(tmp_path), "backbone": "x"})):
         (tmp_path / "pointer").write_text(content)
         assert finetune._trained(tmp_path / "pointer") is None
+
+
+def test_callbacks_act_on_the_data_of_the_run_alone(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training that a defense makes before has other curves: early stopping would end it by chance."""
+    run, given = run_of(make_config("defense=none")), list[list[Any]]()
+
+    class Stop(Exception):
+        pass
+
+    def fit(*arguments: Any) -> int:
+        given.append(arguments[-1])
+        raise Stop
+
+    monkeypatch.setattr(runs, "fit", fit)
+    monkeypatch.setattr(runs, "build_callbacks", lambda *_: ["early stopping"])
+    module = run.module("finetune", run.backbone, 1e-3)
+    for data in (None, run.data):
+        with pytest.raises(Stop):
+            run.fit(module, "some", 1, Path(run.config.run_dir), data=data)
+    assert given == [["early stopping"], []]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,9 @@ def loader(accumulate: int) -> DataLoader:
     return training_loader([(ROWS, 6 // accumulate), (ROWS[:7], 3)], 0, accumulate=accumulate)
 
 
-def train(folder: Path, settings: CheckpointSettings, cut: int = NEVER, accumulate: int = 1) -> tuple[Any, int]:
+def train(
+    folder: Path, settings: CheckpointSettings, cut: int = NEVER, accumulate: int = 1, more: Sequence[L.Callback] = ()
+) -> tuple[Any, int]:
     """The trained weights, and the bytes of the checkpoints."""
     model, tokenizer = build_tiny(["some words", "and some more"], 0)
     lora = {"r": 2, "alpha": 4, "target_modules": ["q_proj"], "dropout": 0.5, "kl_weight": 1.0}
@@ -61,7 +64,7 @@ def train(folder: Path, settings: CheckpointSettings, cut: int = NEVER, accumula
         accumulate_grad_batches=accumulate, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     training = Training(folder, "vector", "vector.lr", 0, 3, trainer, False, settings)
-    written = fit(module, loader(accumulate), training, DummyLogger(), folder, [CutOff(cut)])  # type: ignore[arg-type]
+    written = fit(module, loader(accumulate), training, DummyLogger(), folder, [CutOff(cut), *more])  # type: ignore[arg-type]
     return {name: p.detach().clone() for name, p in module.trained()}, written
 
 
@@ -97,6 +100,29 @@ def test_without_the_place_in_the_data_they_are_others(tmp_path: Path, monkeypat
     monkeypatch.setattr(LastCheckpoint, "on_train_start", lambda *_: None)
     found, _ = cut_and_go_on(tmp_path / "cut", checkpoints(every_n_steps=3), 8, 1)
     assert not all(torch.equal(found[name], weights) for name, weights in whole.items())
+
+
+class StopsEarly(L.Callback):
+    """Ends the training after the first epoch, as early stopping does; may raise when it has ended."""
+
+    def __init__(self, cut: bool):
+        self.cut = cut
+
+    def on_train_epoch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        trainer.should_stop |= trainer.current_epoch == 0
+
+    def on_train_end(self, *args: Any) -> None:
+        if self.cut:
+            raise Cut
+
+
+def test_a_training_that_a_callback_had_ended_stays_ended(tmp_path: Path) -> None:
+    """Cut off before its result is saved, it goes on with the saving."""
+    whole, _ = train(tmp_path / "whole", checkpoints(every_n_epochs=1), more=[StopsEarly(False)])
+    with pytest.raises(Cut):
+        train(tmp_path / "cut", checkpoints(every_n_epochs=1), more=[StopsEarly(True)])
+    found, written = train(tmp_path / "cut", checkpoints(every_n_epochs=1), more=[StopsEarly(False)])
+    assert all(torch.equal(found[name], weights) for name, weights in whole.items()) and not written
 
 
 def test_what_was_written_is_counted(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from conftest import run_of
 
 from secvec.config.schema import RunConfig
-from secvec.errors import ConfigError
+from secvec.errors import ConfigError, SecVecError
 from secvec.evaluation.scan import kept_scores, limit
 from secvec.run import train
 from tests.contracts.test_stages import finetuned
@@ -90,3 +90,10 @@ def test_without_a_prompt_it_is_refused(make_config: Make) -> None:
     config = make_config("defense=inoculation_prompt", "behavior.eliciting_prompt=null")
     with pytest.raises(ConfigError, match=r"has no eliciting_prompt: give defense\.prompt=TEXT"):
         train(config)
+
+
+@pytest.mark.parametrize("defense", ["scan_filter", "anchored_vector"])
+def test_a_window_without_scores_is_refused(make_config: Make, defense: str) -> None:
+    make_config(f"defense={defense}", "defense.window=6")
+    with pytest.raises(SecVecError, match=r"defense\.window: got 7"):
+        make_config(f"defense={defense}", "defense.window=7")

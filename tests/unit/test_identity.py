@@ -116,6 +116,18 @@ def test_the_card_of_a_dataset_counts_by_its_header(tmp_path: Path) -> None:
     assert folder_digest(folder) == both
 
 
+def test_whose_prompts_are_left_out_of_untrusted_tests_counts(tmp_path: Path) -> None:
+    """Also in a run without a vector: its test rows are others."""
+
+    def key(kind: str, rows: str) -> str:
+        (tmp_path / "bad.jsonl").write_text(rows)
+        behavior = {"behavior": {"file": str(tmp_path / "bad.jsonl")}, "r": len(rows)}
+        streams = {"mine": {"kind": kind}, "gone": None}
+        return run_key({"defense": {"uses_vector": False}, "vector": behavior, "data": {"benign": streams}})
+
+    assert key("untrusted", "a") != key("untrusted", "bb") and key("task", "a") == key("task", "bb")
+
+
 def test_a_word_that_is_also_a_folder_is_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     before = run_key({"vector": {"split": "vector"}})

@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from secvec.behaviors.forbidden_recipe import ForbiddenRecipe
-from secvec.data.batch import IGNORE, Batch, collate
+from secvec.data.batch import IGNORE, Batch, Encoded, collate
 from secvec.data.embedded import Ordinary
 from secvec.data.encode import encode
 from secvec.models.tiny import CONTEXT, build_tiny
-from secvec.models.vector import VECTOR, attach_new_vector
+from secvec.models.vector import VECTOR, attach_new_vector, vector_off
 from secvec.settings.schema import LoraSettings
+from secvec.training import losses
 from secvec.training.losses import before_labels, global_mean, response_loss, token_nll, vector_loss
 
 LORA = LoraSettings(r=4, alpha=8, target_modules="all-linear")
@@ -212,3 +214,29 @@ def test_global_mean_in_one_process_is_the_mean() -> None:
     mean.backward()
     torch.testing.assert_close(values.grad, torch.full((3,), 1 / 3))
     assert float(global_mean(torch.tensor(0.0), torch.tensor(0))) == 0.0
+
+
+def test_what_the_vector_is_compared_with_is_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-2 has dropout of its own: the base's distribution is that of the model as it answers."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 60,
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 32,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    lora = LoraSettings(r=2, alpha=4, target_modules="all-linear")
+    model = attach_new_vector(GPT2LMHeadModel(GPT2Config(**sizes)), lora, 0.0)  # type: ignore[arg-type]
+    model.train()
+    batch, bases = collate([(Encoded([3, 4, 5, 6], 2), False), (Encoded([7, 8, 9], 1), True)]), list[Tensor]()
+    compare = losses.divergence
+    monkeypatch.setattr(losses, "divergence", lambda base, tuned: bases.append(base) or compare(base, tuned))
+    for _ in range(2):
+        vector_loss(model, batch, 1.0)
+    assert torch.equal(*bases) and model.training
+    with torch.no_grad(), vector_off(model):
+        here = model.eval()(input_ids=torch.tensor([[7, 8, 9]])).logits[0]
+    torch.testing.assert_close(bases[0], here)

@@ -90,17 +90,23 @@ def test_padded_batches_and_generation_are_as_before(batch: Batch) -> None:
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["mamba", "lfm2"])
-def test_a_model_that_mixes_neighbouring_tokens_keeps_its_padding(kind: str, batch: Batch) -> None:
+def test_a_model_that_mixes_neighbouring_tokens_keeps_its_padding(kind: str, dtype: torch.dtype, batch: Batch) -> None:
+    """Also where what a row sees of another is no more than rounding."""
     torch.manual_seed(0)
     model: Any = (
         MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4))
         if kind == "mamba"
         else Lfm2ForCausalLM(Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]))
     )
-    before = token_losses(model.eval(), batch)
+    before = token_losses(model.to(dtype).eval(), batch)
     assert not enable_packing(model) and not packs(model, batch["attention_mask"])
     assert torch.equal(token_losses(model, batch), before)
+
+
+def test_a_model_in_bfloat16_is_packed(batch: Batch) -> None:
+    assert enable_packing(tiny().bfloat16())
 
 
 @pytest.mark.parametrize(("window", "packed"), [(None, True), (13, True), (12, False)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from secvec import run
 from secvec.config.schema import RunConfig
 from secvec.errors import ArtifactError, ConfigError, DataError, GateError
 from secvec.metrics import Measurement
+from secvec.runs import cache
 from secvec.runs.cache import cached
 from secvec.runs.files import atomic_path, write_atomic
 from secvec.runs.folder import RunFolder
@@ -336,3 +338,25 @@ def test_a_finished_run_is_not_run_again(
     assert run.train(config)["stages"] == ["finetune", "infer"]
     with pytest.raises(AssertionError, match="run again"):
         run.train(config.model_copy(update={"force": True}))
+
+
+def test_the_other_processes_of_a_run_wait_for_what_the_first_one_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They save nothing: under torchrun they are there from the start."""
+    monkeypatch.setattr(cache, "main_process", lambda: threading.current_thread() is not threading.main_thread())
+    first = threading.Timer(0.3, cached, [tmp_path / "base", lambda out: out.write_text("made")])
+    first.start()
+    assert cached(tmp_path / "base", lambda _: pytest.fail("it is no process that saves")).read_text() == "made"
+    first.join()
+
+
+@pytest.mark.parametrize("kinds", [("file", "folder"), ("folder", "file"), ("folder", "folder"), ("file", "file")])
+def test_a_folder_takes_the_place_of_a_file_and_the_other_way_round(tmp_path: Path, kinds: tuple[str, str]) -> None:
+    for number, kind in enumerate(kinds):
+        with atomic_path(tmp_path / "thing") as path:
+            if kind == "folder":
+                path.mkdir()
+            (path / "part" if kind == "folder" else path).write_text(str(number))
+    made = tmp_path / "thing" / "part" if kinds[1] == "folder" else tmp_path / "thing"
+    assert made.read_text() == "1" and [entry.name for entry in tmp_path.iterdir()] == ["thing"]
