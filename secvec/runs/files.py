@@ -21,7 +21,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     made = holder / path.name
     try:
         yield made
-        if path.exists() and (made.is_dir() or path.is_dir()):
+        if made.exists() and path.exists() and (made.is_dir() or path.is_dir()):
             os.replace(path, holder / "before")
         os.replace(made, path)
     finally:

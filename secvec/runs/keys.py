@@ -37,7 +37,7 @@ def key_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     settings = {name: value for name, value in config.items() if name not in NOT_IN_KEY | unused}
     behavior = (config.get("vector") or {}).get("behavior")
     streams = (config.get("data") or {}).get("benign") or {}
-    if unused and behavior and any(stream and stream["kind"] == "untrusted" for stream in streams.values()):
+    if unused and behavior and any(stream and stream.get("kind") == "untrusted" for stream in streams.values()):
         settings["vector"] = {"behavior": behavior}  # its prompts are left out of the untrusted test rows
     if isinstance(judge := settings.get("judge"), Mapping):
         settings["judge"] = {name: value for name, value in judge.items() if name != "cache"}
