@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import acceptance
-from measure import ROOT
+from measure import ROOT, keep_report
 from pages import keep, show
 
 from secvec.report.groups import compare
@@ -136,11 +135,7 @@ def main() -> None:
             for sweep, overrides in (POINTS | TRANSFER).items():
                 setting = [f"{one['setting']}={one['chosen']}"] if one else []
                 multirun(name, f"sweep={sweep}", *overrides, "seed=0,1,2", *setting)
-        made = ROOT / "outputs" / "bench_report"
-        sweeps = [ROOT / "outputs" / sweep for sweep in POINTS]
-        subprocess.run([sys.executable, "-m", "secvec.report", *sweeps, "--to", made], cwd=ROOT, check=True)
-        for name in (RECORDS.name, "report.md"):
-            shutil.copy(made / name, RECORDS.parent)
+        keep_report(list(POINTS), "bench_report", RECORDS.parent)
         asked = {ROOT / "outputs" / sweep: sweep in TRANSFER for sweep in POINTS | TRANSFER}
         keep([row for sweep, other in asked.items() for row in acceptance.answers(sweep, ROOT, other)], ANSWERS)
     show(table(json.loads(RECORDS.read_text(encoding="utf-8"))), __file__, PAGE, "Every defense, tuned alike")

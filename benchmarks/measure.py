@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -37,6 +38,16 @@ class Ran:
     def measured(self) -> dict[str, Any]:
         """The result that the process itself has printed."""
         return result(self.out)
+
+
+def keep_report(sweeps: Sequence[str], name: str, folder: Path) -> None:
+    """Makes one report of the sweeps in outputs/NAME, and copies what is kept of it into `folder`."""
+    made = ROOT / "outputs" / name
+    folders = [ROOT / "outputs" / sweep for sweep in sweeps]
+    subprocess.run([sys.executable, "-m", "secvec.report", *folders, "--to", made], cwd=ROOT, check=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in ("report.json", "report.md"):
+        shutil.copy(made / file, folder)
 
 
 def result(out: str) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from statistics import fmean
 from typing import Any
 
 import yaml
-from measure import ROOT
+from measure import ROOT, keep_report
 from pages import keep, show
 from scan import BEHAVIORS, run
 
@@ -143,11 +142,7 @@ def main() -> None:
             fine_tune(name.partition(",")[0], *overrides)
         check_vectors()
         keep(choices, CHOICES)
-        made = ROOT / "outputs" / "scan_attack_report"
-        command = [sys.executable, "-m", "secvec.report", ROOT / "outputs" / SWEEP, "--to", made]
-        subprocess.run(command, cwd=ROOT, check=True)
-        for name in (RECORDS.name, "report.md"):
-            shutil.copy(made / name, RECORDS.parent)
+        keep_report([SWEEP], "scan_attack_report", RECORDS.parent)
     show(table(json.loads(CHOICES.read_text(encoding="utf-8"))), __file__, PAGE)
 
 

@@ -48,8 +48,7 @@ class AnchoredVector(Defense):
     def check(self, run: Run) -> None:
         """Raises ConfigError where the vector's samples do not suffice, or give no row, or its scan cannot flag."""
         super().check(run)
-        run.data.check(["vector"])
-        run.data.fit_to(run.backbone.tokenizer, run.backbone.context, ["vector"])
+        self.check_samples(run)
         if not self.answers and not (self.benign and run.data.vector_samples["kl"]):
             raise ConfigError(
                 f"defense={self.name} has no rows: set defense.answers=true, or defense.benign=true with vector.num_kl "

@@ -73,8 +73,12 @@ class Defense(Settings):
         if self.second_gradient and run.config.trainer.precision == "16-mixed":
             raise ConfigError(f"defense={self.name} does not work with trainer.precision=16-mixed: use bf16-mixed")
         if self.uses_samples:
-            run.data.check(["vector"])
-            run.data.fit_to(run.backbone.tokenizer, run.backbone.context, ["vector"])
+            self.check_samples(run)
+
+    def check_samples(self, run: Run) -> None:
+        """Raises the SecVecError for samples of the vector that do not suffice or do not fit."""
+        run.data.check(["vector"])
+        run.data.fit_to(run.backbone.tokenizer, run.backbone.context, ["vector"])
 
     def prepared(self, run: Run) -> Defense:
         """The defense with what it makes before the first training: the path of a file, among its settings.

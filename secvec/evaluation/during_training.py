@@ -15,6 +15,7 @@ from secvec.data.prompts import question
 from secvec.evaluation.generation import generate
 from secvec.evaluation.verdicts import judged, prediction_rows
 from secvec.metrics import rates
+from secvec.models.modes import in_eval
 from secvec.models.sharding import reshard
 from secvec.models.vector import vector_off
 
@@ -73,19 +74,17 @@ class BehaviorDuringTraining(L.Callback):
     def measure(self, trainer: L.Trainer, module: SecVecModule) -> dict[str, float]:
         """The rates of the model as it is now."""
         model, tokenizer = module.model, module.backbone.tokenizer
-        training = model.training
         prompts = [prompt for prompt, _ in question(self.examples, tokenizer).ids(tokenizer)]
         limits = [example.max_new_tokens or self.max_new_tokens for example in self.examples]
         ids: list[list[int]] = [[] for _ in prompts]
         devices = [module.device] if module.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), trainer.precision_plugin.forward_context(), vector_off(model):
-            model.eval()
+        autocast = trainer.precision_plugin.forward_context()
+        with torch.random.fork_rng(devices=devices), autocast, vector_off(model), in_eval(model):
             for limit in sorted(set(limits)):
                 rows = [row for row, own in enumerate(limits) if own == limit]
                 given = generate(model, [prompts[row] for row in rows], limit, stop_ids(tokenizer))
                 for row, response in zip(rows, given, strict=True):
                     ids[row] = response
-            model.train(training)
         reshard(model)
         responses = decode(ids, tokenizer)
         judgements = judged(self.behavior, self.judge, self.examples, responses)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -101,18 +100,26 @@ class ScanFile:
                     f"{file}: no row fits into the model's context of {context} tokens, so there is no score"
                 )
         found = scan(module, [*examples, *benign], settings.window, config.evaluation.batch_size, config.trainer, cache)
-        best: dict[str, tuple[RowScore, Example]] = {}
-        for one in zip(found, examples, strict=False):  # a conversation counts by its worst answer
-            before = best.setdefault(one[1].source, one)
-            if one[0].score(settings.window) > before[0].score(settings.window):
-                best[one[1].source] = one
-        known: dict[str, float] = {}  # the threshold is that of rows, so a benign conversation counts in the same way
-        for score, example in zip(found[len(examples) :], benign, strict=True):
-            known[example.source] = max(score.score(settings.window), known.get(example.source, -math.inf))
-        result = ScanResult(self, best, list(known.values()))
+        best, known = (
+            _worst_answers(scores, some, settings.window)
+            for scores, some in ((found[: len(examples)], examples), (found[len(examples) :], benign))
+        )
+        result = ScanResult(self, best, [score.score(settings.window) for score, _ in known.values()])
         if main_process():
             result.write(folder)
         return result.metrics()
+
+
+def _worst_answers(
+    scores: Sequence[RowScore], examples: Sequence[Example], window: int
+) -> dict[str, tuple[RowScore, Example]]:
+    """By the place of a row its highest score and the sample that has it. A conversation counts by its worst answer."""
+    best: dict[str, tuple[RowScore, Example]] = {}
+    for one in zip(scores, examples, strict=True):
+        before = best.setdefault(one[1].source, one)
+        if one[0].score(window) > before[0].score(window):
+            best[one[1].source] = one
+    return best
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from secvec.models.modes import in_eval
 from secvec.models.outline import weights_at_hand
 
 log = logging.getLogger(__name__)
@@ -59,9 +60,7 @@ def enable_packing(model: PreTrainedModel) -> bool:
     ids = torch.arange(3, 25, device=model.device).reshape(2, 11) % len(embeddings.weight)
     mask = torch.ones_like(ids)
     mask[0, 7:] = 0
-    training = model.training
-    model.eval()
-    with torch.no_grad(), weights_at_hand(model):
+    with torch.no_grad(), in_eval(model), weights_at_hand(model):
         padded = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
         model.set_attn_implementation(PACKED)
         try:
@@ -77,7 +76,6 @@ def enable_packing(model: PreTrainedModel) -> bool:
     if not same:
         model.set_attn_implementation("sdpa")
         log.info("%s takes padded batches: its rows cannot stand in one sequence", type(model).__name__)
-    model.train(training)
     return same
 
 

@@ -18,17 +18,16 @@ BYTES = 0.5 + (1 + 4 / 256) / 64
 """Of a weight in NF4 with double quantization: 4 bits; a byte for 64 of them; 4 bytes for 256 of those (2305.14314)."""
 
 
-def marked_as_quantized(model: PreTrainedModel) -> list[Tensor]:
-    """The weights that transformers would put in 4 bits: those of linear layers, but for the output head.
+def mark_as_quantized(model: PreTrainedModel) -> None:
+    """From now on the weights count as quantized that transformers would put in 4 bits. For a model without values.
 
-    For a model without values: from now on they count as quantized.
+    They are those of linear layers, but for the output head.
     """
     kept = get_keys_to_not_convert(model)
-    found = {name: module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    weights = [weight for name, weight in found.items() if not any(f"{name}.".startswith(f"{one}.") for one in kept)]
-    for weight in weights:
-        weight.quant_state = SimpleNamespace(shape=weight.shape, dtype=weight.dtype)  # type: ignore[attr-defined, union-attr]
-    return weights
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and not any(f"{name}.".startswith(f"{one}.") for one in kept):
+            weight: Any = module.weight
+            weight.quant_state = SimpleNamespace(shape=weight.shape, dtype=weight.dtype)
 
 
 def keep_packing(model: nn.Module) -> None:

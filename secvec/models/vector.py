@@ -27,6 +27,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from secvec.errors import ArtifactError, ConfigError, nearest
+from secvec.models.modes import in_eval
 from secvec.models.outline import Weights, is_outlined, weights_at_hand
 from secvec.models.quantized import is_quantized, plain_copy, plain_dtype, shape_of
 from secvec.settings.schema import LoraSettings
@@ -157,17 +158,6 @@ def vector_off(model: nn.Module) -> Iterator[None]:
     layers = [layer for layer in _lora_layers(model) if VECTOR in layer.active_adapters]
     with _with_adapters([(layer, [name for name in layer.active_adapters if name != VECTOR]) for layer in layers]):
         yield
-
-
-@contextmanager
-def in_eval(model: nn.Module) -> Iterator[None]:
-    """Inside, the model has no dropout of its own: what others are compared with is not drawn."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 class AdaptersOfForward:
@@ -409,12 +399,9 @@ def _make_active(model: nn.Module, names: list[str]) -> None:
 @torch.no_grad()
 def _probe(model: Any) -> Tensor:
     """The logits of `model`, in eval mode, for the first ids of its vocabulary."""
-    training, rows = model.training, model.get_input_embeddings().weight.shape[0]
-    ids = torch.arange(1, 17, device=model.device)[None] % rows
-    model.eval()
-    with weights_at_hand(model):
+    ids = torch.arange(1, 17, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
+    with in_eval(model), weights_at_hand(model):
         logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-    model.train(training)
     return logits
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,7 @@ from secvec.errors import ConfigError
 from secvec.models.backbone import prepared, set_trainable
 from secvec.models.kept import keep_weights
 from secvec.models.packing import PACKED
-from secvec.models.quantized import BYTES, marked_as_quantized
+from secvec.models.quantized import BYTES, is_quantized, mark_as_quantized
 from secvec.stages.base import Workload
 from secvec.training.optim import build_optimizer
 from secvec.training.trainer import precision_on_cpu
@@ -141,20 +141,17 @@ def count_step(
     change: Callable[[], object] = lambda: None,
     shards: int = 1,
     accumulates: bool = False,
-    quantized: Collection[Tensor] = (),
 ) -> Step:
     """A step as Lightning makes it after a first one: the old gradients are held during the forward pass.
 
     With `accumulates` they are held until the optimizer's step. `change` is what is done to gradients before it. The
-    model is on the CPU, with values or without. `quantized` are the weights that count as held in 4 bits: one at a time
-    is made whole, to be multiplied.
+    model is on the CPU, with values or without. Of the weights in 4 bits one at a time is made whole, to be multiplied.
     """
     counter, trained = Counter(shards), [p for p in model.parameters() if p.requires_grad]
     hooks = [p.register_post_accumulate_grad_hook(lambda p: counter.note(p.grad, "gradients")) for p in trained]
     with counter:
         for tensor in (*model.parameters(), *model.buffers()):
-            few = any(tensor is one for one in quantized)
-            counter.note(tensor, "weights", BYTES / tensor.element_size() if few else 1)
+            counter.note(tensor, "weights", BYTES / tensor.element_size() if is_quantized(tensor) else 1)
         for p in trained:
             p.grad = torch.zeros_like(p)
             counter.note(p.grad, "gradients")
@@ -175,7 +172,7 @@ def count_step(
         optimizer.step()
     for hook in hooks:
         hook.remove()
-    whole = Memory(0, activations=max((weight.nbytes for weight in quantized), default=0))
+    whole = Memory(0, activations=max((p.nbytes for p in model.parameters() if is_quantized(p)), default=0))
     return Step(counter.flops, forward + whole, backward + whole, counter.begin())
 
 
@@ -191,11 +188,11 @@ def planned_step(config: RunConfig, architecture: PretrainedConfig, work: Worklo
         model = prepared(model, settings.model_copy(update={"packing": False}))
         if settings.packing and model.config._attn_implementation == "sdpa":
             model.set_attn_implementation(PACKED)
-        quantized = marked_as_quantized(model) if settings.quantization else []
+        if settings.quantization:
+            mark_as_quantized(model)
         model = plugin.convert_module(work.attach(model))
     set_trainable(model, work.part)
-    model, made = _on_cpu(model)
-    model.train()
+    model = _on_cpu(model).train()
     if work.keeps_weights:
         keep_weights(model)
     optimizer = build_optimizer(config.optimizer, (p for p in model.parameters() if p.requires_grad), 1e-3)
@@ -216,7 +213,7 @@ def planned_step(config: RunConfig, architecture: PretrainedConfig, work: Worklo
 
     accumulates = config.trainer.accumulate_grad_batches > 1 and not work.alone
     try:
-        return count_step(model, optimizer, loss, change, shards, accumulates, [made[id(one)] for one in quantized])
+        return count_step(model, optimizer, loss, change, shards, accumulates)
     except RuntimeError as error:
         raise ConfigError(
             f"model.name_or_path={settings.name_or_path}: a step of {architecture.model_type} cannot be counted "
@@ -224,16 +221,13 @@ def planned_step(config: RunConfig, architecture: PretrainedConfig, work: Worklo
         ) from None
 
 
-def _on_cpu(model: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
-    """A model on the meta device as one on the CPU: its attention is then one that stores no scores.
-
-    With it, by the `id` of a tensor of the first, that of the second.
-    """
+def _on_cpu(model: nn.Module) -> nn.Module:
+    """A model on the meta device as one on the CPU: its attention is then one that stores no scores."""
     made: dict[int, Any] = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         for p in model.parameters():
             made[id(p)] = nn.Parameter(torch.empty_like(p, device="cpu"), p.requires_grad)
+            made[id(p)].__dict__.update(vars(p))  # whether it is in 4 bits
         for buffer in model.buffers():
             made[id(buffer)] = torch.empty_like(buffer, device="cpu")
-    copy = deepcopy(model, dict(made))
-    return copy, made
+    return deepcopy(model, made)

@@ -11,6 +11,7 @@ from typing import Any
 from secvec.metrics import OF_RUN, VECTOR_ONLY, metric_of, qualified
 from secvec.report.estimate import Estimate, estimate
 from secvec.report.records import Run
+from secvec.runs.content import OF_ROWS
 from secvec.runs.keys import ignores_vector
 
 # Settings that say where or how a run is kept, not what it does.
@@ -19,7 +20,7 @@ _IGNORED = re.compile(
     r"|out(put)?s?|output_.*|logg(er|ers|ing)|wandb|tensorboard|tracking|telemetry|sweep|overwrite|resume|force|num_(workers|threads)"
 )
 _DATA = ("behavior", "data", "vector")
-_FILES = ("file", "align", "vector", "validation", "finetune", "test", "test_file", "kl_file", "local_path", "path")
+_FILES = (*OF_ROWS, "test_file", "kl_file", "local_path", "path")
 """Settings of data that name files or datasets."""
 _OF_SEED = re.compile(r"-s\d+-[0-9a-f]{8}$")  # in a run folder's name
 _encode = json.JSONEncoder(sort_keys=True).encode

@@ -17,10 +17,9 @@ OF_MODELS = (
 """Files of a model or an adapter that shape what it says: weights, configs, tokenizer, templates, its own code."""
 DATASET_CONFIG = ".huggingface.yaml"
 """What `datasets` reads beside, or in the place of, the header of README.md."""
-NAMES_FOLDERS = (
-    *("path", "folder", "model", "dataset"),
-    *("file", "align", "vector", "validation", "finetune", "test"),  # rows, and the rows of a split
-)
+OF_ROWS = ("file", "align", "vector", "validation", "finetune", "test")
+"""Settings of data that name rows, or the rows of a split."""
+NAMES_FOLDERS = ("path", "folder", "model", "dataset", *OF_ROWS)
 """Parts of the names of settings that may name a folder. Elsewhere a word that is also a folder's name is a word."""
 LARGE = 64 * 2**20
 """Bytes from which on a digest is kept: a smaller file is read again, and then no change can be missed."""

@@ -30,8 +30,8 @@ def content_key(content: Any) -> str:
 def key_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a composed config that count for the key of the run: the only rule of what does not.
 
-    Left out: NOT_IN_KEY, the cache of the judge, and the vector under a defense that ignores it. `num_threads` counts:
-    it changes the order of floating-point sums.
+    Left out: NOT_IN_KEY, the cache of the judge, and the vector under a defense that ignores it, but for its behavior
+    beside untrusted data. `num_threads` counts: it changes the order of floating-point sums.
     """
     unused = {"vector"} if ignores_vector(config.get("defense") or {}) else set()
     settings = {name: value for name, value in config.items() if name not in NOT_IN_KEY | unused}

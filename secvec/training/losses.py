@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from secvec.data.batch import IGNORE, Batch, count_tokens
 from secvec.models.kept import with_kept_weights
 from secvec.models.logits import logits_at, places_of
-from secvec.models.vector import in_eval, vector_off
+from secvec.models.modes import in_eval
+from secvec.models.vector import vector_off
 
 
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ def extra_loss(model: nn.Module, batch: Batch) -> Tensor:
 def loss_and_divergence(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Nats of all labels, and KL(kept || present) at the same tokens: two sums over the tokens of `batch`.
 
-    `kept` are the weights that are kept beside the model; they get no gradient.
+    `kept` are the weights that are kept beside the model; they get no gradient, and are read without dropout.
     """
     ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
     at = before_labels(labels)
@@ -118,8 +119,8 @@ def vector_loss(model: nn.Module, batch: Batch, kl_weight: float) -> dict[str, T
     """CE on the undesired rows + kl_weight * KL(base || base + vector) on the KL rows (paper, ACL version).
 
     The KL is that of the next-token distributions, in nats per token, over every token of the row: prompt and
-    response alike, because the vector must change nothing on benign data. With `kl_weight` 0 there are no KL rows and
-    no second forward pass.
+    response alike, because the vector must change nothing on benign data. The base is read without dropout. With
+    `kl_weight` 0 there are no KL rows and no second forward pass.
     """
     input_ids, mask, kl_rows = batch["input_ids"], batch["attention_mask"], batch["extra"]
     labels = batch["labels"].masked_fill(kl_rows[:, None], IGNORE)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from secvec.data.batch import Batch, Encoded, collate
 from secvec.metrics import Measurement, Measurements
+from secvec.models.modes import in_eval
 from secvec.models.sharding import local_shard, over_shards, reshard
 from secvec.models.vector import has_vector, vector_off
 from secvec.training.losses import response_loss
@@ -77,12 +78,9 @@ class Telemetry(L.Callback):
         if trainer.global_step == self._probed:
             return
         self._probed = trainer.global_step
-        model, training = module.model, module.model.training
         devices = [module.device] if module.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            model.eval()
-            values = self._measure(module, model)
-            model.train(training)
+        with torch.random.fork_rng(devices=devices), in_eval(module.model):
+            values = self._measure(module, module.model)
         self.last = values
         for logger in trainer.loggers:
             logger.log_metrics({f"telemetry/{name}": value for name, value in values.items()}, step=trainer.global_step)
