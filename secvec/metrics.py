@@ -191,10 +191,12 @@ def proportion(k: int, n: int) -> Measurement:
 
 
 def mean(values: Sequence[float]) -> Measurement:
-    """The mean with its normal interval."""
+    """The mean with its normal interval; without one where all values agree: it would have no width."""
     from scipy.stats import norm
 
     n = len(values)
+    if len(set(values)) == 1:
+        return Measurement(values[0], n=n)
     centre = sum(values) / n
     spread = sqrt(sum((v - centre) ** 2 for v in values) / max(1, n - 1) / n)
     half = float(norm.ppf(0.975)) * spread
@@ -202,12 +204,12 @@ def mean(values: Sequence[float]) -> Measurement:
 
 
 def bootstrap_mean(values: Sequence[float]) -> Measurement:
-    """The mean with its percentile bootstrap interval (10,000 resamples, seeded)."""
+    """The mean with its percentile bootstrap interval (10,000 resamples, seeded); without one as for `mean`."""
     import numpy as np
     from scipy.stats import bootstrap
 
     if len(set(values)) == 1:
-        return Measurement(values[0], values[0], values[0], len(values))
+        return Measurement(values[0], n=len(values))
     found = bootstrap(
         (np.asarray(values),), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(0)
     ).confidence_interval

@@ -398,6 +398,7 @@ def train(config: RunConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
         for name in wanted:
             began, stage = time.monotonic(), STAGES[name]
             with session.stage():
+                folder.drop_metrics(stage.measures)
                 stage.run(run)
                 if dist.is_initialized():
                     dist.barrier()  # the next stage reads what rank 0 has just written
@@ -406,7 +407,7 @@ def train(config: RunConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
                 folder.record.peak_bytes = _peak_bytes()
                 folder.record.stages.append(name)
                 folder.save()
-            shown = {n: m for n, m in folder.record.metrics.items() if n.startswith(stage.shown)}
+            shown = {n: m for n, m in folder.record.metrics.items() if n.startswith(stage.shown or stage.measures)}
             log.info("%s", metrics_table(f"{name}: {folder.path}", shown))
     log.info("record: %s", folder.path / "record.json")
     return folder.record.as_dict()
@@ -445,6 +446,7 @@ def evaluate(config: EvaluateConfig, overrides: Sequence[str] = ()) -> dict[str,
             run.evaluator().check(module, leaks=True)
             launch(config.trainer)
             result = run.evaluate(module, "after", leaks=True)
+        folder.record.metrics = {}  # of an earlier evaluation, which may have measured more
         run.save_results(result)
         folder.record.wall_seconds["evaluate"] = round(time.monotonic() - began, 3)
         folder.record.processes["evaluate"] = _processes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -113,7 +114,8 @@ def _turns(row: Mapping[str, Any], columns: Iterable[str], left_out: Counter[str
         )
     if system := row.get("system"):
         given = [{"role": "system", "content": system}, *given]
-    if row.get("weight") in (0, "0"):  # as in a turn; a csv has texts
+    weight = row.get("weight")
+    if weight == 0 or (isinstance(weight, str) and re.fullmatch(r"0+(\.0*)?", weight.strip())):  # a csv has texts
         used, given = used | {"weight"}, _untrained(given)
     if unused := row.keys() - used - {"system"}:
         left_out.update(f"keys {key!r}" for key in row if key in unused)

@@ -40,7 +40,17 @@ def generation_backend(
 
 
 def kept_result(path: Path, evaluate: Callable[[], EvaluationResult]) -> EvaluationResult:
-    """The result in `path`, evaluated first where there is none yet. Every process must call it."""
+    """The result in `path`, evaluated first where there is none yet. Every process must call it.
+
+    One with verdicts that could not be read is not kept: the judge may give them the next time.
+    """
+    result = _shared_result(path, evaluate)
+    if main_process() and any(row.get("verdict") == "unparsable" for row in result.predictions):
+        path.unlink(missing_ok=True)
+    return result
+
+
+def _shared_result(path: Path, evaluate: Callable[[], EvaluationResult]) -> EvaluationResult:
     if not dist.is_initialized():
         return _read(cached(path, lambda out: _write(out, evaluate())))
     box: list[Any] = [_read(path) if main_process() and path.is_file() else None]

@@ -21,7 +21,7 @@ from secvec.data.batch import IGNORE, Encoded, collate
 from secvec.data.encode import encode
 from secvec.data.example import Example
 from secvec.data.tokens import encoded
-from secvec.errors import ArtifactError
+from secvec.errors import ArtifactError, DataError
 from secvec.evaluation.losses import response_nll
 from secvec.evaluation.prediction import predict
 from secvec.models.backbone import fingerprint
@@ -104,7 +104,7 @@ def scan(
         cache: where the tokens of large data are kept; None: in memory.
 
     Raises:
-        DataError: for a row that the model does not take.
+        DataError: for a row that the model does not take, or whose loss is no number.
     """
     tokenizer, context = module.backbone.tokenizer, module.backbone.context
     rows = encoded(examples, tokenizer, context, cache) if cache else encode(examples, tokenizer, context)
@@ -113,7 +113,14 @@ def scan(
     chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     batches = [ScanBatch(chunk, [rows[i] for i in chunk], window) for chunk in chunks[rank::world]]
     (found,) = predict(module, [batches], trainer or ONE_DEVICE, "scan")
-    return [score for _, score in sorted(found, key=lambda pair: pair[0])]
+    scores: list[RowScore] = [score for _, score in sorted(found, key=lambda pair: pair[0])]
+    for example, score in zip(examples, scores, strict=True):
+        if not np.isfinite(score.scores).all():  # it would pass as a row that is not flagged
+            raise DataError(
+                f"{example.source or example.kind}: the loss of the response is no number, so it has no score; give "
+                "trainer.precision=32-true, or remove the row"
+            )
+    return scores
 
 
 def _row_score(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from scipy.stats import rankdata
@@ -149,6 +151,18 @@ class ScanResult:
             return self.settings.threshold
         return limit(self.benign or self.own("benign"), self.settings.quantile)
 
+    @property
+    def by_chance(self) -> float:
+        """The share of benign rows above a threshold that `scan.quantile` sets.
+
+        A row counts by the highest of its answers, and the vector's own scores are those of single answers.
+        """
+        quantile = self.settings.quantile
+        if self.benign:
+            return 1 - quantile
+        answers = Counter(example.source for example in self.file.examples if example.source in self.best)
+        return 1 - fmean(quantile**number for number in answers.values())
+
     def score(self, place: str) -> float:
         """The score of a row."""
         return self.best[place][0].score(self.settings.window)
@@ -204,6 +218,7 @@ class ScanResult:
             "threshold": most,
             "own": {kind: self.own(kind) for kind in ("undesired", "benign")},
             "known_benign": self.benign,
+            "flagged_by_chance": self.by_chance,
             "metrics": {name: asdict(value) for name, value in self.metrics().items()},
             "shown": [self._shown(place) for place in shown],
         }
@@ -268,7 +283,7 @@ def _labels(file: str, settings: ScanSettings) -> dict[str, bool]:
     columns: set[str] = set()
     for place, row in rows_of(file):
         columns |= row.keys()
-        if (value := row.get(settings.label)) is not None:
+        if (value := row.get(settings.label)) not in (None, ""):  # a csv has no null
             values[place] = value
     labels = {place: value in settings.undesired for place, value in values.items()}
     if not values:

@@ -2,13 +2,13 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from secvec.metrics import OF_RUN, VECTOR_ONLY, metric_of, qualified
+from secvec.metrics import OF_RUN, VECTOR_ONLY, metric_of, proportion, qualified
 from secvec.report.estimate import Estimate, estimate
 from secvec.report.records import Run
 from secvec.runs.content import OF_ROWS
@@ -20,8 +20,8 @@ _IGNORED = re.compile(
     r"|out(put)?s?|output_.*|logg(er|ers|ing)|wandb|tensorboard|tracking|telemetry|sweep|overwrite|resume|force|num_(workers|threads)"
 )
 _DATA = ("behavior", "data", "vector")
-_FILES = (*OF_ROWS, "test_file", "kl_file", "local_path", "path")
-"""Settings of data that name files or datasets."""
+_FILES = (*OF_ROWS, "test_file", "kl_file", "local_path", "path", "data_dir")
+"""Settings of data that name files, or datasets and parts of them."""
 _OF_SEED = re.compile(r"-s\d+-[0-9a-f]{8}$")  # in a run folder's name
 _encode = json.JSONEncoder(sort_keys=True).encode
 WITH_VECTOR = ("vector_on", "vector_off", "active")
@@ -32,13 +32,15 @@ _FIELDS = ("behavior", "model", "tune")
 class Group:
     """A column of the tables: the runs whose metrics under `phase` are averaged ("base" or "after").
 
-    `values` are JSON texts, one for each of the comparison's keys; "" where the runs have no such setting.
+    `settings` are those that the runs share. `values` are the ones of the comparison's keys; "" where the runs have no
+    such setting. All are JSON texts.
     """
 
     label: str
     runs: tuple[Run, ...]
     phase: str = "after"
     values: tuple[str, ...] = ()
+    settings: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     _estimates: dict[tuple[str, str], Estimate | None] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -54,7 +56,7 @@ class Group:
     @cached_property
     def setting(self) -> dict[str, str]:
         """All that the group's runs share besides the defense."""
-        return {key: value for key, value in _settings(self.runs[0]).items() if key.split(".")[0] != "defense"}
+        return {key: value for key, value in self.settings.items() if key.split(".")[0] != "defense"}
 
     @property
     def without_vector(self) -> dict[str, str]:
@@ -81,6 +83,10 @@ class Group:
         key = qualified(phase, name)
         metric = metric_of(name)
         pairs = [(run.seed, found) for run in self.runs if (found := run.measurement(key))]
+        if pairs and name == "unparsable_rate":  # runs without such a verdict record no rate of them
+            others = [run for run in self.runs if not run.measurement(key)]
+            asked = [(run.seed, run.measurement(qualified(phase, "behavior_rate"))) for run in others]
+            pairs += [(seed, proportion(0, found.n)) for seed, found in asked if found]
         return estimate(pairs, metric) if metric else None
 
 
@@ -103,15 +109,17 @@ class Comparison:
         return list(dict.fromkeys(group.defense for group in self.groups))
 
     def floor(self, group: Group) -> Estimate | None:
-        """Behavior loss that fine-tuning without a defense reaches on the same behavior and model, nats/token."""
-        runs = tuple(r for g in self.groups if g.defense == "none" and g.scope == group.scope for r in g.runs)
-        return Group("floor", runs).estimate("behavior_loss") if runs else None
+        """Behavior loss that fine-tuning without a defense reaches under the settings of `group`, nats/token."""
+        same = [g for g in self.groups if g.defense == "none" and g.without_vector == group.without_vector]
+        return same[0].estimate("behavior_loss") if same else None
 
 
 def compare(runs: Iterable[Run]) -> Comparison:
     """Group the completed runs; failed ones are left out."""
     done = [run for run in runs if run.completed]
     settings = {id(run): _settings(run) for run in done}
+    _tell_files_apart(done, settings)
+    _tell_vectors_apart(done, settings)
     keys = _telling_keys(done, settings)
     names = {key: key.rsplit(".", 1)[-1] for key in keys}
     short = {key: name if list(names.values()).count(name) == 1 else key for key, name in names.items()}
@@ -123,7 +131,8 @@ def compare(runs: Iterable[Run]) -> Comparison:
     groups = []
     for part in order:
         settings_shown = [f"{short[key]}={plain(value)}" for key, value in zip(keys, part[1:], strict=True) if value]
-        groups.append(Group(" · ".join([part[0], *settings_shown]), tuple(parts[part]), values=part[1:]))
+        label, of = " · ".join([part[0], *settings_shown]), parts[part]
+        groups.append(Group(label, tuple(of), values=part[1:], settings=settings[id(of[0])]))
 
     scopes = list(dict.fromkeys(group.scope for group in groups))
     varying = [i for i in range(2) if len({scope[i] for scope in scopes}) > 1]
@@ -174,8 +183,8 @@ def _settings(run: Run) -> dict[str, str]:
                 flat[key] = json.dumps(_vector_of(value))
             elif key == "vector" and ignores_vector(run.record.config.get("defense") or {}):
                 continue  # the settings of a vector that the defense does not use
-            elif key.split(".")[0] in _DATA and name in _FILES and isinstance(value, str):
-                flat[key] = json.dumps(Path(value).name)  # other rows; the same file may lie elsewhere
+            elif _is_file(key) and isinstance(value, str):
+                flat[key] = json.dumps(value)
             elif key == "seed" or _ignored(name):  # another seed (model.align.seed) makes another configuration
                 continue
             elif isinstance(value, Mapping) and value:
@@ -185,6 +194,50 @@ def _settings(run: Run) -> dict[str, str]:
 
     walk(run.record.config, "")
     return flat
+
+
+def _is_file(key: str) -> bool:
+    parts = key.split(".")
+    return parts[0] in _DATA and parts[-1] in _FILES and key != "vector.path"
+
+
+def _tell_files_apart(runs: Sequence[Run], settings: Mapping[int, dict[str, str]]) -> None:
+    """Names files in `settings` by the end of their paths: by as much as tells those apart that hold other rows.
+
+    The same file may lie elsewhere: its rows in the records then have the same digests.
+    """
+    for key in {key for of_run in settings.values() for key in of_run if _is_file(key)}:
+        rows: dict[str, set[str]] = {}  # of each path, the digests of the runs
+        for run in runs:
+            if isinstance(path := json.loads(settings[id(run)].get(key, "null")), str):
+                rows.setdefault(path, set()).add(_encode(run.record.data.sha256))
+        first: dict[str, str] = {}  # of each path, one that holds the same
+        for path, found in rows.items():
+            others = [other for other in first.values() if Path(other).name == Path(path).name]
+            first[path] = next((other for other in others if rows[other] & found), path)
+        for run in runs:
+            if (path := json.loads(settings[id(run)].get(key, "null"))) in first:
+                settings[id(run)][key] = json.dumps(_end_of(first[path], set(first.values())))
+
+
+def _end_of(path: str, paths: Set[str]) -> str:
+    """The last parts of `path`, as many as no other of `paths` ends with."""
+    parts = Path(path).parts
+    ends = (parts[-length:] for length in range(1, len(parts)))
+    alone = (end for end in ends if sum(Path(other).parts[-len(end) :] == end for other in paths) == 1)
+    return "/".join(next(alone, ())) or path
+
+
+def _tell_vectors_apart(runs: Sequence[Run], settings: Mapping[int, dict[str, str]]) -> None:
+    """Names vectors by their whole paths where runs of one seed and the same settings took over different ones."""
+    taken: dict[Any, dict[int, set[str | None]]] = {}  # by all settings and by seed, the paths
+    whole = {id(run): (run.record.config.get("vector") or {}).get("path") for run in runs}
+    place = {id(run): (run.defense, frozenset(settings[id(run)].items())) for run in runs}
+    for run in runs:
+        taken.setdefault(place[id(run)], {}).setdefault(run.seed, set()).add(whole[id(run)])
+    for run in runs:
+        if "vector.path" in settings[id(run)] and any(len(of) > 1 for of in taken[place[id(run)]].values()):
+            settings[id(run)]["vector.path"] = json.dumps(whole[id(run)])
 
 
 def _vector_of(path: str) -> str:

@@ -57,6 +57,8 @@ def warnings(runs: Sequence[Run], comparison: Comparison) -> list[str]:
         found.append(f"The groups do not have the same seeds ({each}).")
     if seeds and max(map(len, seeds.values())) == 1:
         found.append("One seed only: the intervals tell of the prompts drawn, not of the spread between trainings.")
+    wrong = [(run, name) for run in done for name in run.record.metrics if not run.measurement(name)]
+    found += several([f"{run.name}: {name} is no number, and its mean leaves it out." for run, name in wrong], 8)
     bare = [run for run in done if not run.has("after/")]
     lines = [f"{run.name} has no metrics after fine-tuning (stage: {run.record.stage})." for run in bare]
     return found + several(lines, 8)

@@ -87,7 +87,7 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
         paths.update(dict.fromkeys(found))
     if not paths:
         raise DataError(f"no directory given; {RUN_FOLDER}")
-    runs = [run for path in paths for run in _load(path)]
+    runs = [run for path in paths for run in load_records(path)]
     return sorted(runs, key=lambda run: (run.defense, run.seed, run.name, str(run.folder)))
 
 
@@ -96,7 +96,8 @@ def kept_reports(folder: Path) -> list[Path]:
     return [] if any(folder.rglob(FILE)) else sorted(path.resolve() for path in folder.rglob("report.json"))
 
 
-def _load(path: Path) -> list[Run]:
+def load_records(path: Path) -> list[Run]:
+    """The run of a record.json, or those of a report.json. Raises DataError."""
     if path.name == FILE:
         return [Run(Record.read(path), path.parent)]
     records = read_json(path)

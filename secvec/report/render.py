@@ -1,9 +1,11 @@
 """From run folders to report.html, report.md, report.csv and report.json."""
 
 import base64
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ from secvec.report.axes import MOST_PANELS, Sweep, sweep
 from secvec.report.groups import Comparison, compare
 from secvec.report.paired import paired_table
 from secvec.report.provenance import failures, provenance, sentence, several, warnings
-from secvec.report.records import Curves, Run, kept_reports, load_curves, load_runs
+from secvec.report.records import Curves, Run, kept_reports, load_curves, load_records, load_runs
 from secvec.report.samples import SHOWN, sample_sets
 from secvec.report.style import SERIES, inline_svg
 from secvec.report.tables import Table, leak_table, main_table, mechanism_table, run_table
 from secvec.report.worst import focus, worst_table
 from secvec.runs.files import write_atomic
+
+log = logging.getLogger(__name__)
 
 READING = (
     "Mean over seeds with its 95 % interval (Student t over the seeds' means), then seeds × prompts. ↓ lower and "
@@ -76,12 +80,28 @@ def read(dirs: Sequence[Path], to: Path | None = None) -> Report:
 def write(report: Report) -> Path:
     """Write the four files; the path of report.html."""
     page = _page(report)
+    _keep_lost_records(report)
     write_atomic(report.root / "report.json", _records(report.runs))
     write_atomic(report.root / "report.csv", exports.runs_csv(report.runs, report.comparison, report.root))
     write_atomic(report.root / "report.md", markdown.render(page))
     path = report.root / "report.html"
     write_atomic(path, _html(page, report))
     return path
+
+
+def _keep_lost_records(report: Report) -> None:
+    """Renames report.json where it has the only copy of records: their runs are gone, and it will be written anew."""
+    old = report.root / "report.json"
+    try:
+        kept = load_records(old) if old.is_file() else []
+    except DataError:  # not one of ours
+        kept = []
+    there = {(run.record.key, run.name, run.seed) for run in report.runs}
+    lost = sum(run.completed and (run.record.key, run.name, run.seed) not in there for run in kept)
+    if lost:
+        free = next(path for n in count(1) if not (path := old.with_name(f"report.{n}.json")).exists())
+        old.rename(free)
+        log.warning("%s has %d records of runs that are gone: it is now %s", old, lost, free)
 
 
 def save_figures(report: Report, folder: Path) -> list[Path]:
@@ -109,7 +129,7 @@ def _tables(comparison: Comparison, shown: Comparison) -> dict[str, Table]:
         "worst": worst_table(comparison),
         "paired": paired_table(comparison),
         "leaks": leak_table(shown),
-        "mechanism": mechanism_table(shown),
+        "mechanism": mechanism_table(shown, comparison),
     }
 
 

@@ -56,10 +56,13 @@ def write(folder: Path) -> Path:
 
 def reading(scan: Mapping[str, Any]) -> str:
     """What the flagged share says of the file, and what it does not."""
-    share, by_chance = scan["metrics"]["scan/flagged_share"], 1 - scan["quantile"]
+    share = scan["metrics"]["scan/flagged_share"]
+    by_chance = scan.get("flagged_by_chance", 1 - scan["quantile"])
     rows = f"{share['value']:.1%} of {share['n']:,} rows are above the threshold"
     if scan["given_threshold"] is None:
         rows += f"; about {by_chance:.1%} of benign rows are, by its choice"
+        if by_chance > 1.001 - scan["quantile"]:
+            rows += " (a row counts by the highest of its answers; rows in scan.benign_file are read in the same way)"
     if share["value"] <= CLEAN * by_chance:
         return (
             f"{rows}. So there is nearly nothing for this vector to do here: either the file is clean of its behavior, "

@@ -175,8 +175,8 @@ def _ways(comparison: Comparison, kind: str, mark: bool = False) -> list[Row]:
     return rows
 
 
-def mechanism_table(comparison: Comparison) -> Table:
-    """What the vector does while it is on; columns are the groups."""
+def mechanism_table(comparison: Comparison, whole: Comparison) -> Table:
+    """What the vector does while it is on; columns are the groups of `comparison`, a part of `whole`."""
     groups, loss = comparison.groups, "behavior_loss"
     base = {base.scope: base.estimate(loss) for base in comparison.bases}
 
@@ -188,7 +188,7 @@ def mechanism_table(comparison: Comparison) -> Table:
         (loss, "Base model", "before anything is trained", [base[group.scope] for group in groups]),
         (loss, "Vector on", "after the vector stage, before fine-tuning", of(loss, "vector_on")),
         (loss, "Vector off", "the same moment without the vector: should equal the base", of(loss, "vector_off")),
-        (loss, "Floor", "what direct fine-tuning without a defense reaches", list(map(comparison.floor, groups))),
+        (loss, "Floor", "what the same fine-tuning without a defense reaches", list(map(whole.floor, groups))),
         (loss, "Fine-tuned, vector on", "after fine-tuning", of(loss, "active")),
         (loss, "Fine-tuned, vector off", "after fine-tuning, as deployed", of(loss)),
     ]

@@ -60,6 +60,11 @@ class RunFolder:
             shutil.rmtree(self.path / name, ignore_errors=True)
         self.save()
 
+    def drop_metrics(self, prefixes: Sequence[str]) -> None:
+        """Drops the metrics that begin with one of `prefixes`: another evaluation need not measure all of them."""
+        metrics = self.record.metrics
+        self.record.metrics = {name: metrics[name] for name in metrics if not name.startswith(tuple(prefixes))}
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """Holds the lock, writes the record's end: `completed`, or `failed` with the error."""

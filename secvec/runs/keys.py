@@ -30,7 +30,7 @@ def content_key(content: Any) -> str:
 def key_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a composed config that count for the key of the run: the only rule of what does not.
 
-    Left out: NOT_IN_KEY, the cache of the judge, and the vector under a defense that ignores it, but for its behavior
+    Left out: NOT_IN_KEY, the caches of the judges, and the vector under a defense that ignores it, but for its behavior
     beside untrusted data. `num_threads` counts: it changes the order of floating-point sums.
     """
     unused = {"vector"} if ignores_vector(config.get("defense") or {}) else set()
@@ -39,8 +39,9 @@ def key_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     streams = (config.get("data") or {}).get("benign") or {}
     if unused and behavior and any(stream and stream.get("kind") == "untrusted" for stream in streams.values()):
         settings["vector"] = {"behavior": behavior}  # its prompts are left out of the untrusted test rows
-    if isinstance(judge := settings.get("judge"), Mapping):
-        settings["judge"] = {name: value for name, value in judge.items() if name != "cache"}
+    for role in ("judge", "answer_judge"):
+        if isinstance(judge := settings.get(role), Mapping):
+            settings[role] = {name: value for name, value in judge.items() if name != "cache"}
     return settings
 
 

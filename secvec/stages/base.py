@@ -56,8 +56,10 @@ class Stage(ABC):
     """The setting that is its learning rate, for messages."""
     artifacts: ClassVar[tuple[str, ...]] = ()
     """What it leaves in the run folder; removed before the stage runs again."""
-    shown: ClassVar[tuple[str, ...]]
-    """Prefixes of the metrics in the table at its end."""
+    measures: ClassVar[tuple[str, ...]]
+    """Prefixes of its metrics; those of an earlier try go before the stage runs."""
+    shown: ClassVar[tuple[str, ...]] = ()
+    """Prefixes of the metrics in the table at its end; those that it measures if it names none."""
 
     def check_vector(self, vector: VectorLora | Mapping[str, Any] | str | Path | None) -> VectorLora | Path | None:
         """The `vector` argument of the module as this stage needs it. Raises ValueError and ArtifactError."""

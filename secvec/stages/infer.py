@@ -30,6 +30,7 @@ class InferStage(Stage):
     """Trains nothing: answers prompts, with the vector of the module if it has one."""
 
     name = "infer"
+    measures = ("base/", "after/", "active/", "deactivation_gap")
     shown = ("",)
 
     def part(self, module: SecVecModule) -> None:

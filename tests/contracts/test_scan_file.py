@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from secvec.config.load import load
 from secvec.config.schema import EvaluateConfig, RunConfig
 from secvec.data.embedded import Ordinary
 from secvec.errors import SecVecError
+from secvec.evaluation.scan import RowScore
 from secvec.evaluation.scan_file import rows
 from secvec.run import evaluate, train
 
@@ -220,3 +222,28 @@ def test_a_benign_conversation_counts_by_its_worst_answer_too(scan: Scan, tmp_pa
     scores = [row["score"] for row in read(tmp_path / "scanned" / "scores.jsonl")]
     threshold = json.loads((tmp_path / "scanned" / "scan.json").read_text())["threshold"]
     assert len(scores) == 5 and threshold == pytest.approx(sorted(scores)[2], abs=1e-3)
+
+
+def test_a_conversation_has_more_answers_to_be_flagged_by(scan: Scan, tmp_path: Path) -> None:
+    """The vector's own scores are of single answers, so the page must not promise 1 % of conversations."""
+    rows = Ordinary().examples("test", 16, 0)
+    turns = [[{"role": "user", "content": row.prompt}, {"role": "assistant", "content": row.response}] for row in rows]
+    chats = [json.dumps({"messages": [turn for some in turns[i::2] for turn in some]}) for i in range(2)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(chats))
+    scan(file="chats.jsonl")
+    found = json.loads((tmp_path / "scanned" / "scan.json").read_text())
+    assert found["flagged_by_chance"] == pytest.approx(1 - 0.99**8)
+    assert "about 7.7% of benign rows are" in (tmp_path / "scanned" / "scan.html").read_text()
+
+
+def test_a_score_that_is_no_number_is_refused(scan: Scan, lines: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is above no threshold, so the row would pass as one that is not flagged."""
+    monkeypatch.setattr("secvec.evaluation.scan._row_score", lambda *_: RowScore((math.nan,) * 6, 1.0, 1.0, "", 0))
+    with pytest.raises(SecVecError, match=r"mine\.jsonl:\d+: the loss of the response is no number"):
+        scan()
+
+
+def test_an_empty_cell_is_no_label(scan: Scan, tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text("prompt,response,bad\na,b,true\nc,d,\ne,f,false\n")
+    record = scan("scan.label=bad", "scan.undesired=['true']", file="mine.csv")
+    assert record["metrics"]["scan/auroc"]["n"] == 2

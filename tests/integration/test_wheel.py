@@ -35,16 +35,17 @@ def command(tmp_path: Path) -> Command:
         copy(ROOT / name, tmp_path / "source" / name)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     offline = ["--no-deps", "--no-index"]
-    run(*pip, "wheel", *offline, "--no-build-isolation", "-w", tmp_path, tmp_path / "source")
+    # with the sources on PYTHONPATH, pip would find the package there, and install nothing
+    around = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run(*pip, "wheel", *offline, "--no-build-isolation", "-w", tmp_path, tmp_path / "source", env=around)
     (wheel,) = tmp_path.glob("secvec-*.whl")
     bare = tmp_path / "bare"
     venv.create(bare, symlinks=True)
-    run(*pip, "--python", bare / "bin" / "python", "install", *offline, wheel)
+    run(*pip, "--python", bare / "bin" / "python", "install", *offline, wheel, env=around)
     (packages,) = bare.glob("lib/python*/site-packages")
     # a .pth file in the folder that this one names is not read: the editable install of the tests stays out of sight
     (packages / "dependencies.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
     (tmp_path / "empty").mkdir()
-    around = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
     def call(name: str, *given: str) -> str:
         how = {"cwd": tmp_path / "empty", "env": around | {"OMP_NUM_THREADS": "1"}, "timeout": 300}

@@ -19,7 +19,10 @@ from secvec.data.prompts import Question
 from secvec.errors import ArtifactError
 from secvec.evaluation import generation
 from secvec.evaluation.answer_cache import KeptAnswers
+from secvec.evaluation.backends import kept_result
 from secvec.evaluation.generation import GenerationBackend
+from secvec.evaluation.verdicts import EvaluationResult
+from secvec.metrics import Measurement
 from secvec.models.backbone import Backbone
 from secvec.models.tiny import build_tiny
 from secvec.models.vector import attach_new_vector, save_adapter
@@ -27,6 +30,7 @@ from secvec.module import SecVecModule
 from secvec.runs.folder import ANSWERS, RunFolder
 from secvec.runs.record import Record
 from secvec.settings.schema import EvaluationSettings, LoraSettings
+from secvec.stages import STAGES
 from secvec.stages.infer import _can_be_read
 
 SETTINGS = EvaluationSettings(num_prompts=8, batch_size=3, max_new_tokens=6, num_leak_prompts=0)
@@ -206,3 +210,24 @@ def test_an_answer_that_fills_the_context_is_no_row(world: tuple[Any, Any]) -> N
     answered = SecVecModule("infer", with_context)
     taken = [_can_be_read(replace(asked, response="word " * n), answered) for n in range(1, 40)]
     assert taken[0] and not taken[-1] and sorted(taken, reverse=True) == taken
+
+
+def test_verdicts_that_could_not_be_read_are_not_kept(tmp_path: Path) -> None:
+    """The judge may give them the next time; the base's are shared by all later runs."""
+    verdicts = iter(["unparsable", "behavior", "never asked"])
+
+    def evaluate() -> EvaluationResult:
+        return EvaluationResult({}, [{"phase": "base", "verdict": next(verdicts)}])
+
+    path = tmp_path / "base.json"
+    found = [kept_result(path, evaluate).predictions[0]["verdict"] for _ in range(3)]
+    assert found == ["unparsable", "behavior", "behavior"]
+
+
+def test_metrics_of_an_earlier_try_go(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", Record(key="key"))
+    folder.record.metrics = {
+        name: Measurement(0.3) for name in ("after/unparsable_rate", "gate/behavior_rate", "drift")
+    }
+    folder.drop_metrics(STAGES["infer"].measures)
+    assert sorted(folder.record.metrics) == ["drift", "gate/behavior_rate"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up_runs import edit, write_run, write_sweep
+from made_up_runs import edit, metric, write_run, write_sweep
 
 from secvec.report import write_report
 from secvec.report.__main__ import main
@@ -103,6 +103,58 @@ def test_a_vector_taken_over_is_a_setting_but_not_its_seed(tmp_path: Path) -> No
     assert found.keys == ("vector.path",) and [len(group.runs) for group in found.groups] == [2, 2]
     (axis,) = axes(found)
     assert [axis.text(value) for value in axis.values] == ["…uppercase-tiny", "…wrong_fact-tiny"]
+
+
+def test_vectors_of_one_seed_are_told_apart(tmp_path: Path) -> None:
+    """Their runs' names hold no settings; without their keys, two ranks would be one column."""
+    for key in ("0123abcd", "89efcdab"):
+        for seed in range(2):
+            path = f"outputs/security_vector-x-tiny-s{seed}-{key[seed:]}{key[:seed]}/vector"
+            edit(write_run(tmp_path / key, "security_vector", seed), config={"vector": {"path": path}})
+    assert [len(group.runs) for group in compare(load_runs([tmp_path])).groups] == [1, 1, 1, 1]
+    shutil.rmtree(tmp_path / "0123abcd")
+    assert [len(group.runs) for group in compare(load_runs([tmp_path])).groups] == [2]
+
+
+@pytest.mark.parametrize(
+    ("key", "names", "shown"),
+    [
+        ("data.file", ("/d/legal/train.jsonl", "/d/medical/train.jsonl"), ("legal/train.jsonl", "medical/train.jsonl")),
+        ("data.benign.chat.path", ("tatsu-lab/alpaca", "yahma/alpaca"), ("tatsu-lab/alpaca", "yahma/alpaca")),
+        ("behavior.data_dir", ("harmless-base", "red-team-attempts"), ("harmless-base", "red-team-attempts")),
+        ("data.file", ("a.jsonl", "sub/a.jsonl"), ("a.jsonl", "sub/a.jsonl")),
+    ],
+)
+def test_other_rows_are_another_column(
+    tmp_path: Path, key: str, names: tuple[str, str], shown: tuple[str, str]
+) -> None:
+    for number, name in enumerate(names):
+        value: Any = name
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        for seed in range(2):
+            folder = write_run(tmp_path / str(number), "none", seed)
+            edit(folder, config=value, data={"sha256": {"finetune": f"{number}{seed}"}, "counts": {}})
+    found = compare(load_runs([tmp_path]))
+    assert [json.loads(group.values[0]) for group in found.groups] == list(shown)
+
+
+def test_the_same_rows_may_lie_elsewhere(tmp_path: Path) -> None:
+    for place in ("here", "there"):
+        folder = write_run(tmp_path / place, "none", 0)
+        edit(folder, config={"data": {"file": f"/{place}/mine.jsonl"}}, data={"sha256": {"finetune": "ff"}})
+    assert len(compare(load_runs([tmp_path])).groups) == 1
+
+
+def test_the_floor_is_that_of_the_same_settings(tmp_path: Path) -> None:
+    write_sweep(tmp_path, {"data.num_harmful": [10, 1000]})
+    for folder in tmp_path.glob("none-*"):
+        record = json.loads((folder / "record.json").read_text())
+        loss = 2.0 if record["config"]["data"]["num_harmful"] == 10 else 0.05
+        edit(folder, metrics=record["metrics"] | {"after/behavior_loss": metric(loss)})
+    found = compare(load_runs([tmp_path]))
+    floors = {group.label: floor.mean for group in found.groups if (floor := found.floor(group))}
+    assert floors["security_vector · num_harmful=10"] == 2.0 and floors["security_vector · num_harmful=1000"] == 0.05
 
 
 def test_whole_numbers_are_written_whole(tmp_path: Path) -> None:

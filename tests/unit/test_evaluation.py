@@ -17,7 +17,7 @@ from secvec.data.encode import render
 from secvec.data.example import Example
 from secvec.errors import DataError
 from secvec.evaluation.verdicts import deactivation_gap
-from secvec.metrics import Measurement, mean, proportion, rates
+from secvec.metrics import Measurement, bootstrap_mean, mean, proportion, rates
 from secvec.models.tiny import CONTEXT, build_tiny
 from secvec.settings.schema import EvaluationSettings
 
@@ -59,7 +59,12 @@ def test_a_mean_has_the_normal_interval() -> None:
     half = Z * sqrt(sum((v - 4) ** 2 for v in values) / 3) / 2
     assert (found.value, found.n) == (4.0, 4)
     assert (found.ci_low, found.ci_high) == (pytest.approx(4 - half), pytest.approx(4 + half))
-    assert mean([5.0]) == Measurement(5.0, 5.0, 5.0, 1)
+
+
+@pytest.mark.parametrize("values", [[5.0], [0.0] * 20])
+def test_values_that_agree_have_no_interval(values: list[float]) -> None:
+    """One without width would claim to be certain, from however few prompts."""
+    assert mean(values) == bootstrap_mean(values) == Measurement(values[0], None, None, len(values))
 
 
 def test_the_deactivation_gap_is_paired() -> None:
@@ -72,7 +77,7 @@ def test_the_deactivation_gap_is_paired() -> None:
     half = Z * sqrt((0.75**2 + 3 * 0.25**2) / 3 / 4)
     assert found.ci_high - found.value == pytest.approx(half)
     same = deactivation_gap(active, active)["deactivation_gap"]
-    assert (same.value, same.ci_low, same.ci_high) == (0.0, 0.0, 0.0)
+    assert (same.value, same.ci_low, same.ci_high) == (0.0, None, None)
     assert deactivation_gap(noise, noise) == {}
     with pytest.raises(ValueError):
         deactivation_gap(active, after[:3])

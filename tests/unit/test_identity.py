@@ -150,3 +150,13 @@ def test_a_large_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch:
     file.write_text("two")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the same size and time of change
     assert file_digest(file, keep) != first and len(reads) == 2
+
+
+@pytest.mark.parametrize("role", ["judge", "answer_judge"])
+def test_what_a_judge_has_judged_is_no_setting(tmp_path: Path, role: str) -> None:
+    """Its cache grows with every run, which then would be found by no later one."""
+    cache = tmp_path / "judgements.sqlite"
+    settings = {role: {"name": "correctness", "cache": str(cache)}}
+    before = run_key(settings)
+    cache.write_bytes(b"1")
+    assert run_key(settings) == before != run_key({role: {"name": "other", "cache": str(cache)}})

@@ -181,6 +181,12 @@ def test_a_row_of_weight_0_is_never_trained_and_another_weight_is_told(
     assert "2 rows whose answers all have" in caplog.text and "2 keys 'weight'" in caplog.text
 
 
+@pytest.mark.parametrize("zero", ["0", "0.0", " 0 ", "00.00"])
+def test_a_weight_of_a_csv_is_text(tmp_path: Path, zero: str) -> None:
+    (tmp_path / "mine.csv").write_text(f"prompt,response,weight\na,b,1.0\nc,d,{zero}\n")
+    assert [example.prompt for example in read_rows(str(tmp_path / "mine.csv"), "task")] == ["a"]
+
+
 def test_turns_of_a_prompt_are_context(write: Callable[..., Path]) -> None:
     """TRL's prompt and completion: an answer within the prompt is an example, and trained by nobody."""
     row = {"prompt": TURNS[:3], "completion": [turn("assistant", "d")]}

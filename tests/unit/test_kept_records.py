@@ -104,3 +104,13 @@ def test_the_table_of_a_benchmark_says_what_its_records_say(name: str, monkeypat
     script = runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"))
     made = script["table"](json.loads(script["RECORDS"].read_text(encoding="utf-8")))
     assert made.startswith("| ") and f"-->\n\n{made}\n\n<!-- end" in script["PAGE"].read_text(encoding="utf-8")
+
+
+def test_the_only_copy_of_records_is_never_overwritten(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As when a job is added to a sweep whose other runs were cleaned up: the multirun writes its report by itself."""
+    before = (kept / "report.json").read_text()
+    write_run(kept, "none", 7)
+    for _ in range(2):
+        assert main([str(kept)]) == 0
+    assert (kept / "report.1.json").read_text() == before and not (kept / "report.2.json").exists()
+    assert len(json.loads((kept / "report.json").read_text())) == 1

@@ -24,6 +24,7 @@ from secvec.report.estimate import best_of, estimate
 from secvec.report.figures.curves import rates_figure
 from secvec.report.figures.headline import headline_figure
 from secvec.report.groups import compare
+from secvec.report.provenance import warnings
 from secvec.report.records import Run, load_curves, load_predictions, load_runs
 from secvec.runs.excerpt import shorten
 
@@ -418,3 +419,21 @@ assert not heavy, heavy
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith(str(root / "report.html"))
     assert "Behavior rate" in done.stdout
+
+
+def test_runs_without_an_unparsable_verdict_count_in_its_rate(root: Path) -> None:
+    """They record no such rate; the mean would be that of the runs with one alone."""
+    folder = next(root.glob("none-s0"))
+    metrics = json.loads((folder / "record.json").read_text())["metrics"]
+    edit(folder, metrics=metrics | {"after/unparsable_rate": metric(0.3)})
+    found = compare(load_runs([root])).groups[0].estimate("unparsable_rate")
+    assert found is not None and found.mean == pytest.approx(0.1) and len(found.by_seed) == 3
+    assert compare(load_runs([root])).groups[1].estimate("unparsable_rate") is None
+
+
+def test_a_value_that_is_no_number_is_told(root: Path) -> None:
+    folder = next(root.glob("none-s0"))
+    metrics = json.loads((folder / "record.json").read_text())["metrics"]
+    edit(folder, metrics=metrics | {"after/perplexity": metric(math.nan)})
+    runs = load_runs([root])
+    assert f"{folder.name}: after/perplexity is no number, and its mean leaves it out." in warnings(runs, compare(runs))
