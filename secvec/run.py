@@ -18,7 +18,6 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from secvec.behaviors.base import Behavior
@@ -31,7 +30,7 @@ from secvec.data.encode import trouble
 from secvec.data.example import Example
 from secvec.data.prompts import question
 from secvec.defenses.base import Defense, Preparation
-from secvec.errors import ConfigError, DataError
+from secvec.errors import ArtifactError, ConfigError, DataError
 from secvec.evaluation.backends import generation_backend, kept_result
 from secvec.evaluation.evaluator import Evaluator
 from secvec.evaluation.leak_probes import read_context
@@ -43,7 +42,7 @@ from secvec.evaluation.verdicts import EvaluationResult
 from secvec.evaluation.vllm import backend_info
 from secvec.metrics import Measurements
 from secvec.models.backbone import Backbone, LedgerRow
-from secvec.models.vector import vector_info
+from secvec.models.vector import check_adapter, vector_info
 from secvec.module import SecVecModule
 from secvec.planning.table import plan
 from secvec.report import scan_page
@@ -59,7 +58,6 @@ from secvec.settings.trainer import TrainerSettings
 from secvec.stages import STAGES
 from secvec.stages.align import starting_model
 from secvec.stages.base import training_key
-from secvec.stages.vector import saved_vector
 from secvec.tracking.base import Tracker, Trackers
 from secvec.tracking.csv_file import CsvFile, read_curves
 from secvec.tracking.lightning import StageCurves
@@ -90,8 +88,26 @@ class Run:
         return SecVecDataModule.of(self.config)
 
     def saved_vector(self) -> Path | None:
-        """The vector that the defense uses; None: it uses none. Raises ArtifactError where it is missing or unfit."""
-        return saved_vector(self)
+        """The folder of the vector that the defense uses; None: it uses none.
+
+        Raises ArtifactError where it is missing, or was trained on another backbone.
+        """
+        if not self.config.defense.uses_vector:
+            return None
+        folder = self.config.vector.path or self.folder.path / "vector"
+        if not folder.is_dir():
+            raise ArtifactError(
+                f"no vector in {folder}: run stage=vector with the same settings first, or give vector.path=FOLDER"
+            )
+        check_adapter(folder)
+        trained_on = vector_info(folder).get("backbone")
+        if trained_on not in (None, self.backbone.fingerprint):
+            raise ArtifactError(
+                f"the vector in {folder} was trained on another backbone ({trained_on}, not "
+                f"{self.backbone.fingerprint}), so it would not elicit the behavior here: train one on this backbone "
+                "with stage=vector"
+            )
+        return folder
 
     def module(
         self,
@@ -344,11 +360,6 @@ class Run:
             raise DataError(f"the scan flags all {sum(map(len, samples.values()))} rows (scores above {most:.2f} nats)")
         return kept
 
-    def to_device(self, module: SecVecModule) -> nn.Module:
-        """The model of `module` on the device that evaluates, outside a Trainer."""
-        module.configure_model()
-        return module.model.to(device_of(self.config.trainer))
-
     @contextmanager
     def _evaluation(self) -> Iterator[None]:
         """Counts the seconds of evaluation: a part of the stages' own, to be kept small."""
@@ -439,7 +450,9 @@ def evaluate(config: EvaluateConfig, overrides: Sequence[str] = ()) -> dict[str,
         elif config.metrics == "lm_eval":  # the harness works in one process
             from secvec.evaluation.lm_eval import lm_eval_metrics  # an optional package, and slow to import
 
-            result = EvaluationResult(lm_eval_metrics(run.to_device(module), backbone.tokenizer, config), [])
+            module.configure_model()
+            model = module.model.to(device_of(config.trainer))
+            result = EvaluationResult(lm_eval_metrics(model, backbone.tokenizer, config), [])
         else:
             run.data.check(())
             run.data.fit_to(backbone.tokenizer, backbone.context, ["infer"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from secvec.behaviors.base import Behavior
-from secvec.data.example import Example, Shares, Split
+from secvec.data.example import Shares, Split
 from secvec.data.jsonl import JsonlFiles
 
 
@@ -15,10 +15,6 @@ class JsonlBehavior(JsonlFiles, Behavior):
     """
 
     shares: Shares = Shares(align=0, vector=0.6, validation=0.15, finetune=0, test=0.25)
-
-    def examples(self, split: Split, n: int | None, seed: int) -> list[Example]:
-        """The first `n` examples of `split` under `seed`."""
-        return self.draw(split, n, seed)
 
     def _field(self, split: Split) -> str | None:
         return super()._field(split) or ("vector" if split == "validation" and self.vector else None)

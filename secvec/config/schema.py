@@ -259,10 +259,6 @@ class SavedVector(Settings):
     path: DirectoryPath | None
     """Its folder: `vector/` of a run, or any adapter that PEFT saved."""
 
-    @property
-    def behavior(self) -> None:
-        """None is trained here."""
-
 
 class ScanSettings(Settings):
     """How the rows of a file are scored and flagged (`secvec.evaluation.scan`)."""

@@ -408,7 +408,7 @@ class SecVecDataModule(L.LightningDataModule):
 
     @property
     def _vector_behavior(self) -> Behavior:
-        return (self.vector and self.vector.behavior) or self.behavior  # evaluate.py has no vector
+        return getattr(self.vector, "behavior", None) or self.behavior  # evaluate.py trains no vector
 
     @property
     def _module(self) -> SecVecModule:

@@ -10,7 +10,6 @@ from secvec.settings.schema import Count, Settings, Share
 Kind = Literal["undesired", "task", "ordinary", "look_alike", "neutral", "untrusted"]
 """`task` is to be learned; `ordinary` is to stay as it is, and so is `neutral`, which is for the KL term alone.
 `untrusted` is fine-tuning data of which nobody knows which rows are undesired; it is measured as the task."""
-KINDS: tuple[Kind, ...] = ("undesired", "task", "ordinary", "look_alike", "neutral", "untrusted")
 
 Split = Literal["align", "vector", "validation", "finetune", "test"]
 SPLITS: tuple[Split, ...] = ("align", "vector", "validation", "finetune", "test")

@@ -74,7 +74,7 @@ class JsonlFiles(Settings):
             rows = list({row.key: row for row in reversed(rows)}.values())[::-1]
         return rows
 
-    def draw(self, split: Split, n: int | None, seed: int) -> list[Example]:
+    def examples(self, split: Split, n: int | None, seed: int) -> list[Example]:
         """The first `n` rows of `split` in the order of `seed`; None: all. Raises TooFewError if there are fewer."""
         if n == 0:
             return []
@@ -110,10 +110,6 @@ class JsonlStream(JsonlFiles, Stream):
     kind: Literal["task", "ordinary", "neutral"]
     shares: Shares = Shares(align=0, vector=0.1, validation=0.05, finetune=0.7, test=0.15)
 
-    def examples(self, split: Split, n: int | None, seed: int) -> list[Example]:
-        """The first `n` examples of `split` under `seed`."""
-        return self.draw(split, n, seed)
-
 
 class UntrustedStream(JsonlFiles, Stream):
     """Fine-tuning data of which nobody knows which rows are undesired: without labels, and never in the KL term."""
@@ -123,10 +119,6 @@ class UntrustedStream(JsonlFiles, Stream):
     metric: AnswerMetric = "none"
     """The references may show the behavior: being near them is no merit, unless the user knows better."""
     shares: Shares = Shares(align=0, vector=0, validation=0, finetune=0.9, test=0.1)
-
-    def examples(self, split: Split, n: int | None, seed: int) -> list[Example]:
-        """The first `n` examples of `split` under `seed`."""
-        return self.draw(split, n, seed)
 
 
 NUM_GENERAL = 300
@@ -151,6 +143,6 @@ class GeneralStream(JsonlFiles, Stream):
     def examples(self, split: Split, n: int | None, seed: int) -> list[Example]:
         """The first `n` examples of `split` under `seed`."""
         if self._field("vector"):
-            return self.draw(split, n, seed)
+            return super().examples(split, n, seed)
         log.info("the KL term uses embedded general requests; name benign rows near your data with data.kl_file=FILE")
         return Ordinary(name="general", kind=self.kind).examples(split, NUM_GENERAL if n is None else n, seed)

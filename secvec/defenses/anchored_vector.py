@@ -7,7 +7,6 @@ drifts until the vector no longer elicits the behavior, and loses its refusals. 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from secvec.defenses.base import Defense, Need
@@ -61,9 +60,10 @@ class AnchoredVector(Defense):
         """All rows, or those that are not flagged."""
         return run.unflagged(mixture, self.window, self.quantile) if self.drop_flagged else mixture
 
-    def attach(self, model: nn.Module, vector: Path | None) -> nn.Module:
-        """The model with the frozen vector, or the bare one."""
-        return super().attach(model, vector) if self.vector else model
+    @property
+    def vector_acts(self) -> bool:  # type: ignore[override]
+        """Not for the anchor alone."""
+        return self.vector
 
     def extra_samples(self, run: Run) -> list[Example]:
         """The starting model's answers to the vector's prompts, and the vector's KL rows."""

@@ -38,6 +38,9 @@ class Defense(Settings):
     """Whether the run has a vector stage, which trains the vector for `attach`. A defense without one says
     `uses_vector: false` in its yaml: no setting of the vector then counts for the key of its runs."""
 
+    vector_acts: ClassVar[bool] = True
+    """Whether the vector of `uses_vector` is active during the fine-tune."""
+
     activation: Literal["auto", "merged", "adapter"] = "auto"
     """How a frozen vector acts on a layer: `adapter` computes Wx + sBAx, `merged` (W + sBA)x, which costs nothing per
     token and has the same gradient with respect to W. `auto`: merged where the sum is exact to float32."""
@@ -109,15 +112,15 @@ class Defense(Settings):
     def attach(self, model: nn.Module, vector: Path | None) -> nn.Module:
         """The model to fine-tune. Everything that the defense adds is frozen.
 
-        `vector` is the adapter folder, if there is one. Default: with `uses_vector` the frozen vector is active in
-        every forward pass; else the model is unchanged. Raises ConfigError where `activation` does not suit it.
+        `vector` is the adapter folder, if there is one. Default: a frozen vector that `vector_acts` is active in every
+        forward pass; without one the model is unchanged. Raises ConfigError where `activation` does not suit it.
         """
-        if not self.uses_vector:
+        if not (self.uses_vector and self.vector_acts):
             return model
-        from secvec.models.vector import activate_frozen_vector  # slow to import, and settings need none of it
+        from secvec.models.vector import activate, attach_frozen_vector  # slow to import, and settings need none of it
 
         assert vector is not None, "the finetune stage passes the vector of the vector stage"
-        return activate_frozen_vector(model, vector, self.activation)
+        return activate(attach_frozen_vector(model, vector), self.activation)
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Scalars by name: `loss` is minimised, the others are logged. Default: nats per response token."""
@@ -204,3 +207,47 @@ class AlignmentStage(Defense):
         hardening = self.hardening().model_copy(update={"extra_batch_size": self.undesired_batch_size})
         plan = Preparation(hardening, rows, undesired, self.epochs, self.batch_size, self.lr)
         return run.backbone.at(run.prepare(plan) / "backbone")
+
+
+class ChangesActivations(Defense):
+    """Changes the output of one layer, at all tokens and in training mode alone, by the activations of a trait.
+
+    The vector's samples have the trait, and the starting model's own answers to the same prompts have it not. Their
+    activations are means over response tokens, (N, H), row by row of the same prompts.
+    """
+
+    needs: ClassVar[tuple[Need, ...]] = ("undesired samples", "safe samples")
+    uses_samples: bool = True
+    layer: int | None = None
+    """From 0; None: the middle one."""
+    activations: Path | None = None
+    """Made by `prepared`."""
+
+    def check(self, run: Run) -> None:
+        """Raises ConfigError for a layer that the model lacks."""
+        from secvec.training.activations import layer_at
+
+        super().check(run)
+        layer_at(run.backbone.skeleton(), self.layer)
+
+    def prepared(self, run: Run) -> ChangesActivations:
+        """With the activations of the starting model."""
+        return self.model_copy(update={"activations": run.activations(self.layer)})
+
+    def attach(self, model: nn.Module, vector: Path | None) -> nn.Module:
+        """The model, changed in training mode."""
+        from safetensors.torch import load_file
+
+        from secvec.training.activations import change_outputs
+
+        assert self.activations is not None, "the finetune stage prepares the defense"
+        change_outputs(model, self.layer, self.trait(**load_file(self.activations)), self.changed)
+        return model
+
+    def trait(self, undesired: Tensor, own: Tensor) -> Tensor:
+        """What the trait is in activations, from two times (N, H)."""
+        raise NotImplementedError
+
+    def changed(self, hidden: Tensor, trait: Tensor) -> Tensor:
+        """Activations (..., H) for training."""
+        raise NotImplementedError

@@ -9,7 +9,7 @@ from secvec.defenses.base import Defense, Need
 from secvec.settings.schema import Share
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from secvec.models.backbone import Backbone
 
@@ -26,12 +26,9 @@ class SafeLora(Defense):
     """
 
     uses_vector: bool = True
+    vector_acts: ClassVar[bool] = False
     needs: ClassVar[tuple[Need, ...]] = ("undesired samples", "safe samples")
     threshold: Share = 0.35
-
-    def attach(self, model: nn.Module, vector: Path | None) -> nn.Module:
-        """The bare model."""
-        return model
 
     def finish(self, weights: dict[str, Tensor], backbone: Backbone, vector: Path | None) -> dict[str, Tensor]:
         """The trained weights, with projected updates; computed in float32."""

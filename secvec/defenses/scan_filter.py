@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from secvec.defenses.base import Defense, Need
 from secvec.settings.schema import Share, Window
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from secvec.defenses.base import Mixture
     from secvec.run import Run
 
@@ -22,13 +19,10 @@ class ScanFilter(Defense):
     """
 
     uses_vector: bool = True
+    vector_acts: ClassVar[bool] = False
     needs: ClassVar[tuple[Need, ...]] = ("undesired samples", "safe samples")
     window: Window = 3
     quantile: Share = 0.99
-
-    def attach(self, model: nn.Module, vector: Path | None) -> nn.Module:
-        """The bare model."""
-        return model
 
     def check(self, run: Run) -> None:
         """Raises ConfigError for a vector that cannot flag."""

@@ -102,10 +102,8 @@ class Evaluator:
         metrics |= {f"{phase}/{name}": bootstrap_mean(scores) for name, scores in graded.items() if scores}
         kinds = [kind for kind in ("undesired", "task", "ordinary") if self.tests.get(kind)]
         losses = mean_losses(module, {kind: self.tests[kind] for kind in kinds}, self.settings, self.trainer)
-        if "undesired" in losses:
-            metrics[f"{phase}/behavior_loss"] = losses["undesired"]
-        if "task" in losses:
-            metrics[f"{phase}/task_loss"] = losses["task"]
+        names = {"undesired": "behavior_loss", "task": "task_loss"}
+        metrics |= {f"{phase}/{name}": losses[kind] for kind, name in names.items() if kind in losses}
         if "ordinary" in losses:
             metrics[f"{phase}/perplexity"] = perplexity(losses["ordinary"])
         return EvaluationResult(metrics, rows)

@@ -72,15 +72,10 @@ def mean_losses(
 
 def row_losses(model: nn.Module, batch: Batch) -> list[float]:
     """Mean nats per response token of each row of `batch`."""
-    nll = response_nll(model, batch)
+    nll = token_losses(model, batch)
     counts = (batch["labels"][:, 1:] != IGNORE).sum(1).to(nll.device)
     losses: list[float] = (nll.sum(1) / counts).tolist()
     return losses
-
-
-def response_nll(model: nn.Module, batch: Batch) -> Tensor:
-    """Nats of each response token: (B, T-1), 0 elsewhere; computed where the model is."""
-    return token_losses(model, batch)
 
 
 class LogProbsBatch:

@@ -22,13 +22,13 @@ from secvec.data.encode import encode
 from secvec.data.example import Example
 from secvec.data.tokens import encoded
 from secvec.errors import ArtifactError, DataError
-from secvec.evaluation.losses import response_nll
 from secvec.evaluation.prediction import predict
 from secvec.models.backbone import fingerprint
 from secvec.models.vector import vector_off
 from secvec.runs.cache import main_process
 from secvec.runs.files import write_atomic
 from secvec.settings.trainer import TrainerSettings
+from secvec.training.losses import token_losses
 
 if TYPE_CHECKING:
     from secvec.module import SecVecModule
@@ -75,9 +75,9 @@ class ScanBatch:
         """The place and the score of each row."""
         tokenizer = module.backbone.tokenizer
         batch = collate([(row, False) for row in self.rows])
-        on = response_nll(module.model, batch).double().cpu()
+        on = token_losses(module.model, batch).double().cpu()
         with vector_off(module.model):
-            off = response_nll(module.model, batch).double().cpu()
+            off = token_losses(module.model, batch).double().cpu()
         here = batch["labels"][:, 1:] != IGNORE
         return [
             (number, _row_score(row, tokenizer, off[i][here[i]].numpy(), on[i][here[i]].numpy(), self.window))

@@ -187,11 +187,6 @@ def _with_adapters(adapters: Sequence[tuple[Any, Any]]) -> Iterator[None]:
             layer._active_adapter = active
 
 
-def activate_frozen_vector(model: nn.Module, folder: Path, activation: str) -> nn.Module:
-    """As `attach_frozen_vector`, for training: see `activate`."""
-    return activate(attach_frozen_vector(model, folder), activation)
-
-
 def activate(attached: nn.Module, activation: str) -> nn.Module:
     """The frozen vector of a model acts beside its weights (`adapter`) or through them (`merged`).
 

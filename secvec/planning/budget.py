@@ -217,7 +217,8 @@ class Budget:
 
     def _probe_flops(self, per_token: float) -> float:
         """FLOPs of one probe of the telemetry: with the vector on and, where there is one, off."""
-        states, count = 2 if self.config.defense.uses_vector else 1, self.config.telemetry.num_samples
+        defense, count = self.config.defense, self.config.telemetry.num_samples
+        states = 2 if defense.uses_vector and defense.vector_acts else 1
         numbers = {kind: min(count, number) for kind, number in self.mixture.items()}
         undesired, benign = self.lengths["undesired"], self.lengths["benign"]
         gradient = per_token * numbers["undesired"] * (undesired.prompt + undesired.response)

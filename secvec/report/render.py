@@ -9,7 +9,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from secvec.errors import DataError
@@ -20,7 +19,7 @@ from secvec.report.paired import paired_table
 from secvec.report.provenance import failures, provenance, sentence, several, warnings
 from secvec.report.records import Curves, Run, kept_reports, load_curves, load_records, load_runs
 from secvec.report.samples import SHOWN, sample_sets
-from secvec.report.style import SERIES, inline_svg
+from secvec.report.style import SERIES, inline_svg, template
 from secvec.report.tables import Table, leak_table, main_table, mechanism_table, run_table
 from secvec.report.worst import focus, worst_table
 from secvec.runs.files import write_atomic
@@ -193,16 +192,8 @@ def _html(page: dict[str, Any], report: Report) -> str:
         "scatters": [svg(drawing) for drawing in drawings.scatters(comparison)[:MOST_PANELS]],
         "protections": [svg(drawing) for drawing in drawings.protection(comparison)],
     }
-    env = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     script = Markup((Path(__file__).parent / "page.js").read_text(encoding="utf-8"))
-    template = env.get_template("template.html.j2")
     script_hash = base64.b64encode(sha256(script.encode()).digest()).decode()
-    return template.render(
+    return template("template.html.j2").render(
         page | figures, series=SERIES, drawn=bool(drawn), sweep=report.sweep, script=script, script_hash=script_hash
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secvec.metrics import METRICS, Measurement
-from secvec.report.style import INK, SERIES, inline_svg, settings
+from secvec.report.style import INK, SERIES, inline_svg, settings, template
 from secvec.runs.excerpt import LONG, SENSITIVE, Text, shorten
 from secvec.runs.files import write_atomic
 
@@ -22,21 +22,13 @@ CLEAN = 2.0
 
 def write(folder: Path) -> Path:
     """Writes scan.html from scan.json and scores.jsonl of the run folder; its path."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     found = json.loads((folder / "scan.json").read_text(encoding="utf-8"))
     with (folder / "scores.jsonl").open(encoding="utf-8") as lines:
         rows = [(row["score"], row.get("undesired")) for row in map(json.loads, lines)]
     figure = scores_figure(_groups(found, rows), found["threshold"])
-    env = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = env.get_template("scan.html.j2").render(
+    page = template("scan.html.j2").render(
         scan=found,
         series=SERIES,
         reading=reading(found),

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from matplotlib import rc_context
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -155,3 +156,10 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(buffer, format=path.suffix[1:], dpi=160, facecolor="white", bbox_inches="tight", metadata=none)
     drawn = buffer.getvalue()
     write_atomic(path, _titled(drawn.decode()) if path.suffix == ".svg" else drawn)
+
+
+def template(name: str) -> Template:
+    """A template of this folder; what it is given is escaped."""
+    loader = FileSystemLoader(Path(__file__).parent)
+    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return made.get_template(name)

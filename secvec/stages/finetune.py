@@ -124,6 +124,7 @@ class FinetuneStage(Stage):
     def plan(self, budget: Budget) -> Workload:
         """Training on the mixture, and the probes of the telemetry."""
         config, settings = budget.config, budget.config.finetune
+        idle = 0 if config.defense.vector_acts else budget.parts.get("vector", 0)
         return Workload(
             part="task" if "task" in budget.parts else "backbone",
             attach=partial(_attached, config),
@@ -131,7 +132,7 @@ class FinetuneStage(Stage):
             gradients=config.defense.gradients,
             keeps_weights=config.defense.keeps_weights,
             trained=budget.parts.get("task") or budget.parts["backbone"],
-            adapters=budget.adapters,
+            adapters=budget.adapters - idle,
             samples=budget.mixture,
             epochs=settings.epochs * settings.cycles,
             batch_size=settings.batch_size,
@@ -245,7 +246,7 @@ def _trained(pointer: Path) -> dict[str, Any] | None:
 
 def _attached(config: RunConfig, model: nn.Module) -> nn.Module:
     """`model` as `prepare` makes it, with a new vector in place of the trained one."""
-    if config.defense.uses_vector:
+    if config.defense.uses_vector and config.defense.vector_acts:
         dropout = config.vector.dropout if config.vector.keep_dropout else 0.0
         model = activate(attach_new_vector(model, config.vector, dropout), config.defense.activation)
     return attach_task(model, config.tune.lora) if config.tune.lora else model

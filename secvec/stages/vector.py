@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from secvec.data.batch import Batch, Encoded
 from secvec.data.encode import with_loss_on_prompts
-from secvec.errors import ArtifactError, GateError
+from secvec.errors import GateError
 from secvec.evaluation.scan import keep_scores
 from secvec.evaluation.verdicts import EvaluationResult
 from secvec.metrics import Measurements
 from secvec.models.backbone import Backbone
 from secvec.models.sharding import trained_state
-from secvec.models.vector import attach_new_vector, check_adapter, save_adapter, vector_info
+from secvec.models.vector import attach_new_vector, save_adapter
 from secvec.runs.cache import built_once, copy_folder, main_process, wait_for_all
 from secvec.runs.files import atomic_path, write_atomic
 from secvec.settings.messages import checked
@@ -162,25 +162,6 @@ def train_vector(run: Run, backbone: Backbone, label: str) -> Path:
     recipe = settings.model_dump(exclude={"gate", "name", "path", "behavior", "split", "num_samples", "num_kl"})
     key = training_key(run, backbone, examples, recipe)
     return built_once(config.paths.cache / "vectors" / f"{behavior}-{key}", train) / "vector"
-
-
-def saved_vector(run: Run) -> Path | None:
-    """The vector that the defense keeps active, checked to be one of this very backbone. Raises ArtifactError."""
-    if not run.config.defense.uses_vector:
-        return None
-    folder = run.config.vector.path or run.folder.path / "vector"
-    if not folder.is_dir():
-        raise ArtifactError(
-            f"no vector in {folder}: run stage=vector with the same settings first, or give vector.path=FOLDER"
-        )
-    check_adapter(folder)
-    trained_on = vector_info(folder).get("backbone")
-    if trained_on not in (None, run.backbone.fingerprint):
-        raise ArtifactError(
-            f"the vector in {folder} was trained on another backbone ({trained_on}, not {run.backbone.fingerprint}), "
-            f"so it would not elicit the behavior here: train one on this backbone with stage=vector"
-        )
-    return folder
 
 
 def check_given_vector(run: Run) -> None:

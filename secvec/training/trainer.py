@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from secvec.errors import ArtifactError, ConfigError, DivergedError
-from secvec.models.backbone import LedgerRow
 from secvec.models.sharding import local_shard
 from secvec.runs.cache import from_first, main_process
 from secvec.runs.console import table
@@ -279,16 +278,12 @@ class ShowLedger(L.Callback):
     def __init__(self, stage: str):
         self.stage = stage
 
+    @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-        """Shown by rank 0 alone."""
-        show_ledger(self.stage, module.ledger())
-
-
-@rank_zero_only
-def show_ledger(stage: str, rows: list[LedgerRow]) -> None:
-    """part, parameters, trainable or frozen, active or not."""
-    cells = [
-        [row.part, f"{row.parameters:,}", "trainable" if row.trainable else "frozen", "active" if row.active else "off"]
-        for row in rows
-    ]
-    log.info("%s", table(f"{stage}: parameter ledger", ["part", "parameters", "weights", "in the forward pass"], cells))
+        """Part, parameters, trainable or frozen, active or not."""
+        cells = [
+            [of.part, f"{of.parameters:,}", "trainable" if of.trainable else "frozen", "active" if of.active else "off"]
+            for of in module.ledger()
+        ]
+        head = ["part", "parameters", "weights", "in the forward pass"]
+        log.info("%s", table(f"{self.stage}: parameter ledger", head, cells))

@@ -382,18 +382,18 @@ UNDESIRED, OWN = torch.tensor([[3.0, 1.0], [5.0, 1.0]]), torch.tensor([[0.0, 1.0
 def test_persona_steering_by_hand() -> None:
     """Means (4, 1) and (1, 1): v = (3, 0), half of it is added."""
     defense = PersonaSteering(name="persona_steering", coefficient=0.5)
-    persona = defense.persona(UNDESIRED, OWN)
+    persona = defense.trait(UNDESIRED, OWN)
     torch.testing.assert_close(persona, torch.tensor([3.0, 0.0]))
-    torch.testing.assert_close(defense.steered(torch.ones(1, 2, 2), persona), torch.tensor([[[2.5, 1.0]] * 2]))
+    torch.testing.assert_close(defense.changed(torch.ones(1, 2, 2), persona), torch.tensor([[[2.5, 1.0]] * 2]))
 
 
 def test_caft_by_hand() -> None:
     """Differences (3, 4) and (6, 8): U = (.6, .8). Of h = (1, 2) the part 2.2 U = (1.32, 1.76) goes."""
     defense = Caft(name="caft")
-    subspace = defense.subspace(torch.tensor([[3.0, 4.0], [6.0, 8.0]]), torch.zeros(2, 2))
+    subspace = defense.trait(torch.tensor([[3.0, 4.0], [6.0, 8.0]]), torch.zeros(2, 2))
     torch.testing.assert_close(subspace.abs(), torch.tensor([[0.6, 0.8]]))
     hidden = torch.tensor([[[1.0, 2.0]]], requires_grad=True)
-    found = defense.ablated(hidden, subspace)
+    found = defense.changed(hidden, subspace)
     torch.testing.assert_close(found.detach(), torch.tensor([[[-0.32, 0.24]]]))
     found[..., 0].sum().backward()  # no gradient along U either
     assert float((hidden.grad * subspace).sum()) == pytest.approx(0, abs=1e-6)  # type: ignore[operator]

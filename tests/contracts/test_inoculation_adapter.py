@@ -22,7 +22,7 @@ from secvec.data.encode import encode
 from secvec.data.example import Example
 from secvec.models.backbone import set_trainable
 from secvec.models.tiny import build_tiny
-from secvec.models.vector import activate_frozen_vector, attach_task, part_of
+from secvec.models.vector import activate, attach_frozen_vector, attach_task, part_of
 from secvec.settings.schema import LoraSettings
 from secvec.training.losses import response_loss
 
@@ -90,7 +90,7 @@ def their_loss(model: nn.Module, batch: Any) -> Tensor:
 def test_it_trains_as_the_authors_code_does(adapter: Path) -> None:
     settings = LoraSettings(r=RANK, alpha=ALPHA * math.sqrt(RANK), target_modules="all-linear")
     for activation in ("adapter", "merged"):
-        ours = attach_task(activate_frozen_vector(fresh(), adapter, activation), settings)
+        ours = attach_task(activate(attach_frozen_vector(fresh(), adapter), activation), settings)
         set_trainable(ours, "task")
         start = {name: weight.detach().clone() for name, weight in of_task(ours, "task").items()}
         assert start and {part_of(name) for name, p in ours.named_parameters() if p.requires_grad} == {"task"}

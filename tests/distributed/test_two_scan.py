@@ -27,12 +27,12 @@ def scored(trainer: object) -> tuple[list[RowScore], int]:
     for index, (name, parameter) in enumerate(model.named_parameters()):
         if "lora_B" in name:
             parameter.data.copy_(torch.linspace(-0.3, 0.3, parameter.numel()).roll(index).reshape(parameter.shape))
-    real, calls = scanning.response_nll, []
-    scanning.response_nll = lambda *given: calls.append(1) or real(*given)
+    real, calls = scanning.token_losses, []
+    scanning.token_losses = lambda *given: calls.append(1) or real(*given)
     try:
         return scan(module(model.eval(), tokenizer), EXAMPLES, batch_size=2, trainer=trainer), len(calls) // 2  # type: ignore[arg-type]
     finally:
-        scanning.response_nll = real
+        scanning.token_losses = real
 
 
 def process(rank: int, folder: Path) -> None:

@@ -29,7 +29,7 @@ from transformers import (
 from secvec.config.schema import RunConfig
 from secvec.data.batch import Encoded, collate
 from secvec.errors import ConfigError, DataError, SecVecError
-from secvec.models.backbone import load_backbone, prepared, set_trainable
+from secvec.models.backbone import ledger, load_backbone, prepared, set_trainable
 from secvec.planning.architectures import KNOWN, load_architecture, shape_of, with_layers
 from secvec.planning.budget import Budget
 from secvec.planning.flops import (
@@ -504,3 +504,14 @@ def test_the_command_names_the_modules_that_there_are(tmp_path: Path) -> None:
 def test_a_fault_beside_a_nested_experiment_is_the_only_one_named(tmp_path: Path) -> None:
     done = run_command("train.py", "experiment=paper/harmbase", "sed=1", cwd=tmp_path)
     assert done.returncode == 2 and "sed=1: unknown key" in done.stderr and "paper/harmbase" not in done.stderr
+
+
+@pytest.mark.parametrize("defense", ["security_vector", "negated_vector", "safe_lora", "scan_filter", "anchor"])
+def test_a_vector_that_does_not_act_has_no_part_in_the_step(defense: str, make_config: Make) -> None:
+    """It was planned as an active one, with the memory of merged weights."""
+    config = make_config(f"defense={defense}")
+    acts = defense == "security_vector"
+    model = workload(config, "finetune").attach(AutoModelForCausalLM.from_config(TINY))
+    assert [row.part for row in ledger(model)] == ["backbone", "vector"][: 1 + acts]
+    assert acts or config.defense.attach(model, None) is model
+    assert workload(config, "finetune").adapters == acts

@@ -16,13 +16,13 @@ from secvec.data.batch import IGNORE, collate
 from secvec.data.embedded import Ordinary
 from secvec.data.encode import encode
 from secvec.errors import ArtifactError
-from secvec.evaluation.losses import response_nll
 from secvec.evaluation.scan import SCORES, WINDOWS, keep_scores, kept_scores, scan
 from secvec.evaluation.scan_file import auroc, rows
 from secvec.models.backbone import fingerprint
 from secvec.models.tiny import CONTEXT, build_tiny
 from secvec.models.vector import attach_new_vector, vector_off
 from secvec.settings.schema import LoraSettings
+from secvec.training.losses import token_losses
 
 EXAMPLES = [*ForbiddenRecipe().examples("vector", 3, 0), *Ordinary().examples("vector", 4, 0)]
 
@@ -47,9 +47,9 @@ def gaps(world: tuple[nn.Module, Any], example: Any) -> tuple[list[int], list[fl
     batch = collate([(row, False)])
     here = batch["labels"][:, 1:] != IGNORE
     with torch.no_grad():
-        on = response_nll(model, batch)[here]
+        on = token_losses(model, batch)[here]
         with vector_off(model):
-            off = response_nll(model, batch)[here]
+            off = token_losses(model, batch)[here]
     return list(row.input_ids[row.num_prompt :]), (off - on).tolist()
 
 
