@@ -91,7 +91,7 @@ class SecVecModule(L.LightningModule):
         """Whether the trained weights are copied before the first step, for what measures their drift."""
         self.start: dict[str, Tensor] = {}
         self.before_checkpoint: Callable[[], None] | None = None
-        """Raises what forbids a checkpoint of the weights as they are."""
+        """Raises DivergedError where the present weights must not be saved; set by `StopWhenDiverged`."""
         self.model: nn.Module = None  # type: ignore[assignment]  # until configure_model
         self.strict_loading = False  # a checkpoint holds what is trained; the rest comes from the folders
         self.save_hyperparameters(

@@ -118,7 +118,7 @@ class Run:
         defense: Defense | None = None,
         tune: LoraSettings | None = None,
     ) -> SecVecModule:
-        """A module that trains at the rate `lr`, with the settings of the run, or another `defense` and `tune`."""
+        """A module that trains at the rate `lr`, with the defense and LoRA of the run, or with both of those given."""
         config, given = self.config, defense is not None
         return SecVecModule(
             stage,
@@ -231,7 +231,7 @@ class Run:
         behavior: Behavior | None = None,
         trainer: TrainerSettings | None = None,
     ) -> Evaluator:
-        """How models are evaluated; default: on the test prompts of the run. Another `behavior` judges itself."""
+        """How models are evaluated; default: on the run's test prompts. A `behavior` is judged by its own judge."""
         config = self.config
         judge = None if behavior and behavior.has_judge else config.judge
         return Evaluator(
@@ -479,7 +479,7 @@ def _peak_bytes() -> dict[str, int]:
 
 
 def _plan(config: RunConfig) -> dict[str, Any]:
-    """Prints it instead of running; the folder that was made for the run goes."""
+    """Prints the plan, and removes the empty folder that Hydra made for the run."""
     log.info("%s", plan(config))
     for folder in (Path(config.run_dir), Path(config.run_dir).parent):
         with suppress(OSError):

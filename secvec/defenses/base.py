@@ -57,7 +57,7 @@ class Defense(Settings):
     (`secvec.models.kept`)."""
 
     second_gradient: ClassVar[bool] = False
-    """Whether `gradients` makes a gradient of its own. Nothing scales it, so in float16 it would be rounded to 0."""
+    """Whether `gradients` computes a second gradient. The loss scaler of 16-mixed would not scale it, so it became 0."""
 
     refits_vector: ClassVar[bool] = False
     """Whether a new vector is trained on the backbone before each cycle after the first."""
@@ -84,9 +84,9 @@ class Defense(Settings):
         run.data.fit_to(run.backbone.tokenizer, run.backbone.context, ["vector"])
 
     def prepared(self, run: Run) -> Defense:
-        """The defense with what it makes before the first training: the path of a file, among its settings.
+        """A copy of the defense whose settings name a file that it has made before the first training. Default: itself.
 
-        The file counts for the key of the training by content. Default: as it is.
+        The key of the training uses the content of that file, not its path.
         """
         return self
 

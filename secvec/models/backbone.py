@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 WEIGHT_FILES = "*.safetensors"
 MAX_SHARD_SIZE = "5GB"
-"""Of a file of weights, but for a single weight that is larger."""
+"""Of a file of weights, unless a single weight is larger."""
 LOADING_ERRORS = (
     *(ValueError, OSError, SafetensorError, RuntimeError, KeyError, ImportError, AttributeError, TypeError),
     StrictDataclassError,  # of the checks of a config

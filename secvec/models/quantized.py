@@ -21,7 +21,7 @@ BYTES = 0.5 + (1 + 4 / 256) / 64
 def mark_as_quantized(model: PreTrainedModel) -> None:
     """From now on the weights count as quantized that transformers would put in 4 bits. For a model without values.
 
-    They are those of linear layers, but for the output head.
+    They are those of linear layers, except the output head.
     """
     kept = get_keys_to_not_convert(model)
     for name, module in model.named_modules():

@@ -60,7 +60,7 @@ class Group:
 
     @property
     def without_vector(self) -> dict[str, str]:
-        """`setting`, but for the settings of the vector: a defense that uses none has no such settings."""
+        """`setting` without the settings of the vector: a defense that uses none has no such settings."""
         return {key: value for key, value in self.setting.items() if key.split(".")[0] != "vector"}
 
     @cached_property

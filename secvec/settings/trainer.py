@@ -28,7 +28,7 @@ OURS = {
 
 
 class TrainerSettings(Settings, extra="allow"):
-    """Arguments of `lightning.Trainer`: any of them, but for those in `OURS`. Lightning checks their values here.
+    """Arguments of `lightning.Trainer`: any of them except those in `OURS`. Lightning checks their values here.
 
     `replicas` is ours.
     """
@@ -210,7 +210,7 @@ class SchedulerSettings(Settings):
 
 
 def schedules() -> dict[str, Callable]:
-    """The schedules of transformers by name, but for those that follow a metric and not the step."""
+    """The schedules of transformers by name, except those that follow a metric and not the step."""
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION  # slow to import
 
     functions: dict[Any, Callable] = TYPE_TO_SCHEDULER_FUNCTION  # type: ignore[assignment]

@@ -142,10 +142,10 @@ class FinetuneStage(Stage):
         )
 
     def check(self, run: Run) -> None:
-        """The prompts asked meanwhile, the task LoRA, a vector that is there already, saving, and room on the disk."""
-        config, backbone, meanwhile = run.config, run.backbone, run.config.evaluation.validation
-        if meanwhile.every_n_steps:
-            run.evaluator(run.data.validation(meanwhile.num_prompts)).check(run.inference_module(backbone))
+        """The prompts asked during training, the task LoRA, a vector that exists already, saving, and disk space."""
+        config, backbone, validation = run.config, run.backbone, run.config.evaluation.validation
+        if validation.every_n_steps:
+            run.evaluator(run.data.validation(validation.num_prompts)).check(run.inference_module(backbone))
         if config.vector.path or "vector" not in config.stages:
             run.saved_vector()
         if config.tune.lora:

@@ -61,8 +61,8 @@ class InferStage(Stage):
     def run(self, run: Run) -> None:
         """Evaluates the fine-tuned model (`after`), the starting one (`base`), and the vector on the first (`active`).
 
-        One model is in memory at a time: the distributions of the first wait on the disk for the second. Where they are
-        too large, both are loaded again for each further part of them.
+        One model is in memory at a time: the log-probabilities of the fine-tuned one wait on the disk and are compared
+        when the base is loaded. Where they take too much room, this is done in parts, and both are loaded for each.
         """
         folder, config = run.folder.path, run.config
         tuned, ordinary = run.backbone.at(folder / "backbone"), run.data.tests.get("ordinary", [])
@@ -109,7 +109,7 @@ def _answer_perplexity(run: Run, base: SecVecModule, after: EvaluationResult) ->
 
 
 def _can_be_read(answered: Example, module: SecVecModule) -> bool:
-    """Whether the model takes an answer of its own as a row; one that fills its context leaves no room for the end."""
+    """Whether a generated answer can be encoded as a row. One that fills the context has no room for the end token."""
     tokenizer, context = module.backbone.tokenizer, module.backbone.context
     try:
         return not trouble(answered, tokenizer) and bool(encode([answered], tokenizer, context))

@@ -167,8 +167,8 @@ def train_vector(run: Run, backbone: Backbone, label: str) -> Path:
 def check_given_vector(run: Run) -> None:
     """Raises GateError where the vector of `vector.path` does not lower the loss on undesired samples.
 
-    It is of another model or another behavior then, and would protect from nothing. Asked of the test samples: the run
-    trains no vector, so there are no others.
+    Such a vector probably belongs to another model or behavior, and would not protect. It is measured on the test
+    samples: a run that trains no vector holds out no other undesired ones.
     """
     folder, least = run.saved_vector(), run.config.vector.gate.min_loss_drop
     if folder is None or least is None:

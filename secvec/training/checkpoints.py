@@ -112,7 +112,7 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def remove_leftovers(folder: Path, used: Path | None) -> None:
-    """Removes what was being written in `folder` when a process was killed, but for the checkpoint that is `used`."""
+    """Removes what was being written in `folder` when a process was killed, except the checkpoint that is `used`."""
     for leftover in folder.glob(".*.*/"):
         if not used or used.parent != leftover:
             shutil.rmtree(leftover, ignore_errors=True)

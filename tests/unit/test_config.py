@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 from itertools import product
 from pathlib import Path
@@ -690,3 +691,16 @@ def test_the_stages_of_a_run() -> None:
     assert loaded().stages == ("vector", "finetune", "infer")
     assert loaded("defense=none").stages == ("finetune", "infer")
     assert loaded("stage=infer").stages == ("infer",)
+
+
+@pytest.mark.parametrize("name", [choice.name for choice in CHOICES if choice.parts[0] == "defense"])
+def test_a_defense_has_the_same_values_from_python(name: str) -> None:
+    """Its class repeats those of its yaml."""
+    given = OmegaConf.to_container(OmegaConf.load(CONF / "defense" / f"{name}.yaml"))
+    assert isinstance(given, dict)
+    kind = pkgutil.resolve_name(given.pop("_target_", "secvec.defenses.base.Defense"))  # `anchor` takes another's
+    if re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind.__name__).lower() != given.pop("name"):
+        return
+    fields = kind.model_fields
+    differ = {k: (v, fields[k].default) for k, v in given.items() if not fields[k].is_required()}
+    assert all(value == default for value, default in differ.values()), differ
