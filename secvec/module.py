@@ -185,8 +185,8 @@ class SecVecModule(L.LightningModule):
         self.log(name, loss, batch_size=size, sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[Any]:
-        """The outputs of a batch that says itself what it asks: responses to prompts, or losses of samples."""
-        outputs: list[Any] = batch.predict(self)
+        """The outputs of a batch, which is a function of the module: responses to prompts, or losses of samples."""
+        outputs: list[Any] = batch(self)
         return outputs
 
     def on_predict_start(self) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -23,29 +24,6 @@ Prompts = Sequence[Sequence[int]]
 """Token ids of each prompt of a batch."""
 
 
-class PromptBatch:
-    """Some of the prompts of a question, to be answered together; `rows` are their places in it."""
-
-    def __init__(
-        self,
-        rows: Sequence[int],
-        examples: Sequence[Example],
-        prompts: Sequence[tuple[list[int], list[int]]],
-        max_new_tokens: int,
-        seed: int | None,
-    ):
-        self.rows, self.examples, self.prompts = rows, examples, prompts
-        self.max_new_tokens, self.seed = max_new_tokens, seed
-
-    def predict(self, module: SecVecModule) -> list[dict[str, Any]]:
-        """One entry per prompt: its row, kind, prompt, the response of the model, and the reference."""
-        responses = module.generation.respond(module, self.prompts, self.max_new_tokens, self.seed)
-        return [
-            {"row": row, "kind": e.kind, "prompt": e.prompt, "response": response, "reference": e.response}
-            for row, e, response in zip(self.rows, self.examples, responses, strict=True)
-        ]
-
-
 @dataclass(frozen=True)
 class Question:
     """Prompts as texts, made from `examples`. Greedy; with a `seed`, sampled at temperature 1 instead."""
@@ -60,11 +38,14 @@ class Question:
         """Token ids of each prompt, and of the beginning of its answer: those of a training row."""
         return tokens([(text, self.begun) for text in self.texts], tokenizer)
 
-    def batches(self, module: SecVecModule, batch_size: int, max_new_tokens: int) -> list[PromptBatch]:
-        """The batches of this process. Raises DataError for a prompt that leaves no room to answer.
+    def batches(
+        self, module: SecVecModule, batch_size: int, max_new_tokens: int
+    ) -> list[Callable[[SecVecModule], list[dict[str, Any]]]]:
+        """The batches of this process, as functions of the module.
 
         All prompts decide what is in a batch, so that a kept batch is found again when the others are missing. An
-        engine has one caller: then the first process has all batches.
+        engine has one caller: then the first process has all batches. Raises DataError for a prompt that leaves no room
+        to answer.
         """
         prompts = self.ids(module.backbone.tokenizer)
         lengths = [len(prompt) + len(begun) for prompt, begun in prompts]
@@ -83,9 +64,27 @@ class Question:
         alike = [list(rows) for _, rows in groupby(mine, key=lambda i: new[i])]  # a batch has one limit
         chunks = [rows[start : start + batch_size] for rows in alike for start in range(0, len(rows), batch_size)]
         return [
-            PromptBatch(rows, [self.examples[i] for i in rows], [prompts[i] for i in rows], new[rows[0]], self.seed)
+            partial(
+                _answers, rows, [self.examples[i] for i in rows], [prompts[i] for i in rows], new[rows[0]], self.seed
+            )
             for rows in chunks
         ]
+
+
+def _answers(
+    rows: Sequence[int],
+    examples: Sequence[Example],
+    prompts: Sequence[tuple[list[int], list[int]]],
+    max_new_tokens: int,
+    seed: int | None,
+    module: SecVecModule,
+) -> list[dict[str, Any]]:
+    """One entry per prompt: its place in the question, kind, prompt, the response of the model, and the reference."""
+    responses = module.generation.respond(module, prompts, max_new_tokens, seed)
+    return [
+        {"row": row, "kind": e.kind, "prompt": e.prompt, "response": response, "reference": e.response}
+        for row, e, response in zip(rows, examples, responses, strict=True)
+    ]
 
 
 def question(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Question:

@@ -57,7 +57,7 @@ class Defense(Settings):
     (`secvec.models.kept`)."""
 
     second_gradient: ClassVar[bool] = False
-    """Whether `gradients` computes a second gradient. The loss scaler of 16-mixed would not scale it, so it became 0."""
+    """Whether `gradients` computes a second gradient. The loss scaler of 16-mixed does not scale it; it would be 0."""
 
     refits_vector: ClassVar[bool] = False
     """Whether a new vector is trained on the backbone before each cycle after the first."""

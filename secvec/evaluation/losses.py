@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,18 +32,6 @@ ON_DISK = 2 * 10**9
 """Bytes of distributions that wait on the disk at a time."""
 
 
-class LossBatch:
-    """A batch of samples whose losses are asked for; `number` is its place among all batches."""
-
-    def __init__(self, number: int, batch: Batch, without_vector: bool):
-        self.number, self.batch, self.without_vector = number, batch, without_vector
-
-    def predict(self, module: SecVecModule) -> list[tuple[int, list[float]]]:
-        """The number of the batch, and the mean nats per response token of each of its rows."""
-        with vector_off(module.model) if self.without_vector else nullcontext():
-            return [(self.number, row_losses(module.model, self.batch))]
-
-
 def mean_losses(
     module: SecVecModule,
     examples: Mapping[str, Sequence[Example]],
@@ -58,7 +47,7 @@ def mean_losses(
         return {}
     loaders = [
         [
-            LossBatch(number, batch, without_vector)
+            partial(_losses, number, batch, without_vector)
             for number, batch in _mine(_rows(module.backbone, kind), settings.batch_size)
         ]
         for kind in examples.values()
@@ -76,33 +65,6 @@ def row_losses(model: nn.Module, batch: Batch) -> list[float]:
     counts = (batch["labels"][:, 1:] != IGNORE).sum(1).to(nll.device)
     losses: list[float] = (nll.sum(1) / counts).tolist()
     return losses
-
-
-class LogProbsBatch:
-    """A batch of samples whose next-token distributions, at their response tokens, are written to `file`."""
-
-    def __init__(self, batch: Batch, file: Path):
-        self.batch, self.file = batch, file
-
-    def predict(self, module: SecVecModule) -> list[tuple[int, list[float]]]:
-        """Nothing: what it finds is in the file."""
-        save_file({"log_probs": _log_probs(module.model, self.batch).cpu()}, self.file)
-        return []
-
-
-class KlBatch:
-    """A batch of samples at whose response tokens the module's model is compared with what a `LogProbsBatch` wrote."""
-
-    def __init__(self, number: int, batch: Batch, file: Path):
-        self.number, self.batch, self.file = number, batch, file
-
-    def predict(self, module: SecVecModule) -> list[tuple[int, list[float]]]:
-        """The number of the batch, and the mean KL(model || file) per response token of each of its rows."""
-        own = _log_probs(module.model, self.batch)
-        kl = (own.exp() * (own - load_file(self.file)["log_probs"].to(own.device))).sum(-1)
-        self.file.unlink()
-        sizes = before_labels(self.batch["labels"]).sum(1).tolist()
-        return [(self.number, [float(row.mean()) for row in kl.split(sizes)])]
 
 
 def in_parts(backbone: Backbone, examples: Sequence[Example], batch_size: int) -> list[list[tuple[int, Batch]]]:
@@ -128,7 +90,7 @@ def keep_log_probs(
     They wait on the disk, so that what is compared with them is loaded when this model is gone. Every process must call
     it with its own batches.
     """
-    batches = [LogProbsBatch(batch, folder / f"{number}.safetensors") for number, batch in part]
+    batches = [partial(_write_log_probs, batch, folder / f"{number}.safetensors") for number, batch in part]
     predict(module, [batches], trainer, "distributions")
 
 
@@ -140,9 +102,29 @@ def kl_to_kept(
     By batch, its number and one value for each of its rows; those of all processes. `folder` holds what
     `keep_log_probs` wrote of the model for the same batches. Every process must call it.
     """
-    batches = [KlBatch(number, batch, folder / f"{number}.safetensors") for number, batch in part]
+    batches = [partial(_kl, number, batch, folder / f"{number}.safetensors") for number, batch in part]
     (found,) = predict(base, [batches], trainer, "KL to base")
     return found
+
+
+def _losses(number: int, batch: Batch, without_vector: bool, module: SecVecModule) -> list[tuple[int, list[float]]]:
+    """The number of a batch, and the mean nats per response token of each of its rows."""
+    with vector_off(module.model) if without_vector else nullcontext():
+        return [(number, row_losses(module.model, batch))]
+
+
+def _write_log_probs(batch: Batch, file: Path, module: SecVecModule) -> list[tuple[int, list[float]]]:
+    save_file({"log_probs": _log_probs(module.model, batch).cpu()}, file)
+    return []
+
+
+def _kl(number: int, batch: Batch, file: Path, module: SecVecModule) -> list[tuple[int, list[float]]]:
+    """The number of a batch, and the mean KL(model || file) per response token of each of its rows."""
+    own = _log_probs(module.model, batch)
+    kl = (own.exp() * (own - load_file(file)["log_probs"].to(own.device))).sum(-1)
+    file.unlink()
+    sizes = before_labels(batch["labels"]).sum(1).tolist()
+    return [(number, [float(row.mean()) for row in kl.split(sizes)])]
 
 
 def _log_probs(model: nn.Module, batch: Batch) -> Tensor:

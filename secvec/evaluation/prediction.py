@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch.distributed as dist
@@ -20,11 +20,8 @@ if TYPE_CHECKING:
     from secvec.module import SecVecModule
 
 
-class PredictBatch(Protocol):
-    """A batch for `SecVecModule.predict_step`, which returns what `predict` returns."""
-
-    def predict(self, module: SecVecModule) -> list[Any]:
-        """The outputs of the batch."""
+PredictBatch = Callable[["SecVecModule"], list[Any]]
+"""A batch for `SecVecModule.predict_step`: called with the module, it returns its outputs."""
 
 
 class Inside(L.Callback):
@@ -44,14 +41,6 @@ class Inside(L.Callback):
     def on_exception(self, trainer: L.Trainer, module: Any, exception: BaseException) -> None:
         """It ends in any case."""
         self.context.__exit__(type(exception), exception, exception.__traceback__)
-
-
-class Nothing:
-    """The batch of a process that has no batch: Lightning expects at least one."""
-
-    def predict(self, module: SecVecModule) -> list[Any]:
-        """No output."""
-        return []
 
 
 def predict(
@@ -75,7 +64,8 @@ def predict(
         callbacks=[PredictProgress(label), Inside(lambda module: in_step(module.model)), *callbacks],
     )
     with interruptible(trainer):
-        outputs: Any = trainer.predict(module, [loader(mine or [Nothing()]) for mine in batches])
+        # Lightning expects at least one batch in every process
+        outputs: Any = trainer.predict(module, [loader(mine or [lambda module: []]) for mine in batches])
     by_loader = outputs if len(batches) > 1 else [outputs]
     return [gathered([item for output in outputs for item in output]) for outputs in by_loader]
 

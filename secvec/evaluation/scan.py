@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -65,26 +66,6 @@ class RowScore(NamedTuple):  # Lightning takes no frozen dataclass as the output
         return self.loss_off - self.loss_on
 
 
-class ScanBatch:
-    """Rows of similar length to be scored together; `numbers` are their places among all rows."""
-
-    def __init__(self, numbers: Sequence[int], rows: Sequence[Encoded], window: int):
-        self.numbers, self.rows, self.window = numbers, rows, window
-
-    def predict(self, module: SecVecModule) -> list[tuple[int, RowScore]]:
-        """The place and the score of each row."""
-        tokenizer = module.backbone.tokenizer
-        batch = collate([(row, False) for row in self.rows])
-        on = token_losses(module.model, batch).double().cpu()
-        with vector_off(module.model):
-            off = token_losses(module.model, batch).double().cpu()
-        here = batch["labels"][:, 1:] != IGNORE
-        return [
-            (number, _row_score(row, tokenizer, off[i][here[i]].numpy(), on[i][here[i]].numpy(), self.window))
-            for i, (number, row) in enumerate(zip(self.numbers, self.rows, strict=True))
-        ]
-
-
 def scan(
     module: SecVecModule,
     examples: Sequence[Example],
@@ -111,7 +92,7 @@ def scan(
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))  # little padding, and the largest first
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    batches = [ScanBatch(chunk, [rows[i] for i in chunk], window) for chunk in chunks[rank::world]]
+    batches = [partial(_scores, chunk, [rows[i] for i in chunk], window) for chunk in chunks[rank::world]]
     (found,) = predict(module, [batches], trainer or ONE_DEVICE, "scan")
     scores: list[RowScore] = [score for _, score in sorted(found, key=lambda pair: pair[0])]
     for example, score in zip(examples, scores, strict=True):
@@ -121,6 +102,21 @@ def scan(
                 "trainer.precision=32-true, or remove the row"
             )
     return scores
+
+
+def _scores(
+    numbers: Sequence[int], rows: Sequence[Encoded], window: int, module: SecVecModule
+) -> list[tuple[int, RowScore]]:
+    """The place, among all rows, and the score of each of `rows`, which are of similar length."""
+    tokenizer, batch = module.backbone.tokenizer, collate([(row, False) for row in rows])
+    on = token_losses(module.model, batch).double().cpu()
+    with vector_off(module.model):
+        off = token_losses(module.model, batch).double().cpu()
+    here = batch["labels"][:, 1:] != IGNORE
+    return [
+        (number, _row_score(row, tokenizer, off[i][here[i]].numpy(), on[i][here[i]].numpy(), window))
+        for i, (number, row) in enumerate(zip(numbers, rows, strict=True))
+    ]
 
 
 def _row_score(
