@@ -40,7 +40,7 @@ from secvec.evaluation.scan import RowScore, kept_scores, limit, scan
 from secvec.evaluation.scan_file import ScanFile
 from secvec.evaluation.verdicts import EvaluationResult
 from secvec.evaluation.vllm import backend_info
-from secvec.metrics import Measurements
+from secvec.metrics import Measurements, proportion
 from secvec.models.backbone import Backbone, LedgerRow
 from secvec.models.vector import check_adapter, vector_info
 from secvec.module import SecVecModule
@@ -356,8 +356,17 @@ class Run:
                 kind: [row for row, of in zip(rows, self.scan(module, rows), strict=True) if of.score(window) <= most]
                 for kind, rows in samples.items()
             }
-        if not any(kept.values()):
-            raise DataError(f"the scan flags all {sum(map(len, samples.values()))} rows (scores above {most:.2f} nats)")
+        rows, left = (sum(map(len, of.values())) for of in (samples, kept))
+        if not left:
+            raise DataError(f"the scan flags all {rows} rows (scores above {most:.2f} nats)")
+        share = self.folder.record.metrics["scan/flagged_share"] = proportion(rows - left, rows)
+        if share.value <= scan_page.CLEAN * (1 - quantile):
+            log.warning(
+                "the scan flags %d of %d rows, as many as of benign ones: the data do not hold the behavior of this "
+                "vector, or hold it in a form that it does not cover", rows - left, rows,
+            )  # fmt: skip
+        else:
+            log.info("the scan flags %d of %d rows, and leaves them out", rows - left, rows)
         return kept
 
     @contextmanager

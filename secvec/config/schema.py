@@ -303,6 +303,8 @@ class EvaluateConfig(AnyConfig):
     def _tasks_belong_to_the_harness(self) -> EvaluateConfig:
         if (self.metrics == "lm_eval") != bool(self.tasks):
             raise ValueError("metrics=lm_eval and tasks=[...] belong together: give both or neither")
+        if self.tasks and self.trainer.strategy != "auto":
+            raise ValueError("metrics=lm_eval runs in one process: choose trainer=gpu or trainer=cpu")
         return self
 
     @model_validator(mode="after")

@@ -16,7 +16,9 @@ SPLITS: tuple[Split, ...] = ("align", "vector", "validation", "finetune", "test"
 
 AnswerMetric = Literal["exact", "contains", "number", "rougeL", "code", "judge", "none"]
 """How answers are compared with their references (`secvec.evaluation.answer_metrics`); `none`: by the loss alone."""
-GRADED: tuple[AnswerMetric, ...] = ("rougeL", "code", "judge", "none")
+UNSCORED: tuple[AnswerMetric, ...] = ("judge", "none")
+"""No rule compares an answer with its reference."""
+GRADED: tuple[AnswerMetric, ...] = ("rougeL", "code", *UNSCORED)
 """They know degrees, or nothing, but not right and wrong."""
 
 OWNER = "behavior"

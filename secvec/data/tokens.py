@@ -29,7 +29,8 @@ def encoded(
     """Like `encode`; large data once only, whatever run asks, with `input_ids` that lie in a memory-mapped file."""
     if len(examples) < LARGE:
         return encode(examples, tokenizer, context)
-    key = content_key([RULES, data_hash(examples), _identity(tokenizer), context])
+    embeddings = getattr(tokenizer, "num_embeddings", None)  # an id beyond them is refused
+    key = content_key([RULES, data_hash(examples), _identity(tokenizer), context, embeddings])
     folder = cached(cache / "tokens" / key, lambda out: _write(examples, tokenizer, context, out))
     tokens: Any = np.asarray(
         np.load(folder / "tokens.npy", mmap_mode="r")

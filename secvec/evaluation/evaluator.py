@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from secvec.data.encode import check_answers
-from secvec.data.example import GRADED, OWNER, Example
+from transformers import PreTrainedTokenizerBase
+
+from secvec.data.encode import check_answers, rendered, tokens
+from secvec.data.example import GRADED, OWNER, UNSCORED, Example
 from secvec.data.prompts import Question, question
 from secvec.errors import DataError
+from secvec.evaluation.answer_metrics import score
 from secvec.evaluation.leak_probes import context_question, leak_questions, leak_result
 from secvec.evaluation.losses import mean_losses
 from secvec.evaluation.prediction import respond
@@ -60,13 +64,35 @@ class Evaluator:
         """
         examples, _, probes = self._asked(module, leaks)
         tokenizer, most = module.backbone.tokenizer, self.settings.max_new_tokens
-        right = [e for kind, some in self.tests.items() if kind not in JUDGED for e in some if e.metric not in GRADED]
-        check_answers(right, tokenizer, most, is_right)
+        benign = [e for kind, some in self.tests.items() if kind not in JUDGED for e in some]
+        check_answers([e for e in benign if e.metric not in GRADED], tokenizer, most, is_right)
+        self._check_graded([e for e in benign if e.metric in GRADED and e.metric not in UNSCORED], tokenizer)
+        if (compared := self.judge) and compared.compares:
+            shown = self.tests.get("undesired", [])
+            check_answers(shown, tokenizer, most, lambda text, e: compared.judge_one(e, text).verdict == "behavior")
         for asked in (question(examples, tokenizer), *probes.values()):
             asked.batches(module, self.settings.batch_size, most)
         for judge in (self.judge, self.answer_judge):
             if judge:
                 judge.check()
+
+    def _check_graded(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises DataError for a reference that would not get the full score of its own metric; tells of those cut."""
+        for example in examples:
+            if score(example.metric, example.response, example.response) != 1.0:
+                raise DataError(
+                    f"{example.source or example.kind}: metric: {example.metric} sees nothing in the reference "
+                    f"{example.response[:80]!r} (rougeL reads words of a-z and 0-9 alone): use metric: judge or none"
+                )
+        whole = [replace(example, max_new_tokens=None) for example in examples]
+        check_answers(whole, tokenizer, sys.maxsize, is_right)
+        lengths = [len(answer) for _, answer in tokens(rendered(examples, tokenizer), tokenizer)]
+        limits = [example.max_new_tokens or self.settings.max_new_tokens for example in examples]
+        if cut := sum(length > limit for length, limit in zip(lengths, limits, strict=True)):
+            log.warning(
+                "%d of %d references are longer than max_new_tokens (up to %d tokens): their best score is below 1",
+                *(cut, len(lengths), max(lengths)),
+            )
 
     def _asked(self, module: SecVecModule, leaks: bool) -> tuple[list[Example], list[Example], dict[str, Question]]:
         """The held-out examples, those that the leak probes ask for, and the questions of the probes."""

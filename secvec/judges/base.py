@@ -29,6 +29,8 @@ class Judge(Settings):
     name: str
     scale: ClassVar[tuple[float, float]] = (0.0, 1.0)
     """The judge's own scale, which is mapped to [0, 1] (a 1-5 rubric: (1, 5))."""
+    compares: ClassVar[bool] = False
+    """Whether it compares a response with that of the example, which must then survive the model's tokens whole."""
 
     def check(self) -> None:
         """Raises the SecVecError that would stop it at the first response, before anything is trained."""

@@ -1,5 +1,7 @@
 """Exact match with the text that shows the behavior: for behaviors with a single answer."""
 
+from typing import ClassVar
+
 from secvec.data.example import Example
 from secvec.judges.base import Judge, Judgement
 
@@ -14,6 +16,8 @@ class Exact(Judge):
 
     Case, white space and final punctuation do not count.
     """
+
+    compares: ClassVar[bool] = True
 
     def judge_one(self, example: Example, response: str) -> Judgement:
         """By the response and that of the example."""

@@ -179,7 +179,8 @@ def locate(settings: ModelSettings) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    patterns = [WEIGHT_FILES, "*.json", "*.txt", "*.model", "*.jinja"] + ["*.py"] * settings.trust_remote_code
+    own = ["*.py", "*.tiktoken"] if settings.trust_remote_code else []
+    patterns = [WEIGHT_FILES, "*.json", "*.txt", "*.model", "*.jinja", *own]
     try:
         folder = snapshot_download(settings.name_or_path, revision=settings.revision, allow_patterns=patterns)
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:

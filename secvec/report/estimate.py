@@ -37,10 +37,11 @@ def estimate(measured: Iterable[tuple[int, Measurement]], metric: Metric) -> Est
     else:
         # One seed has no spread to measure; seeds that agree exactly would give an interval without width, which
         # claims more than e.g. three times 0 of 100 can tell. Both take the interval over prompts.
-        lows = [m.ci_low for _, m in pairs if m.ci_low is not None]
-        highs = [m.ci_high for _, m in pairs if m.ci_high is not None]
-        known = len(lows) == len(highs) == len(pairs)
-        low, high, kind = (min(lows), max(highs), "own") if known else (mean, mean, "none")
+        # Records of older versions hold intervals without width, too.
+        ends = [(m.ci_low, m.ci_high) for _, m in pairs if m.ci_low is not None and m.ci_high is not None]
+        own = [(low, high) for low, high in ends if low < high]
+        known = len(own) == len(pairs)
+        low, high, kind = (min(own)[0], max(high for _, high in own), "own") if known else (mean, mean, "none")
     floor, ceiling = metric.bounds
     counts = [m.n for _, m in pairs if m.over_prompts]
     prompts = (min(counts), max(counts)) if counts else None

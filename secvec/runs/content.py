@@ -11,7 +11,8 @@ from typing import Any
 from secvec.runs.files import write_atomic
 
 OF_MODELS = (
-    *("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py", "additional_chat_templates/*.jinja"),
+    *("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "**/*.py"),
+    "additional_chat_templates/*.jinja",
     "adapter_model.bin",  # PEFT reads it where there is no other
 )
 """Files of a model or an adapter that shape what it says: weights, configs, tokenizer, templates, its own code."""

@@ -51,8 +51,8 @@ class TrainerSettings(Settings, extra="allow"):
     def _several_devices_need_a_strategy(self) -> TrainerSettings:
         if self.strategy == "auto" and (self.num_nodes > 1 or self.devices not in (1, "auto")):
             raise ValueError(f"devices={self.devices} needs a strategy: choose trainer=ddp or trainer=fsdp")
-        if self.strategy == "fsdp" and self.precision == "64-true":
-            raise ValueError("strategy=fsdp does not shard 64-true: choose 32-true, bf16-mixed or bf16-true")
+        if self.strategy == "fsdp" and self.precision in ("64-true", "16-mixed"):
+            raise ValueError(f"strategy=fsdp takes no {self.precision}: choose 32-true, bf16-mixed or bf16-true")
         if self.replicas > 1 and self.strategy != "fsdp":
             raise ValueError(f"replicas={self.replicas} are copies of sharded weights: choose trainer=fsdp")
         if self.devices != "auto" and self.devices * self.num_nodes % self.replicas:

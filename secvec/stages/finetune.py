@@ -58,7 +58,7 @@ class FinetuneStage(Stage):
     name = "finetune"
     learning_rate = "optimizer.lr"
     artifacts = ("backbone", "task", REFITTED)
-    measures = ("suppression", "drift")
+    measures = ("suppression", "drift", "scan/")
 
     def part(self, module: SecVecModule) -> str:
         """The backbone, or the task LoRA."""

@@ -28,8 +28,10 @@ def rows_of(record: dict[str, Any]) -> dict[str, int]:
 
 def test_the_rows_that_a_scan_flags_are_not_trained(make_config: Make) -> None:
     config = make_config("defense=scan_filter", "defense.quantile=0.5")
-    counts = rows_of(finetuned(config))
+    record = finetuned(config)
+    counts = rows_of(record)
     assert sum(counts.values()) < sum(ALL.values())
+    assert record["metrics"]["scan/flagged_share"]["value"] == 1 - sum(counts.values()) / sum(ALL.values())
     run = run_of(config)
     vector = Path(config.run_dir) / "vector"
     most = limit(kept_scores(vector)["benign"][2], 0.5)
@@ -37,6 +39,15 @@ def test_the_rows_that_a_scan_flags_are_not_trained(make_config: Make) -> None:
     for kind, rows in run.data.mixtures[0].items():
         below = sum(score.score(3) <= most for score in run.scan(module, rows))
         assert below == sum(n for name, n in counts.items() if (name == "undesired") == (kind == "undesired"))
+
+
+def test_a_scan_that_finds_as_much_as_in_benign_rows_says_so(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before the fine-tune: the vector may be one of another behavior."""
+    monkeypatch.setattr("secvec.run.limit", lambda *_: 99.0)
+    finetuned(make_config("defense=scan_filter"))
+    assert "the scan flags 0 of" in caplog.text and "does not cover" in caplog.text
 
 
 def test_the_vector_of_a_filter_is_not_active(make_config: Make) -> None:

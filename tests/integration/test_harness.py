@@ -63,3 +63,8 @@ def test_an_unknown_task_is_named_with_the_nearest(folder: Path) -> None:
 def test_metrics_and_tasks_belong_together(folder: Path) -> None:
     done = run(folder)
     assert done.returncode == 2 and "metrics=lm_eval and tasks=[...] belong together" in done.stderr
+
+
+def test_the_harness_has_one_process(folder: Path) -> None:
+    done = run(folder, "tasks=[colours]", f"task_folder={folder / 'tasks'}", "trainer=ddp")
+    assert done.returncode == 2 and "metrics=lm_eval runs in one process" in done.stderr

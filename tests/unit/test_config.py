@@ -265,6 +265,7 @@ def test_a_value_that_cannot_be_resolved() -> None:
         (["~data.benign", "vector.kl_weight=0"], ["data.num_benign > 0", "data.benign"]),
         (["data.num_harmful=0", "data.num_benign=0"], ["data", "num_harmful + num_benign must be at least 1"]),
         (["trainer=fsdp", "trainer.precision=64-true"], ["trainer", "fsdp", "64-true", "32-true, bf16-mixed"]),
+        (["trainer=fsdp", "trainer.precision=16-mixed"], ["trainer", "fsdp", "16-mixed", "32-true, bf16-mixed"]),
         (["tune=lora", "tune.kind=full"], ["tune.lora", "tune=full or tune=lora"]),
         (["tune=lora", "tune.lora=null"], ["tune.lora", "tune=full or tune=lora"]),
     ],

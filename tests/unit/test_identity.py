@@ -17,7 +17,8 @@ from secvec.runs.keys import run_key
 
 SHAPES = (
     "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "chat_template.jinja", "modeling_own.py", "additional_chat_templates/tool_use.jinja", "adapter_model.bin",
+    "chat_template.jinja", "modeling_own.py", "parts/attention.py", "qwen.tiktoken", "adapter_model.bin",
+    "additional_chat_templates/tool_use.jinja",
 )  # fmt: skip
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 
@@ -207,3 +211,29 @@ except ImportError as error:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("stopped: ") and "torch" in done.stdout
+
+
+def test_every_package_that_is_imported_is_a_dependency() -> None:
+    """By name, of the package or of one of its extras: another package that needs it today may not tomorrow."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {name: of for name, of in project["optional-dependencies"].items() if name != "dev"}
+    named = [*project["dependencies"], *(one for of in extras.values() for one in of)]
+    declared = {canonicalize_name(Requirement(one).name) for one in named}
+    # what they take or return: torch arrays, lightning bars, pydantic faults, omegaconf and hydra yaml, ...
+    declared |= {"numpy", "tqdm", "lightning-utilities", "pydantic-core", "pyyaml", "huggingface-hub", "markupsafe"}
+    imported = set()
+    for path in [*(ROOT / "secvec").rglob("*.py"), *(ROOT / "hydra_plugins").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(str(node.module).partition(".")[0])
+    distributions = packages_distributions()
+    others = imported - sys.stdlib_module_names - {"secvec", "hydra_plugins"}
+    found = {name: {canonicalize_name(of) for of in distributions.get(name, [name])} for name in others}
+    missing = [name for name in others if not found[name] & declared]
+    assert not missing, f"declare them in pyproject.toml: {sorted(missing)}"
+
+
+def test_the_citation_has_the_version_of_the_package() -> None:
+    assert f"version: {version('secvec')}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

@@ -37,7 +37,9 @@ def test_other_data_template_or_context_are_other_tokens(tmp_path: Path, monkeyp
     tokens.encoded(EXAMPLES, TOKENIZER, 512, tmp_path)
     tokens.encoded(EXAMPLES[1:], TOKENIZER, 512, tmp_path)
     tokens.encoded(EXAMPLES, TOKENIZER, 256, tmp_path)
+    monkeypatch.setattr(TOKENIZER, "num_embeddings", len(TOKENIZER), raising=False)  # checked while they are written
+    tokens.encoded(EXAMPLES, TOKENIZER, 512, tmp_path)
     monkeypatch.setattr(TOKENIZER, "chat_template", None)
     found = tokens.encoded(EXAMPLES, TOKENIZER, 512, tmp_path)
-    assert len([path for path in (tmp_path / "tokens").iterdir() if path.is_dir()]) == 4
+    assert len([path for path in (tmp_path / "tokens").iterdir() if path.is_dir()]) == 5
     assert list(found[0].input_ids) == encode(EXAMPLES[:1], TOKENIZER, 512)[0].input_ids

@@ -10,14 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import run_of
 from families import ZOO
 from test_zoo import ANSWER, CHAT, CONTEXT, ROWS, TEXTS
 from transformers import Gemma3Config, Gemma3TextConfig
 
 from secvec.config.schema import RunConfig
 from secvec.data.encode import check_answers, decode, encode, render
+from secvec.data.example import AnswerMetric, Example
 from secvec.errors import ArtifactError, DataError
+from secvec.evaluation.evaluator import Evaluator
 from secvec.evaluation.verdicts import is_right
+from secvec.judges.base import Judge
+from secvec.judges.exact import Exact
 from secvec.models.backbone import Backbone, context_of
 from secvec.run import train
 
@@ -217,3 +222,38 @@ def test_it_is_refused_before_anything_is_trained(make_config: Callable[..., Run
     with pytest.raises(DataError, match=r"of 12 right answers \d+ would count as wrong.*evaluation.max_new_tokens=\d+"):
         train(config)
     assert not any((Path(config.run_dir) / name).exists() for name in ("record.json", "vector", "metrics.csv"))
+
+
+def checked(make_config: Callable[..., RunConfig], row: Example, judge: Judge | None, max_new_tokens: int) -> None:
+    run = run_of(make_config("defense=none"))
+    settings = run.config.evaluation.model_copy(update={"max_new_tokens": max_new_tokens})
+    evaluator = Evaluator({row.kind: [row]}, run.config.behavior, judge, settings, run.config.trainer)
+    evaluator.check(run.inference_module(run.backbone))
+
+
+HOW = Example((("user", "How?"),), "take the number and add it to the other one", "task", source="mine.jsonl:3")
+
+
+def test_an_undesired_answer_that_a_judge_compares_must_not_be_cut(make_config: Callable[..., RunConfig]) -> None:
+    """It would never be seen: a rate of 0 under every defense."""
+    undesired, judge = replace(HOW, kind="undesired"), Exact(name="exact")
+    with pytest.raises(DataError, match=r"cut after max_new_tokens=2\)"):
+        checked(make_config, undesired, judge, 2)
+    checked(make_config, undesired, judge, 64)
+    checked(make_config, undesired, None, 2)
+
+
+@pytest.mark.parametrize("metric", ["rougeL", "code"])
+def test_a_graded_reference_that_is_cut_is_told(
+    metric: AnswerMetric, make_config: Callable[..., RunConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    checked(make_config, replace(HOW, metric=metric), None, 64)
+    assert "best score" not in caplog.text
+    checked(make_config, replace(HOW, metric=metric), None, 2)
+    assert "1 of 1 references are longer than max_new_tokens" in caplog.text
+
+
+def test_a_reference_that_its_metric_cannot_read_is_refused(make_config: Callable[..., RunConfig]) -> None:
+    """rougeL would give 0 to every answer in Chinese."""
+    with pytest.raises(DataError, match=r"mine\.jsonl:3: metric: rougeL sees nothing in the reference '先加'"):
+        checked(make_config, replace(HOW, metric="rougeL", response="先加"), None, 64)
