@@ -21,7 +21,7 @@ from secvec.metrics import METRICS, Measurement
 from secvec.report import write_report
 from secvec.report.__main__ import main
 from secvec.report.estimate import best_of, estimate
-from secvec.report.figures.curves import rates_figure
+from secvec.report.figures.curves import loss_figure, rates_figure
 from secvec.report.figures.headline import headline_figure
 from secvec.report.groups import compare
 from secvec.report.provenance import warnings
@@ -437,3 +437,17 @@ def test_a_value_that_is_no_number_is_told(root: Path) -> None:
     edit(folder, metrics=metrics | {"after/perplexity": metric(math.nan)})
     runs = load_runs([root])
     assert f"{folder.name}: after/perplexity is no number, and its mean leaves it out." in warnings(runs, compare(runs))
+
+
+def test_untrusted_data_are_not_called_benign(root: Path) -> None:
+    runs = load_runs([root])
+    groups = compare(runs).groups
+    curves = {index: [load_curves(run)[0] for run in group.runs] for index, group in enumerate(groups)}
+
+    def legend() -> list[str]:
+        return [text.get_text() for text in loss_figure(groups, curves, [1]).axes[0].get_legend().get_texts()]
+
+    assert "benign, vector off" in legend()
+    for run in runs:
+        run.record.data.counts["finetune"] = {"untrusted": 240}
+    assert "untrusted, vector off" in legend() and not any("benign" in text for text in legend())

@@ -34,9 +34,15 @@ def loss_figure(groups: Sequence[Group], curves: GroupCurves, indices: Sequence[
             axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axis.minorticks_off()
             axis.set_ylim(bottom / 1.5, top * 1.5)
-            _losses(axis, curves[index])
+            _losses(axis, curves[index], _benign_name(groups[index]))
             _legend(axis)
     return figure
+
+
+def _benign_name(group: Group) -> str:
+    """What the telemetry calls benign; nobody knows it of untrusted data."""
+    counts = group.runs[0].record.data.counts.get("finetune", {})
+    return "untrusted" if "untrusted" in counts else "benign"
 
 
 def rates_figure(groups: Sequence[Group], curves: GroupCurves, indices: Sequence[int]) -> Figure:
@@ -71,15 +77,16 @@ def _panels(groups: Sequence[Group], label: str) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def _losses(axis: Axes, runs: Sequence[Curves]) -> None:
+def _losses(axis: Axes, runs: Sequence[Curves], benign: str) -> None:
     for kind, color in KINDS.items():
+        shown = benign if kind == "benign" else kind
         on, off = f"telemetry/{kind}/loss_on", f"telemetry/{kind}/loss_off"
         with_vector = [run for run in runs if run.get(on) and run[on] != run.get(off)]
         if lines := [run[on] for run in with_vector]:
-            _curve(axis, lines, color, "-", f"{kind}, vector on")
+            _curve(axis, lines, color, "-", f"{shown}, vector on")
         if lines := [run[off] for run in runs if run.get(off)]:
             name, style = ("vector off", (0, (4, 2))) if with_vector else ("no vector", "-")
-            _curve(axis, lines, color, style, f"{kind}, {name}")
+            _curve(axis, lines, color, style, f"{shown}, {name}")
 
 
 def _curve(axis: Axes, lines: Sequence[Mapping[int, float]], color: str, style: Any, name: str) -> None:
