@@ -6,12 +6,14 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from secvec.defenses.base import AlignmentStage, Defense
+from secvec.errors import ConfigError
 from secvec.settings.schema import Count, Rate
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from secvec.data.batch import Batch
+    from secvec.run import Run
 
 
 class Booster(AlignmentStage):
@@ -26,6 +28,15 @@ class Booster(AlignmentStage):
     undesired_batch_size: Count = 16
     weight: Rate = 5.0
     step: Rate = 0.1
+
+    def check(self, run: Run) -> None:
+        """Raises ConfigError for weights in bfloat16 too: the simulated step would be lost in their rounding."""
+        super().check(run)
+        if run.config.model.dtype != "float32" or run.config.trainer.precision == "bf16-true":
+            raise ConfigError(
+                "defense=booster takes float32 weights: its simulated step is smaller than the rounding of bfloat16: "
+                "set model.dtype=float32, and trainer.precision=32-true or bf16-mixed"
+            )
 
     def hardening(self) -> Defense:
         """The gradient with the simulated step."""

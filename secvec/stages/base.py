@@ -124,7 +124,7 @@ def training_key(run: Run, backbone: Backbone, examples: Iterable[Example], reci
     Callbacks may stop a training by what they see of the held-out samples, so with any these count too.
     """
     config, n = run.config, run.config.evaluation.validation.num_samples
-    seen = run.data.validation(n) if config.callbacks and n else {}
+    seen = run.data.validation(n) if config.callbacks and n != 0 else {}  # None: all
     held_out = data_hash([example for examples in seen.values() for example in examples])
     settings = config.model_dump(mode="json", include=SHAPING)
     del settings["optimizer"]["lr"]

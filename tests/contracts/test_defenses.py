@@ -582,3 +582,11 @@ def test_a_training_before_the_fine_tune_needs_safe_rows(make_config: Make, monk
     monkeypatch.setattr(run, "own_answers", lambda examples: [])
     with pytest.raises(ConfigError, match="defense=vaccine has no safe rows"):
         config.defense.starting(run)
+
+
+@pytest.mark.parametrize("override", ["model.dtype=bfloat16", "trainer.precision=bf16-true"])
+def test_booster_needs_whole_weights(override: str, make_config: Callable[..., RunConfig]) -> None:
+    """In bfloat16 the simulated step of a large model is rounded away, and what is added is noise."""
+    config = make_config("defense=booster", override)
+    with pytest.raises(ConfigError, match="simulated step is smaller than the rounding of bfloat16"):
+        config.defense.check(run_of(config))

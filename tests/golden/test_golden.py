@@ -46,4 +46,5 @@ def test_losses_are_those_of_version_0_1(make_config: Callable[..., RunConfig], 
     assert curves.keys() == kept.keys() and all(len(values) == 20 for values in kept.values())
     for name, values in kept.items():
         assert values[0] != values[-1]  # it learns something
-        assert curves[name] == pytest.approx(values, rel=1e-4), name
+        # a small KL is a difference of numbers near 1: what another processor rounds (1.7e-6) is absolute
+        assert curves[name] == pytest.approx(values, rel=1e-4, abs=5e-6), name

@@ -6,14 +6,18 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from secvec.data.example import Example
 from secvec.models.backbone import Backbone
 from secvec.models.tiny import build_tiny
 from secvec.runs import content
 from secvec.runs.content import file_digest, folder_digest
 from secvec.runs.keys import run_key
+from secvec.stages.base import training_key
 
 SHAPES = (
     "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -161,3 +165,22 @@ def test_what_a_judge_has_judged_is_no_setting(tmp_path: Path, role: str) -> Non
     before = run_key(settings)
     cache.write_bytes(b"1")
     assert run_key(settings) == before != run_key({role: {"name": "other", "cache": str(cache)}})
+
+
+@pytest.mark.parametrize(("num", "counts"), [(8, True), (None, True), (0, False)])
+def test_held_out_rows_count_where_a_callback_may_stop_by_them(num: int | None, counts: bool) -> None:
+    """`num_samples=null` is all of them."""
+
+    def key(answer: str) -> str:
+        settings = {"optimizer": {"lr": 1e-3}}
+        config = SimpleNamespace(
+            evaluation=SimpleNamespace(validation=SimpleNamespace(num_samples=num)),
+            callbacks={"early_stopping": {}},
+            model_dump=lambda **_: {**settings, "optimizer": dict(settings["optimizer"])},
+        )
+        rows = {"undesired": [Example((("user", "How?"),), answer, "undesired")]}
+        run: Any = SimpleNamespace(config=config, data=SimpleNamespace(validation=lambda n: rows))
+        backbone: Any = SimpleNamespace(identity=["a"])
+        return training_key(run, backbone, [], {})
+
+    assert (key("So.") != key("Thus.")) is counts
