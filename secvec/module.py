@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from secvec.data.batch import Batch
+from secvec.data.datamodule import StepLoader
 from secvec.defenses.base import Defense
 from secvec.evaluation.generation import GenerationBackend
 from secvec.models.backbone import Backbone, LedgerRow, ledger, set_trainable
@@ -92,6 +93,7 @@ class SecVecModule(L.LightningModule):
         self.start: dict[str, Tensor] = {}
         self.before_checkpoint: Callable[[], None] | None = None
         """Raises DivergedError where the present weights must not be saved; set by `StopWhenDiverged`."""
+        self._place_in_data: Mapping[str, Any] | None = None
         self.model: nn.Module = None  # type: ignore[assignment]  # until configure_model
         self.strict_loading = False  # a checkpoint holds what is trained; the rest comes from the folders
         self.save_hyperparameters(
@@ -203,16 +205,25 @@ class SecVecModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps what is trained: a checkpoint of a vector is the vector, not the backbone."""
+        """Keeps what is trained (of a vector the vector, not the backbone) and the place in the data."""
         if self.before_checkpoint:
             self.before_checkpoint()
         trained = {name for name, p in self.named_parameters() if p.requires_grad or part_of(name) == "kept"}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        if isinstance(loader := self.trainer.train_dataloader, StepLoader):
+            checkpoint["data"] = loader.state_dict()  # Lightning adds it too, but where it may not read it again
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Outside a Trainer: the weights that are not in the checkpoint are those of the folders."""
         if self._trainer is None:
             checkpoint["state_dict"] = self.state_dict() | checkpoint["state_dict"]
+        self._place_in_data = checkpoint.get("data")
+
+    def on_train_start(self) -> None:
+        """Goes on in the data, also with a Trainer of the user's own: there is a loader only now."""
+        place, self._place_in_data = self._place_in_data, None
+        if place and isinstance(loader := self.trainer.train_dataloader, StepLoader):
+            loader.load_state_dict(place)
 
     def trained(self) -> list[tuple[str, nn.Parameter]]:
         """Names and values of the trainable parameters."""

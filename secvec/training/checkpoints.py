@@ -45,24 +45,20 @@ class LastCheckpoint(Checkpoint):
         self.written = 0
         """Bytes of all checkpoints."""
         self._step, self._time, self._due = 0, time.monotonic(), False
-        self._data: dict[str, Any] | None = None
         self._stopped = False
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
-        """Remembers the place in the data until there is a loader, and whether a callback had ended the training."""
-        self._data, self._stopped = checkpoint.get("data"), checkpoint.get("stopped", False)
+        """Remembers whether a callback had ended the training."""
+        self._stopped = checkpoint.get("stopped", False)
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
-        """Adds the place in the data. Lightning does, but it does not read it where the schedule needs the steps."""
-        checkpoint["data"] = trainer.train_dataloader.state_dict()  # type: ignore[union-attr]
-        checkpoint["stopped"] = trainer.should_stop  # Lightning forgets it
+        """Adds whether the training has ended, which Lightning forgets."""
+        checkpoint["stopped"] = trainer.should_stop
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-        """Goes on in the data."""
+        """Ends a training that had ended."""
         self._step, self._time = trainer.global_step, time.monotonic()
         trainer.should_stop |= self._stopped
-        if self._data:
-            trainer.train_dataloader.load_state_dict(self._data)  # type: ignore[union-attr]
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Within an epoch. After its last step it is saved as at the end of an epoch."""

@@ -41,7 +41,7 @@ IDS = torch.arange(1, 40).view(3, 13)
 KINDS = {"undesired": 3, "task": 3, "ordinary": 3, "look_alike": 3}
 
 
-def data() -> SecVecDataModule:
+def data(batch_size: int = 8) -> SecVecDataModule:
     return SecVecDataModule(
         ForbiddenRecipe(),
         DataSettings(num_harmful=8, num_benign=8, benign={"skill": Skill(), "ordinary": Ordinary()}),
@@ -49,7 +49,7 @@ def data() -> SecVecDataModule:
             **LORA, num_samples=16, num_kl=8, epochs=4, batch_size=8, kl_batch_size=4, lr=2e-2,
             gate=GateSettings(num_prompts=2, min_behavior_rate=0),
         ),
-        FinetuneSettings(epochs=1, batch_size=8),
+        FinetuneSettings(epochs=1, batch_size=batch_size),
         EvaluationSettings(
             num_prompts=3, batch_size=4, max_new_tokens=6, num_leak_prompts=0,
             validation=ValidationSettings(num_samples=3, num_prompts=1, every_n_steps=0),
@@ -300,3 +300,20 @@ def test_nothing_asks_for_the_name_of_the_stage(file: str) -> None:
     assert compared('if stage == "vector" or stage in ("infer",):\n    f("finetune")') == {"vector", "infer"}
     assert compared('match stage:\n    case "finetune":\n        pass') == {"finetune"}
     assert compared((ROOT / "secvec" / file).read_text(encoding="utf-8")) == set()
+
+
+def test_a_trainer_of_one_s_own_goes_on_within_an_epoch(backbone: Path, tmp_path: Path) -> None:
+    """Lightning alone would read the first rows of the epoch again, and never the others."""
+
+    def fitted(folder: Path, checkpoint: Path | None = None) -> dict[str, Tensor]:
+        keep = ModelCheckpoint(tmp_path / folder, "{step}", every_n_train_steps=5, save_top_k=-1)
+        module = SecVecModule(stage="finetune", backbone=str(backbone), optimizer={"lr": 1e-2, **ADAMW})
+        runner = trainer(tmp_path, max_epochs=2, callbacks=[keep])
+        runner.fit(module, data(2), ckpt_path=checkpoint, weights_only=False)
+        assert runner.global_step == 16
+        return {name: value.clone() for name, value in module.model.state_dict().items()}
+
+    whole = fitted(Path("whole"))
+    for step in (5, 10):
+        again = fitted(Path(f"again-{step}"), tmp_path / "whole" / f"step={step}.ckpt")
+        assert all(torch.equal(value, again[name]) for name, value in whole.items())

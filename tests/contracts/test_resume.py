@@ -19,7 +19,6 @@ from secvec.data.datamodule import training_loader
 from secvec.models.tiny import build_tiny
 from secvec.module import SecVecModule
 from secvec.settings.trainer import CheckpointSettings, TrainerSettings
-from secvec.training.checkpoints import LastCheckpoint
 from secvec.training.trainer import Training, fit
 
 ROWS = [Encoded(list(range(3, 10 + i % 5)), 3 + i % 2) for i in range(24)]
@@ -97,7 +96,7 @@ def test_the_weights_are_those_of_a_training_that_was_not_cut(
 
 def test_without_the_place_in_the_data_they_are_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = train(tmp_path / "whole", checkpoints(every_n_epochs=1))
-    monkeypatch.setattr(LastCheckpoint, "on_train_start", lambda *_: None)
+    monkeypatch.setattr(SecVecModule, "on_train_start", lambda *_: None)
     found, _ = cut_and_go_on(tmp_path / "cut", checkpoints(every_n_steps=3), 8, 1)
     assert not all(torch.equal(found[name], weights) for name, weights in whole.items())
 
