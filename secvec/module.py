@@ -217,7 +217,8 @@ class SecVecModule(L.LightningModule):
         """Outside a Trainer: the weights that are not in the checkpoint are those of the folders."""
         if self._trainer is None:
             checkpoint["state_dict"] = self.state_dict() | checkpoint["state_dict"]
-        self._place_in_data = checkpoint.get("data")
+        elif self.trainer.training:  # a new training begins at the first rows
+            self._place_in_data = checkpoint.get("data")
 
     def on_train_start(self) -> None:
         """Goes on in the data, also with a Trainer of the user's own: there is a loader only now."""

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -16,7 +15,7 @@ from secvec.evaluation.verdicts import EvaluationResult
 from secvec.evaluation.vllm import VllmEngine, backend_info, uses_vllm
 from secvec.metrics import Measurement
 from secvec.models.backbone import Backbone
-from secvec.runs.cache import cached, main_process
+from secvec.runs.cache import cached, from_first, main_process
 from secvec.runs.content import folder_digest
 from secvec.settings.schema import GenerationSettings
 from secvec.settings.trainer import TrainerSettings
@@ -42,25 +41,20 @@ def generation_backend(
 def kept_result(path: Path, evaluate: Callable[[], EvaluationResult]) -> EvaluationResult:
     """The result in `path`, evaluated first where there is none yet. Every process must call it.
 
-    One with verdicts that could not be read is not kept: the judge may give them the next time.
+    One with verdicts that could not be read is evaluated again: the judge may give them this time.
     """
-    result = _shared_result(path, evaluate)
-    if main_process() and any(row.get("verdict") == "unparsable" for row in result.predictions):
-        path.unlink(missing_ok=True)
-    return result
-
-
-def _shared_result(path: Path, evaluate: Callable[[], EvaluationResult]) -> EvaluationResult:
     if not dist.is_initialized():
-        return _read(cached(path, lambda out: _write(out, evaluate())))
-    box: list[Any] = [_read(path) if main_process() and path.is_file() else None]
-    dist.broadcast_object_list(box)
-    if box[0] is None:
-        box[0] = evaluate()  # all processes together, and none of them holds a lock meanwhile
+        return _read(cached(path, lambda out: _write(out, evaluate()), _is_whole))
+    found = from_first(lambda: _read(path) if _is_whole(path) else None)
+    if found is None:
+        found = evaluate()  # all processes together, and none of them holds a lock meanwhile
         if main_process():
-            cached(path, lambda out: _write(out, box[0]))
-    result: EvaluationResult = box[0]
-    return result
+            cached(path, lambda out: _write(out, found), _is_whole)
+    return found
+
+
+def _is_whole(path: Path) -> bool:
+    return path.is_file() and all(row.get("verdict") != "unparsable" for row in _read(path).predictions)
 
 
 def _write(path: Path, result: EvaluationResult) -> None:

@@ -14,7 +14,6 @@ from secvec.data.encode import check_answers, rendered, tokens
 from secvec.data.example import GRADED, OWNER, UNSCORED, Example
 from secvec.data.prompts import Question, question
 from secvec.errors import DataError
-from secvec.evaluation.answer_metrics import score
 from secvec.evaluation.leak_probes import context_question, leak_questions, leak_result
 from secvec.evaluation.losses import mean_losses
 from secvec.evaluation.prediction import respond
@@ -79,7 +78,7 @@ class Evaluator:
     def _check_graded(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises DataError for a reference that would not get the full score of its own metric; tells of those cut."""
         for example in examples:
-            if score(example.metric, example.response, example.response) != 1.0:
+            if not is_right(example.response, example):
                 raise DataError(
                     f"{example.source or example.kind}: metric: {example.metric} sees nothing in the reference "
                     f"{example.response[:80]!r} (rougeL reads words of a-z and 0-9 alone): use metric: judge or none"

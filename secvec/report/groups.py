@@ -215,9 +215,10 @@ def _tell_files_apart(runs: Sequence[Run], settings: Mapping[int, dict[str, str]
         for path, found in rows.items():
             others = [other for other in first.values() if Path(other).name == Path(path).name]
             first[path] = next((other for other in others if rows[other] & found), path)
-        for run in runs:
-            if (path := json.loads(settings[id(run)].get(key, "null"))) in first:
-                settings[id(run)][key] = json.dumps(_end_of(first[path], set(first.values())))
+        names = {path: _end_of(same, set(first.values())) for path, same in first.items()}
+        for of_run in settings.values():
+            if (path := json.loads(of_run.get(key, "null"))) in names:
+                of_run[key] = json.dumps(names[path])
 
 
 def _end_of(path: str, paths: Set[str]) -> str:

@@ -41,16 +41,16 @@ def from_first(look: Callable[[], Value]) -> Value:
     return box[0]  # type: ignore[return-value]
 
 
-def cached(path: Path, build: Callable[[Path], None]) -> Path:
-    """`path`, a file or a folder, built by `build(temporary path)` when it is not there yet; others wait for it.
+def cached(path: Path, build: Callable[[Path], None], usable: Callable[[Path], bool] = Path.exists) -> Path:
+    """`path`, a file or a folder, built by `build(temporary path)` when it is not `usable` yet; others wait for it.
 
     Of the processes of a run the first one builds it: the others do not save.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    while not main_process() and not path.exists():
+    while not main_process() and not usable(path):
         time.sleep(0.1)
     with FileLock(f"{path}.lock"):
-        if path.exists():
+        if usable(path):
             with suppress(OSError):  # another user's, in a cache that several share
                 os.utime(path)  # used: `python -m secvec.runs --days N` spares it
         else:

@@ -12,7 +12,7 @@ import lightning as L
 import pytest
 import torch
 from conftest import ROOT
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -314,6 +314,12 @@ def test_a_trainer_of_one_s_own_goes_on_within_an_epoch(backbone: Path, tmp_path
         return {name: value.clone() for name, value in module.model.state_dict().items()}
 
     whole = fitted(Path("whole"))
+    loaded = SecVecModule.load_from_checkpoint(tmp_path / "whole" / "step=5.ckpt")
+    served: list[list[int]] = []
+    for module in (loaded, SecVecModule(stage="finetune", backbone=str(backbone), optimizer={"lr": 1e-2, **ADAMW})):
+        seen = LambdaCallback(on_train_batch_start=lambda t, m, batch, n: served.append(batch["input_ids"].tolist()))
+        trainer(tmp_path, callbacks=[seen], enable_checkpointing=False).fit(module, data(2))
+    assert served[:8] == served[8:]  # a new training of a loaded module begins at the first rows
     for step in (5, 10):
         again = fitted(Path(f"again-{step}"), tmp_path / "whole" / f"step={step}.ckpt")
         assert all(torch.equal(value, again[name]) for name, value in whole.items())
