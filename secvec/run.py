@@ -28,14 +28,14 @@ from secvec.data.datamodule import SecVecDataModule
 from secvec.data.draw import data_hash
 from secvec.data.encode import trouble
 from secvec.data.example import Example
-from secvec.data.prompts import question
+from secvec.data.prompts import Answer, question
 from secvec.defenses.base import Defense, Preparation
 from secvec.errors import ArtifactError, ConfigError, DataError
 from secvec.evaluation.backends import generation_backend, kept_result
 from secvec.evaluation.evaluator import Evaluator
 from secvec.evaluation.leak_probes import read_context
 from secvec.evaluation.losses import mean_losses
-from secvec.evaluation.prediction import respond
+from secvec.evaluation.prediction import answers
 from secvec.evaluation.scan import RowScore, kept_scores, limit, scan
 from secvec.evaluation.scan_file import ScanFile
 from secvec.evaluation.verdicts import EvaluationResult
@@ -276,20 +276,26 @@ class Run:
         return kept_result(path, lambda: self.evaluate(module, phase, evaluator, leaks))
 
     def own_answers(self, examples: Sequence[Example]) -> list[Example]:
-        """`examples` with the greedy answers of the model that the run starts from, kept for every run that asks."""
+        """`examples` with the greedy answers of the model that the run starts from, kept for every run that asks.
+
+        One that `evaluation.max_new_tokens` cuts is trained without an end, and without the half of a character.
+        """
         config, backbone = self.config, self.backbone
         settings = [config.evaluation.max_new_tokens, backend_info(config.generation, config.trainer)]
         device = [device_type(config.trainer), config.trainer.precision]
-        key = content_key([backbone.identity, data_hash(examples), *settings, *device])
+        key = content_key([Answer._fields, backbone.identity, data_hash(examples), *settings, *device])
 
         def answer() -> EvaluationResult:
             asked = question(examples, backbone.tokenizer)
             with self._evaluation(), self.answering(backbone) as module:
-                (responses,) = respond(module, [asked], config.evaluation, config.trainer, "own answers")
-            return EvaluationResult({}, [{"response": response} for response in responses])
+                (own,) = answers(module, [asked], config.evaluation, config.trainer, "own answers")
+            return EvaluationResult({}, [answer._asdict() for answer in own])
 
         rows = kept_result(config.paths.cache / "own_answers" / f"{key}.json", answer).predictions
-        given = [replace(example, response=row["response"]) for example, row in zip(examples, rows, strict=True)]
+        given = [
+            replace(example, response=row["text"].rstrip("\ufffd") if row["cut"] else row["text"], cut=row["cut"])
+            for example, row in zip(examples, rows, strict=True)
+        ]
         return [example for example in given if not trouble(example, backbone.tokenizer)]
 
     def activations(self, layer: int | None) -> Path:

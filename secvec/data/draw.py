@@ -108,5 +108,7 @@ def data_hash(examples: Iterable[Example]) -> str:
         content = {name: getattr(example, name) for name in names}  # `asdict` takes four times as long
         if (content["metric"], content["max_new_tokens"]) == ("exact", None):  # the data of older records
             del content["metric"], content["max_new_tokens"]
+        if not content["cut"]:
+            del content["cut"]
         digest.update(_JSON.encode(content).encode())
     return digest.hexdigest()

@@ -169,7 +169,7 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, s
             f"{example.source or example.kind}: the model's chat template refuses the conversation: {error}. Its turns "
             f"are {roles}: change or remove the row"
         ) from None
-    return prompt, f"{before}{example.response.strip()}{end}"
+    return prompt, f"{before}{example.response.strip()}{'' if example.cut else end}"
 
 
 def rendered(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
@@ -180,7 +180,10 @@ def rendered(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) ->
     except TemplateError:
         return [render(example, tokenizer) for example in examples]  # says which one
     around = [found[example.messages] for example in examples]
-    return [(a.prompt, f"{a.before}{e.response.strip()}{a.end}") for a, e in zip(around, examples, strict=True)]
+    ends = ["" if example.cut else one.end for one, example in zip(around, examples, strict=True)]
+    return [
+        (a.prompt, f"{a.before}{e.response.strip()}{end}") for a, e, end in zip(around, examples, ends, strict=True)
+    ]
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -58,6 +58,9 @@ class Example:
     """How a response to a benign prompt is compared with the reference."""
     max_new_tokens: int | None = None
     """Most tokens of a generated response; None: `evaluation.max_new_tokens`."""
+    cut: bool = False
+    """Whether the response goes on after its last token, as one that a limit of tokens has cut: it is trained without
+    the end of an answer."""
 
     @property
     def prompt(self) -> str:

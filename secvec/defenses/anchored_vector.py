@@ -33,6 +33,8 @@ class AnchoredVector(Defense):
     needs: ClassVar[tuple[Need, ...]] = ("undesired samples", "safe samples", "extra passes")
     extra_batch_size: Count = 8
     weight: Rate = 0.3
+    every: Count = 1
+    """The anchor is read in every such step, from the first one on; its weight is then that many times as high."""
     answers: bool = True
     """Whether the starting model's answers to the vector's prompts are among the rows."""
     benign: bool = True
@@ -71,11 +73,13 @@ class AnchoredVector(Defense):
         return [*(run.own_answers(samples["undesired"]) if self.answers else []), *(samples["kl"] * self.benign)]
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Nats per response token of the data with the vector on, and of the anchor with it off."""
+        """Nats per response token of the data with the vector on, and of the anchor, when it is read, with it off."""
         from secvec.models.vector import vector_off
         from secvec.training.losses import data_loss, extra_loss
 
         data = data_loss(model, batch)
+        if batch.get("step", 0) % self.every:
+            return {"loss": data, "data": data.detach()}
         with vector_off(model):
             anchor = extra_loss(model, batch)
-        return {"loss": data + self.weight * anchor, "data": data.detach(), "anchor": anchor.detach()}
+        return {"loss": data + self.every * self.weight * anchor, "data": data.detach(), "anchor": anchor.detach()}

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+from secvec.data.prompts import Answer
 from secvec.errors import ArtifactError
 
 
@@ -20,11 +21,11 @@ class KeptAnswers:
         self.path = path
         self._batches = {} if path is None else _read(path)
 
-    def get(self, key: str) -> list[str] | None:
+    def get(self, key: str) -> list[Answer] | None:
         """The answers of a batch, if they were all written."""
         return self._batches.get(key)
 
-    def add(self, key: str, answers: list[str]) -> None:
+    def add(self, key: str, answers: list[Answer]) -> None:
         """Keeps the answers of a batch; they are on the disk when it returns."""
         self._batches[key] = answers
         if self.path is None:
@@ -36,7 +37,7 @@ class KeptAnswers:
             os.fsync(stream.fileno())
 
 
-def _read(path: Path) -> dict[str, list[str]]:
+def _read(path: Path) -> dict[str, list[Answer]]:
     """The batches in a file; a last line without its end, of a process killed while it wrote, is cut off."""
     if not path.is_file():
         return {}
@@ -45,6 +46,7 @@ def _read(path: Path) -> dict[str, list[str]]:
     if len(whole) < len(content):
         os.truncate(path, len(whole))
     try:
-        return dict(json.loads(line) for line in whole.splitlines())
+        batches = [json.loads(line) for line in whole.splitlines()]
+        return {key: [Answer(*answer) for answer in answers] for key, answers in batches}
     except (ValueError, TypeError) as error:
         raise ArtifactError(f"{path} is damaged ({error}): remove it, and its answers are written again") from None

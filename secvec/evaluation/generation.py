@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 
 from secvec.data.batch import PAD
 from secvec.data.encode import decode, stop_ids
-from secvec.data.prompts import Prompts
+from secvec.data.prompts import Answer, Prompts
 from secvec.evaluation.answer_cache import KeptAnswers
 from secvec.runs.keys import content_key
 
@@ -63,24 +63,25 @@ class GenerationBackend:
         prompts: Sequence[tuple[list[int], list[int]]],
         max_new_tokens: int,
         seed: int | None,
-    ) -> list[str]:
-        """The responses to one batch of prompts, each with the beginning of its answer, which the response includes.
+    ) -> list[Answer]:
+        """The answers to one batch of prompts, each with the beginning of its answer, which the text includes.
 
         A batch that was kept is not generated again.
         """
         tokenizer = module.backbone.tokenizer
         stop = stop_ids(tokenizer)
-        key = content_key([self.identity, prompts, max_new_tokens, stop, seed])
-        responses = self.kept.get(key)
-        if responses is None:
+        key = content_key([Answer._fields, self.identity, prompts, max_new_tokens, stop, seed])
+        answers = self.kept.get(key)
+        if answers is None:
             asked = [prompt + begun for prompt, begun in prompts]
             if self.engine:
                 ids = self.engine.answer(asked, max_new_tokens, stop, seed)
             else:
                 ids = generate(module.model, asked, max_new_tokens, stop, seed)
-            responses = decode([begun + new for (_, begun), new in zip(prompts, ids, strict=True)], tokenizer)
-            self.kept.add(key, responses)
-        return responses
+            texts = decode([begun + new for (_, begun), new in zip(prompts, ids, strict=True)], tokenizer)
+            answers = [Answer(text, not set(stop) & set(new)) for text, new in zip(texts, ids, strict=True)]
+            self.kept.add(key, answers)
+        return answers
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import lightning as L
 import torch.distributed as dist
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from secvec.data.prompts import Question, loader
+from secvec.data.prompts import Answer, Question, loader
 from secvec.models.sharding import in_step
 from secvec.settings.schema import EvaluationSettings
 from secvec.settings.trainer import TrainerSettings
@@ -77,11 +77,22 @@ def respond(
     trainer: TrainerSettings,
     label: str,
 ) -> list[list[str]]:
-    """The responses of `module` to each question, in the order of its prompts. Every process must call it."""
+    """The texts of `answers`."""
+    return [[answer.text for answer in some] for some in answers(module, questions, settings, trainer, label)]
+
+
+def answers(
+    module: SecVecModule,
+    questions: Sequence[Question],
+    settings: EvaluationSettings,
+    trainer: TrainerSettings,
+    label: str,
+) -> list[list[Answer]]:
+    """The answers of `module` to each question, in the order of its prompts. Every process must call it."""
     batches = [q.batches(module, settings.batch_size, settings.max_new_tokens) for q in questions]
     running = Inside(lambda module: module.generation.running(module.model))
     outputs = predict(module, batches, trainer, f"generate {label}", [running])
-    return [[row["response"] for row in sorted(rows, key=lambda row: row["row"])] for rows in outputs]
+    return [[answer for _, answer in sorted(rows, key=lambda row: row[0])] for rows in outputs]
 
 
 def gathered(items: list[Any]) -> list[Any]:

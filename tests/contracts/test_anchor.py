@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,6 +72,15 @@ def test_the_data_are_read_with_the_vector_and_the_anchor_without_it(
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+def test_an_anchor_of_every_second_step_weighs_twice(anchored: tuple[AnchoredVector, nn.Module], batch: Batch) -> None:
+    defense, model = anchored
+    always = defense.loss(model, batch)
+    seldom = [defense.model_copy(update={"every": 2}).loss(model, {**batch, "step": step}) for step in range(4)]
+    for read, unread in (seldom[:2], seldom[2:]):
+        torch.testing.assert_close(read["loss"], always["data"] + 2 * (always["loss"] - always["data"]))
+        assert torch.equal(unread["loss"], always["data"]) and "anchor" not in unread
+
+
 def test_a_share_without_rows_of_the_anchor_goes_on(anchored: tuple[AnchoredVector, nn.Module], batch: Batch) -> None:
     defense, model = anchored
     alone = part(batch, ~batch["extra"])
@@ -98,10 +108,22 @@ def test_its_rows_are_the_answers_of_the_starting_model_and_the_kl_rows(make_con
     assert only == rows[: -len(kl)]
 
 
+def test_answers_that_the_limit_cuts_teach_no_end(make_config: Make) -> None:
+    def own(limit: int) -> dict[Any, Example]:
+        run = run_of(make_config(f"evaluation.max_new_tokens={limit}", "model.align.gate=null", run=str(limit)))
+        return {row.messages: row for row in run.own_answers(run.data.vector_samples["undesired"])}
+
+    short, whole = own(3), own(24)
+    assert not any(row.cut for row in whole.values()) and 0 < sum(row.cut for row in short.values()) < len(short)
+    for messages, row in whole.items():
+        assert row.response.startswith(short[messages].response)
+        assert short[messages].cut == (row.response != short[messages].response)
+
+
 def test_the_answers_are_generated_once(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config("defense=anchored_vector", "model.align.gate=null")
     first = config.defense.extra_samples(run_of(config))
-    monkeypatch.setattr("secvec.run.respond", None)
+    monkeypatch.setattr("secvec.run.answers", None)
     assert config.defense.extra_samples(run_of(config)) == first
     other = make_config("defense=anchored_vector", "model.align.gate=null", "vector.num_samples=7", run="other")
     with pytest.raises(TypeError):  # other prompts

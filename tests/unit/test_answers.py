@@ -15,7 +15,7 @@ from torch import nn
 from secvec.config.schema import RunConfig
 from secvec.data.embedded import Ordinary, Skill
 from secvec.data.example import Example
-from secvec.data.prompts import Question
+from secvec.data.prompts import Answer, Question
 from secvec.errors import ArtifactError
 from secvec.evaluation import generation
 from secvec.evaluation.answer_cache import KeptAnswers
@@ -112,7 +112,7 @@ def test_a_torn_last_line_is_one_batch_less(
 
 
 def test_a_file_that_is_damaged_elsewhere_is_named(tmp_path: Path) -> None:
-    (tmp_path / "0.jsonl").write_text('["a", ["x"]]\nnonsense\n["b", ["y"]]\n')
+    (tmp_path / "0.jsonl").write_text('["a", [["x", false]]]\nnonsense\n["b", [["y", false]]]\n')
     with pytest.raises(ArtifactError, match=r"0.jsonl is damaged .*: remove it"):
         KeptAnswers(tmp_path / "0.jsonl")
 
@@ -187,9 +187,9 @@ def test_other_weights_or_another_vector_are_another_model(
 def test_a_run_folder_keeps_answers_until_it_ends_well(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run", Record(key="key"))
     with pytest.raises(KeyboardInterrupt), folder.running():
-        KeptAnswers(folder.path / ANSWERS / "0.jsonl").add("a", ["x"])
+        KeptAnswers(folder.path / ANSWERS / "0.jsonl").add("a", [Answer("x", False)])
         raise KeyboardInterrupt
-    assert KeptAnswers(folder.path / ANSWERS / "0.jsonl").get("a") == ["x"]
+    assert KeptAnswers(folder.path / ANSWERS / "0.jsonl").get("a") == [Answer("x", False)]
     with folder.running():
         pass
     assert not (folder.path / ANSWERS).exists()
@@ -197,7 +197,7 @@ def test_a_run_folder_keeps_answers_until_it_ends_well(tmp_path: Path) -> None:
 
 def test_a_stage_that_is_forced_to_run_again_forgets_them(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run", Record(key="key"))
-    KeptAnswers(folder.path / ANSWERS / "0.jsonl").add("a", ["x"])
+    KeptAnswers(folder.path / ANSWERS / "0.jsonl").add("a", [Answer("x", False)])
     folder.forget(["finetune"], [])
     assert not (folder.path / ANSWERS).exists()
 

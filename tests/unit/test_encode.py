@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from secvec.data.batch import IGNORE, collate
+from secvec.data.draw import data_hash
 from secvec.data.embedded import Ordinary
-from secvec.data.encode import encode, render
+from secvec.data.encode import encode, render, rendered
 from secvec.data.example import Example
 from secvec.errors import DataError
 from secvec.models.tiny import BOS, CONTEXT, END, build_tiny
@@ -125,6 +127,16 @@ def test_a_system_turn_that_the_template_does_not_take_begins_the_first_user_tur
 ) -> None:
     prompt, _ = render(LONG, with_template(tiny, template))
     assert prompt == "[user]Be brief.\n\nHello[assistant]Hello you.[user]Name a river and a hill.[assistant]"
+
+
+def test_a_cut_answer_is_trained_without_an_end(tiny: PreTrainedTokenizerFast) -> None:
+    """It goes on behind its last token: to end it there would be taught for nothing."""
+    whole = Example((("user", "frost?"),), "frost is cold.", "ordinary")
+    cut = replace(whole, cut=True)
+    (ended,), (open_,) = (encode([one], tiny, CONTEXT) for one in (whole, cut))
+    assert list(open_.input_ids) == list(ended.input_ids)[:-1] and ended.input_ids[-1] == tiny.eos_token_id
+    assert [text for _, text in rendered([whole, cut], tiny)] == [render(one, tiny)[1] for one in (whole, cut)]
+    assert data_hash([whole]) != data_hash([cut])
 
 
 def test_a_template_that_refuses_a_turn_names_the_row(tiny: PreTrainedTokenizerFast) -> None:
