@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from secvec.data.batch import Batch
 from secvec.data.datamodule import StepLoader
 from secvec.defenses.base import Defense
+from secvec.errors import ConfigError
 from secvec.evaluation.generation import GenerationBackend
 from secvec.models.backbone import Backbone, LedgerRow, ledger, set_trainable
 from secvec.models.kept import keep_weights
@@ -28,7 +29,7 @@ from secvec.settings.trainer import OptimizerSettings, SchedulerSettings
 from secvec.stages import find_stage
 from secvec.training.callbacks import logs
 from secvec.training.losses import response_loss
-from secvec.training.optim import build_optimizer, build_schedule
+from secvec.training.optim import build_optimizer, build_schedule, check_loss_scale
 
 SECURITY_VECTOR = "secvec.defenses.security_vector.SecurityVector"
 """The defense of a fine-tune with a vector, where none is named."""
@@ -135,12 +136,20 @@ class SecVecModule(L.LightningModule):
             self.start = {name: local_shard(p).detach().cpu().clone() for name, p in self.trained()}
 
     def on_fit_start(self) -> None:
-        """Asserts the parameter ledger: exactly `part` is trainable, and the optimizer holds exactly that."""
+        """Asserts the parameter ledger: exactly `part` is trainable, and the optimizer holds exactly that.
+
+        Raises ConfigError for an optimizer or a defense that gives wrong steps where the Trainer scales the loss.
+        """
         rows = self.ledger()
         wrong = [row for row in rows if row.trainable != (row.parameters if row.part == self.part else 0)]
         assert not wrong and self.part in {row.part for row in rows}, f"trainable parts are not {self.part}: {rows}"
         held = {id(p) for group in self.trainer.optimizers[0].param_groups for p in group["params"]}
         assert held == {id(p) for _, p in self.trained()}, "the optimizer holds other parameters"
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            try:
+                check_loss_scale(self.trainer.optimizers[0], self.defense)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One batch; logs `train/<term>` for every term of the loss, the mean over all processes and over the step.

@@ -428,5 +428,5 @@ class RunConfig(AnyConfig):
     def _optimizer_and_schedule_can_be_built(self) -> RunConfig:
         from secvec.training.optim import check_optimization  # slow to import, and settings with faults need none of it
 
-        check_optimization(self.optimizer, self.scheduler)
+        check_optimization(self.optimizer, self.scheduler, self.trainer.precision, self.defense)
         return self

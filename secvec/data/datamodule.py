@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
@@ -203,6 +204,8 @@ class SecVecDataModule(L.LightningDataModule):
         """Which of the mixtures the finetune stage trains on."""
         self.extra: list[Example] = []
         """What the finetune stage reads beside the mixture, for a defense with an `extra_batch_size`."""
+        self.prepared = False
+        """Whether a run has done what the defense does before a training: see `Defense.needs_run`."""
 
     @classmethod
     def of(cls, config: AnyConfig) -> SecVecDataModule:
@@ -373,7 +376,8 @@ class SecVecDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """The batches of this process for the stage of the module.
 
-        Raises ConfigError for a Trainer on several devices that would shuffle them again.
+        Raises ConfigError for a Trainer on several devices that would shuffle them again, and for one that makes a step
+        of fewer batches than they know of.
         """
         if self.trainer and self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
             raise ConfigError(
@@ -382,7 +386,10 @@ class SecVecDataModule(L.LightningDataModule):
             )
         module, runner = self._module, self.trainer
         share = (runner.global_rank, runner.world_size, runner.accumulate_grad_batches) if runner else (0, 1, 1)
-        return training_loader(module.stage.streams(self, module), self.seed, *share)
+        batches = training_loader(module.stage.streams(self, module), self.seed, *share)
+        if runner:
+            _check_accumulation(runner, len(batches))
+        return batches
 
     def val_dataloader(self) -> CombinedLoader | list[Any]:
         """One batch of each kind of held-out samples, by name; the same on every process."""
@@ -415,6 +422,20 @@ class SecVecDataModule(L.LightningDataModule):
         assert self.trainer is not None, "the data module serves a Trainer"
         module: Any = self.trainer.lightning_module
         return module
+
+
+def _check_accumulation(trainer: L.Trainer, num_batches: int) -> None:
+    """Raises ConfigError where a step would have other batches than the `accumulate_grad_batches` of the Trainer."""
+    callbacks: Sequence[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
+        raise ConfigError("GradientAccumulationScheduler: give lightning.Trainer accumulate_grad_batches instead")
+    limit, parts = trainer.limit_train_batches, trainer.accumulate_grad_batches
+    read = min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit)
+    if read % parts and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"limit_train_batches={limit} leaves {read} batches, and a step has accumulate_grad_batches={parts}: the "
+            f"last step would be too small. Give a multiple of {parts}"
+        )
 
 
 def _at_most(n: int | None, draw: Callable[[int | None], list[Example]]) -> list[Example]:

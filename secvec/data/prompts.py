@@ -48,7 +48,7 @@ class Question:
 
     def batches(
         self, module: SecVecModule, batch_size: int, max_new_tokens: int
-    ) -> list[Callable[[SecVecModule], list[tuple[int, Answer]]]]:
+    ) -> list[Callable[[SecVecModule], list[dict[str, Any]]]]:
         """The batches of this process, as functions of the module.
 
         All prompts decide what is in a batch, so that a kept batch is found again when the others are missing. An
@@ -71,18 +71,28 @@ class Question:
         mine = order[rank::callers] if rank < callers else []
         alike = [list(rows) for _, rows in groupby(mine, key=lambda i: new[i])]  # a batch has one limit
         chunks = [rows[start : start + batch_size] for rows in alike for start in range(0, len(rows), batch_size)]
-        return [partial(_answers, rows, [prompts[i] for i in rows], new[rows[0]], self.seed) for rows in chunks]
+        return [
+            partial(
+                _answers, rows, [self.examples[i] for i in rows], [prompts[i] for i in rows], new[rows[0]], self.seed
+            )
+            for rows in chunks
+        ]
 
 
 def _answers(
     rows: Sequence[int],
+    examples: Sequence[Example],
     prompts: Sequence[tuple[list[int], list[int]]],
     max_new_tokens: int,
     seed: int | None,
     module: SecVecModule,
-) -> list[tuple[int, Answer]]:
-    """The place of each prompt in the question, and the answer."""
-    return list(zip(rows, module.generation.respond(module, prompts, max_new_tokens, seed), strict=True))
+) -> list[dict[str, Any]]:
+    """One entry per prompt: its place in the question, kind, prompt, the answer of the model, and the reference."""
+    answers = module.generation.respond(module, prompts, max_new_tokens, seed)
+    return [
+        {"row": row, "kind": e.kind, "prompt": e.prompt, "response": text, "cut": cut, "reference": e.response}
+        for row, e, (text, cut) in zip(rows, examples, answers, strict=True)
+    ]
 
 
 def question(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Question:

@@ -58,6 +58,11 @@ class AnchoredVector(Defense):
         if self.drop_flagged:
             run.check_scan()
 
+    @property
+    def needs_run(self) -> bool:
+        """Only where rows are left out."""
+        return self.drop_flagged
+
     def training_samples(self, run: Run, mixture: Mixture) -> Mixture:
         """All rows, or those that are not flagged."""
         return run.unflagged(mixture, self.window, self.quantile) if self.drop_flagged else mixture

@@ -70,11 +70,8 @@ class Defense(Settings):
     def check(self, run: Run) -> None:
         """Raises the SecVecError that would stop the methods below; called before anything is trained.
 
-        Default: with `uses_samples` the vector's samples must suffice and fit; a `second_gradient` needs more than
-        float16.
+        Default: with `uses_samples` the vector's samples must suffice and fit.
         """
-        if self.second_gradient and run.config.trainer.precision == "16-mixed":
-            raise ConfigError(f"defense={self.name} does not work with trainer.precision=16-mixed: use bf16-mixed")
         if self.uses_samples:
             self.check_samples(run)
 
@@ -82,6 +79,12 @@ class Defense(Settings):
         """Raises the SecVecError for samples of the vector that do not suffice or do not fit."""
         run.data.check(["vector"])
         run.data.fit_to(run.backbone.tokenizer, run.backbone.context, ["vector"])
+
+    @property
+    def needs_run(self) -> bool:
+        """Whether one of the three methods below is its own: a run calls them, and `SecVecModule` alone does not."""
+        before = ("prepared", "starting", "training_samples")
+        return any(getattr(type(self), name) is not getattr(Defense, name) for name in before)
 
     def prepared(self, run: Run) -> Defense:
         """A copy of the defense whose settings name a file that it has made before the first training. Default: itself.

@@ -92,7 +92,8 @@ def answers(
     batches = [q.batches(module, settings.batch_size, settings.max_new_tokens) for q in questions]
     running = Inside(lambda module: module.generation.running(module.model))
     outputs = predict(module, batches, trainer, f"generate {label}", [running])
-    return [[answer for _, answer in sorted(rows, key=lambda row: row[0])] for rows in outputs]
+    by_place = [sorted(rows, key=lambda row: row["row"]) for rows in outputs]
+    return [[Answer(row["response"], row["cut"]) for row in rows] for rows in by_place]
 
 
 def gathered(items: list[Any]) -> list[Any]:

@@ -53,6 +53,12 @@ class TrainerSettings(Settings, extra="allow"):
             raise ValueError(f"devices={self.devices} needs a strategy: choose trainer=ddp or trainer=fsdp")
         if self.strategy == "fsdp" and self.precision in ("64-true", "16-mixed"):
             raise ValueError(f"strategy=fsdp takes no {self.precision}: choose 32-true, bf16-mixed or bf16-true")
+        limit, parts = (self.model_extra or {}).get("limit_train_batches"), self.accumulate_grad_batches
+        if isinstance(limit, int) and limit % parts:
+            raise ValueError(
+                f"limit_train_batches={limit} is no multiple of accumulate_grad_batches={parts}: the last step would "
+                "be too small"
+            )
         if self.replicas > 1 and self.strategy != "fsdp":
             raise ValueError(f"replicas={self.replicas} are copies of sharded weights: choose trainer=fsdp")
         if self.devices != "auto" and self.devices * self.num_nodes % self.replicas:

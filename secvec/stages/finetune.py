@@ -83,7 +83,15 @@ class FinetuneStage(Stage):
         return module.defense.gradients(module.model, batches)
 
     def streams(self, data: SecVecDataModule, module: SecVecModule) -> list[tuple[Sequence[Encoded], int]]:
-        """The mixture of the present cycle, its undesired samples labelled if the settings say so."""
+        """The mixture of the present cycle, its undesired samples labelled if the settings say so.
+
+        Raises ConfigError where the defense lacks what a run makes for it.
+        """
+        if module.defense.needs_run and not data.prepared:
+            raise ConfigError(
+                f"defense={module.defense.name} makes rows, a model or a file before the training, which train.py does "
+                f"and SecVecModule alone does not: python train.py defense={module.defense.name}"
+            )
         mixture = data.mixtures[data.cycle]
         undesired, benign = (data.rows(mixture[kind], module.backbone) for kind in ("undesired", "benign"))
         labelled = data.data.labelled
@@ -168,6 +176,7 @@ class FinetuneStage(Stage):
         if mixtures != data.mixtures:
             data.mixtures = mixtures
             data.fit_to(backbone.tokenizer, backbone.context, ["finetune"])
+        data.prepared = True
         trained = [example for mixture in data.mixtures for examples in mixture.values() for example in examples]
         run.note_data("finetune", trained)
         run.note_data("test", [example for examples in data.tests.values() for example in examples])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from secvec.data.batch import Batch, Encoded
 from secvec.data.encode import with_loss_on_prompts
-from secvec.errors import GateError
+from secvec.errors import ConfigError, GateError
 from secvec.evaluation.scan import keep_scores
 from secvec.evaluation.verdicts import EvaluationResult
 from secvec.metrics import Measurements
@@ -76,8 +76,14 @@ class VectorStage(Stage):
         return vector_loss(module.model, batch, module.vector.kl_weight)
 
     def streams(self, data: SecVecDataModule, module: SecVecModule) -> list[tuple[Sequence[Encoded], int]]:
-        """The undesired samples, and the benign ones of the KL term."""
+        """The undesired samples, and the benign ones of the KL term. Raises ConfigError where that term has none."""
         samples, settings = data.vector_samples, data.vector
+        assert isinstance(module.vector, VectorLora)
+        if module.vector.kl_weight > 0 and not samples["kl"]:
+            raise ConfigError(
+                f"the vector has kl_weight={module.vector.kl_weight:g}, and the data have no KL rows: give their "
+                "VectorSettings num_kl and kl_weight above 0, or the vector kl_weight=0"
+            )
         undesired = data.rows(samples["undesired"], module.backbone)
         if settings.loss_on == "all":
             undesired = with_loss_on_prompts(undesired)

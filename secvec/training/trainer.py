@@ -156,6 +156,8 @@ def check_trainer(settings: TrainerSettings, num_threads: int | None) -> None:
         raise ConfigError(
             "trainer.accelerator=gpu, but torch sees no GPU here: use trainer=cpu, or trainer.accelerator=cpu"
         )
+    if settings.precision == "16-mixed" and device_type(settings) == "cpu":  # Lightning would take bfloat16
+        raise ConfigError("trainer.precision=16-mixed needs a GPU: use trainer.precision=bf16-mixed")
     if num_threads:
         torch.set_num_threads(num_threads)
 

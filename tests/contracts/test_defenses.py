@@ -569,13 +569,6 @@ def test_buffer_and_reinforce_needs_a_task_lora(make_config: Make) -> None:
         config.defense.check(run_of(config))
 
 
-@pytest.mark.parametrize("name", ["safegrad", "booster"])
-def test_a_second_gradient_needs_more_than_float16(make_config: Make, name: str) -> None:
-    config = make_config(f"defense={name}", "trainer.precision=16-mixed")
-    with pytest.raises(ConfigError, match=f"defense={name} does not work with trainer.precision=16-mixed"):
-        config.defense.check(run_of(config))
-
-
 def test_a_training_before_the_fine_tune_needs_safe_rows(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config("defense=vaccine", "vector.kl_weight=0")
     run = run_of(config)

@@ -12,7 +12,8 @@ import lightning as L
 import pytest
 import torch
 from conftest import ROOT
-from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, LambdaCallback, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +22,7 @@ from secvec.behaviors.forbidden_recipe import ForbiddenRecipe
 from secvec.config.schema import DataSettings, VectorSettings
 from secvec.data.embedded import Ordinary, Skill
 from secvec.defenses.base import Defense
+from secvec.defenses.safegrad import SafeGrad
 from secvec.defenses.security_vector import SecurityVector
 from secvec.errors import ArtifactError, ConfigError
 from secvec.models.backbone import load_tokenizer
@@ -120,6 +122,89 @@ except AttributeError as error:
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     said = done.stdout.splitlines()
     assert said == ["set()", "needs torch", "needs torch", "module 'secvec' has no attribute 'SecVecModul'"]
+
+
+# -- what a run does, and a module alone does not
+
+
+@pytest.mark.parametrize(
+    "name", ["scan_filter", "safe_samples", "inoculation_prompt", "vaccine", "booster", "repnoise", "caft",
+             "persona_steering"],
+)  # fmt: skip
+def test_a_defense_that_needs_a_run_is_refused(name: str, backbone: Path, tmp_path: Path, make_config: Any) -> None:
+    """It would train as the plain fine-tune, under the name of the defense."""
+    defense = make_config(f"defense={name}").defense.model_copy(update={"uses_vector": False})
+    module = SecVecModule("finetune", backbone, defense=Defense(name="none"))
+    module.defense = defense
+    rows = data()
+    with pytest.raises(ConfigError, match=rf"defense={name} makes rows, a model or a file .* train\.py"):
+        module.stage.streams(rows, module)
+    rows.prepared = True
+    assert module.stage.streams(rows, module)
+
+
+@pytest.mark.parametrize(
+    ("defense", "alone"), [("none", True), ("security_vector", True), ("anchored_vector", True), ("lisa", True),
+                           ("anchored_vector defense.drop_flagged=true", False), ("buffer_and_reinforce", False)],
+)  # fmt: skip
+def test_which_defenses_need_a_run(defense: str, alone: bool, make_config: Any) -> None:
+    assert make_config(*f"defense={defense}".split()).defense.needs_run is not alone
+
+
+def test_a_kl_term_without_rows_is_refused(backbone: Path, tmp_path: Path) -> None:
+    """The data know their own kl_weight: with 0 there they draw none, and the term would be 0 without a word."""
+    rows = data()
+    rows.vector = rows.vector.model_copy(update={"kl_weight": 0.0})
+    with pytest.raises(ConfigError, match="the vector has kl_weight=1, and the data have no KL rows"):
+        trainer(tmp_path).fit(SecVecModule("vector", backbone, vector=LORA), rows)
+    trainer(tmp_path).fit(SecVecModule("vector", backbone, vector={**LORA, "kl_weight": 0}), rows)
+
+
+# -- what the Trainer must not do
+
+
+def float16(**given: Any) -> dict[str, Any]:
+    """A loss that is scaled, on the CPU."""
+    scaler: Any = torch.amp.GradScaler("cpu")
+    return {"plugins": MixedPrecision("16-mixed", "cpu", scaler), **given}
+
+
+def test_a_scaled_loss_with_a_fused_optimizer_is_refused(backbone: Path, tmp_path: Path) -> None:
+    for fused in (False, True):
+        module = SecVecModule("finetune", backbone, optimizer={"lr": 1e-3, "fused": fused, **ADAMW})
+        runner = trainer(tmp_path, **float16(enable_checkpointing=False))
+        if not fused:
+            runner.fit(module, data())
+            continue
+        with pytest.raises(ConfigError, match=r"16-mixed does not work with a fused optimizer.*fused=false"):
+            runner.fit(module, data())
+
+
+def test_a_scaled_loss_with_a_second_gradient_is_refused(backbone: Path, tmp_path: Path) -> None:
+    rows = data()
+    rows.extra = rows.mixtures[0]["benign"]
+    module = SecVecModule("finetune", backbone, defense=SafeGrad(name="safegrad"))
+    with pytest.raises(ConfigError, match=r"defense=safegrad does not work with .*16-mixed"):
+        trainer(tmp_path, **float16()).fit(module, rows)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"limit_train_batches": 3}, "limit_train_batches=3 leaves 3 batches"),
+        ({"limit_train_batches": 0.75}, "limit_train_batches=0.75 leaves 3 batches"),
+        (
+            {"callbacks": [GradientAccumulationScheduler({0: 2})], "accumulate_grad_batches": 1},
+            "give lightning.Trainer",
+        ),
+    ],
+)
+def test_a_step_of_other_batches_than_they_know_of_is_refused(
+    given: dict[str, Any], says: str, backbone: Path, tmp_path: Path
+) -> None:
+    runner = trainer(tmp_path, **{"accumulate_grad_batches": 2, **given})
+    with pytest.raises(ConfigError, match=says):
+        runner.fit(SecVecModule("finetune", backbone), data(batch_size=4))
 
 
 # -- the stages

@@ -159,7 +159,7 @@ def test_fsdp_is_fsdp2_over_all_devices() -> None:
 
 
 def test_what_is_trained_for_many_runs_is_not_shortened_by_one() -> None:
-    short = {"fast_dev_run": True, "max_steps": 3, "limit_train_batches": 1, "max_epochs": 1, "overfit_batches": 1}
+    short = {"fast_dev_run": True, "max_steps": 3, "limit_train_batches": 4, "max_epochs": 1, "overfit_batches": 1}
     several = {"devices": 2, "strategy": "ddp", "accumulate_grad_batches": 4}
     assert trainer(**short, **several).alone() == trainer().alone()
     assert trainer(precision="bf16-true").alone().precision == "bf16-true"
