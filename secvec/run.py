@@ -6,7 +6,7 @@ import logging
 import resource
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import replace
@@ -159,6 +159,8 @@ class Run:
     ) -> list[LedgerRow]:
         """Trains `module` on the data of its stage and saves it below `out`; default: on the data of the run.
 
+        Its checkpoints stay until `built_once`, or who keeps the result otherwise, drops them.
+
         `label` names the training in logs, curves and checkpoints. Returns the ledger of the model, which is freed. The
         callbacks of the config act on the data of the run alone: they know its curves.
         """
@@ -208,7 +210,16 @@ class Run:
             if plan.tune and main_process():
                 shutil.rmtree(out / "backbone")
 
-        return built_once(self.config.paths.cache / "preparations" / key, build)
+        return self.built_once(self.config.paths.cache / "preparations" / key, build, "preparation")
+
+    def built_once(self, path: Path, build: Callable[[Path], None], label: str) -> Path:
+        """`path` in the cache, built by the training `label` where it is not there yet. Every process must call it.
+
+        Its checkpoints go only then: a process that is killed at any time trains nothing again.
+        """
+        built_once(path, build)
+        self.folder.drop_checkpoints(label)
+        return path
 
     def curves(self, training: Training, path: Path | None = None) -> StageCurves:
         """The Lightning logger of a training: the trackers of the run, or the CSV file `path` alone."""

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,13 @@ class RunFolder:
         for name in (*artifacts, "checkpoints", ANSWERS):
             shutil.rmtree(self.path / name, ignore_errors=True)
         self.save()
+
+    def drop_checkpoints(self, training: str) -> None:
+        """Drops the checkpoints of a training whose result is where other runs find it: it is never made again."""
+        if main_process():
+            shutil.rmtree(self.path / "checkpoints" / training, ignore_errors=True)
+            with suppress(OSError):
+                (self.path / "checkpoints").rmdir()  # another training's may be there
 
     def drop_metrics(self, prefixes: Sequence[str]) -> None:
         """Drops the metrics that begin with one of `prefixes`: another evaluation need not measure all of them."""

@@ -23,7 +23,7 @@ from secvec.errors import ConfigError, GateError
 from secvec.metrics import Measurements
 from secvec.models.backbone import Backbone, locate
 from secvec.models.tiny import build_tiny
-from secvec.runs.cache import cached
+from secvec.runs.cache import cached, main_process
 from secvec.runs.files import atomic_path
 from secvec.runs.keys import content_key
 from secvec.settings.schema import BaseGateSettings
@@ -60,6 +60,8 @@ def starting_model(run: Run) -> Backbone:
     folder = config.paths.cache / "models" / f"{settings.name}-{key}"
     work = folder.with_name(f"{folder.name}.part")
     backbone = Backbone(cached(folder, lambda out: _train(run, examples, work, out)), settings)
+    if main_process():
+        shutil.rmtree(work, ignore_errors=True)  # its checkpoints go when the result is in its place
     if align.gate is not None:
         _check_gate(run, backbone, align, align.gate)
     return backbone
@@ -107,7 +109,6 @@ def _train(run: Run, examples: Sequence[Example], work: Path, out: Path) -> None
         fit(module, data, training, run.curves(training, work / "metrics.csv"), work)
     module.release()
     shutil.move(work / "backbone", out)
-    shutil.rmtree(work)
 
 
 def _tiny_start(config: AnyConfig, align: AlignSettings, examples: Sequence[Example], folder: Path) -> Path:

@@ -30,7 +30,7 @@ from secvec.models.vector import (
     save_adapter,
     with_task,
 )
-from secvec.runs.cache import built_once, copy_folder, from_first, main_process, wait_for_all
+from secvec.runs.cache import copy_folder, from_first, main_process, wait_for_all
 from secvec.runs.content import by_content, folder_digest
 from secvec.runs.files import atomic_path, write_atomic
 from secvec.runs.keys import content_key
@@ -212,7 +212,7 @@ def _last_cycle(run: Run, backbone: Backbone, vector: Path | None) -> None:
         record.wall_seconds["during"] = round(sum(callback.seconds for callback in during), 3)
         found = {
             "folder": str(path.resolve()),
-            "backbone": folder_digest(path / "backbone"),
+            "backbone": from_first(lambda: folder_digest(path / "backbone")),
             "ledger": {row.part: [row.parameters, row.trainable, row.active] for row in rows},
             "metrics": {k: asdict(v) for callback in telemetry for k, v in callback.metrics().items()},
         }
@@ -224,6 +224,7 @@ def _last_cycle(run: Run, backbone: Backbone, vector: Path | None) -> None:
             if (source / name).is_dir():
                 copy_folder(source / name, path / name)
         run.copy_curves(source, "finetune")
+    run.folder.drop_checkpoints("finetune")
     record.ledger = found["ledger"]
     record.metrics |= {name: Measurement(**one) for name, one in found["metrics"].items()}
     wait_for_all()
@@ -264,11 +265,13 @@ def _attached(config: RunConfig, model: nn.Module) -> nn.Module:
 def _cycle(run: Run, backbone: Backbone, vector: Path | None) -> Backbone:
     """The backbone after a cycle that is not the last, trained or found in the cache."""
 
+    label = f"finetune-{run.data.cycle + 1}"
+
     def train(out: Path) -> None:
         module = run.module("finetune", backbone, lr=run.config.optimizer.lr, vector=vector)
-        run.fit(module, f"finetune-{run.data.cycle + 1}", run.config.finetune.epochs, out)
+        run.fit(module, label, run.config.finetune.epochs, out)
 
-    folder = built_once(run.config.paths.cache / "cycles" / _key(run, backbone, vector), train)
+    folder = run.built_once(run.config.paths.cache / "cycles" / _key(run, backbone, vector), train, label)
     return backbone.at(folder / "backbone")
 
 

@@ -19,7 +19,7 @@ from secvec.metrics import Measurements
 from secvec.models.backbone import Backbone
 from secvec.models.sharding import trained_state
 from secvec.models.vector import attach_new_vector, save_adapter
-from secvec.runs.cache import built_once, copy_folder, main_process, wait_for_all
+from secvec.runs.cache import copy_folder, main_process, wait_for_all
 from secvec.runs.files import atomic_path, write_atomic
 from secvec.settings.messages import checked
 from secvec.settings.schema import GateSettings, VectorLora
@@ -167,7 +167,7 @@ def train_vector(run: Run, backbone: Backbone, label: str) -> Path:
 
     recipe = settings.model_dump(exclude={"gate", "name", "path", "behavior", "split", "num_samples", "num_kl"})
     key = training_key(run, backbone, examples, recipe)
-    return built_once(config.paths.cache / "vectors" / f"{behavior}-{key}", train) / "vector"
+    return run.built_once(config.paths.cache / "vectors" / f"{behavior}-{key}", train, label) / "vector"
 
 
 def check_given_vector(run: Run) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from secvec.errors import ArtifactError, ConfigError, DivergedError
 from secvec.models.sharding import local_shard
-from secvec.runs.cache import from_first, main_process
+from secvec.runs.cache import from_first
 from secvec.runs.console import table
 from secvec.settings.trainer import CheckpointSettings, TrainerSettings
 from secvec.training.callbacks import TrainingMetrics, logged
@@ -97,14 +96,13 @@ def fit(
 ) -> int:
     """Trains `module` and saves it below `out`; a training that was cut off goes on from its last checkpoint.
 
-    Its checkpoints go only when the result is saved. Returns the bytes of those that were written.
+    Its checkpoints stay: who keeps the result removes them. Returns the bytes of those that were written.
 
     Raises DivergedError for a loss or weights that are no finite numbers (see `StopWhenDiverged`), ArtifactError for
     a damaged checkpoint.
     """
     L.seed_everything(training.seed, verbose=False)
-    checkpoints, last = training.checkpoints, from_first(training.begins_at)
-    keep = LastCheckpoint(checkpoints, training.checkpoint)
+    last, keep = from_first(training.begins_at), LastCheckpoint(training.checkpoints, training.checkpoint)
     arguments = training.trainer.arguments(training.epochs)
     if training.trainer.strategy == "fsdp":
         arguments["strategy"] = ShardedStrategy(*training.trainer.mesh())
@@ -120,11 +118,6 @@ def fit(
     with interruptible(runner):
         runner.fit(module, data, ckpt_path=last and str(last), weights_only=True if last else None)
     module.save(out)
-    runner.strategy.barrier()
-    if main_process():
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        with suppress(OSError):
-            checkpoints.parent.rmdir()  # another stage's may be there
     return keep.written
 
 

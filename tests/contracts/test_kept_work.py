@@ -6,7 +6,9 @@ import errno
 import json
 import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +22,7 @@ from secvec.config.schema import RunConfig
 from secvec.errors import ArtifactError, ConfigError, DataError
 from secvec.module import SecVecModule
 from secvec.run import train
+from secvec.runs.files import atomic_path
 from secvec.stages import finetune
 from secvec.training.checkpoints import CheckpointFile
 from secvec.training.trainer import Training
@@ -67,6 +70,42 @@ def test_a_result_that_could_not_be_saved_is_not_trained_again(
     assert same(weights(Path(cut.run_dir) / "backbone"), weights(Path(whole.run_dir) / "backbone"))
     assert again["metrics"] == record["metrics"] and "drift" in again["metrics"]
     assert not (Path(cut.run_dir) / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("stage", ["align", "vector", "finetune-1", "finetune"])
+def test_a_run_that_ends_before_its_result_is_in_its_place_trains_nothing_again(
+    stage: str, make_config: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Between the end of a training and the moment at which other runs find what it gave."""
+    cut = make_config("finetune.cycles=2", f"paths.cache={tmp_path / 'own'}", run="cut")
+    steps: dict[str, int] = {}
+    step = SecVecModule.training_step
+
+    def counted(self: SecVecModule, *given: Any) -> Any:
+        steps[self.trainer.loggers[0].stage] = steps.get(self.trainer.loggers[0].stage, 0) + 1
+        return step(self, *given)
+
+    monkeypatch.setattr(SecVecModule, "training_step", counted)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("secvec.runs.cache.atomic_path", partial(never_in_its_place, stage))
+        patch.setattr("secvec.stages.finetune.write_atomic", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        train(cut)
+    assert stage in steps
+    before, _ = dict(steps), steps.clear()
+    train(cut)
+    assert not set(steps) & set(before)
+    assert not (Path(cut.run_dir) / "checkpoints").exists()
+    assert not list(tmp_path.glob("own/models/*.part"))
+
+
+@contextmanager
+def never_in_its_place(stage: str, path: Path) -> Iterator[Path]:
+    """`atomic_path`, cut off before the end of a folder that `stage` makes."""
+    made = {"align": "models", "vector": "vectors", "finetune-1": "cycles"}.get(stage)
+    with atomic_path(path) as out:
+        yield out
+        if path.parent.name == made:
+            raise KeyboardInterrupt
 
 
 def test_a_damaged_checkpoint_is_not_used(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
