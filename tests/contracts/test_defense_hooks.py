@@ -49,11 +49,12 @@ def fit(
     resume: Path | None = None,
     lr: float = 0.1,
     batches: Sequence[Batch] = BATCHES,
+    vector: Path | None = None,
     **settings: Any,
 ) -> Any:
     """A training of a few steps, without a run: the module after it."""
     sgd = {"_target_": "torch.optim.SGD", "lr": lr, "momentum": 0.5}  # Lightning's FSDP2 cannot resume one without
-    module = SecVecModule("finetune", InMemory(fresh(), TOKENIZER), defense=defense, optimizer=sgd)
+    module = SecVecModule("finetune", InMemory(fresh(), TOKENIZER), vector, defense=defense, optimizer=sgd)
     quiet: Any = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     quiet |= {"enable_checkpointing": False, "use_distributed_sampler": False}
     trainer = L.Trainer(max_epochs=epochs, **quiet | settings)
