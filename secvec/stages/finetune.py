@@ -288,11 +288,12 @@ def _telemetry(run: Run) -> list[Telemetry]:
     if not settings.every_n_steps:
         return []
     n = settings.num_samples
-    rows = {
+    probes = {
         kind: data.rows(examples[:: max(1, len(examples) // n)][:n], run.backbone)  # of every stream
-        for kind, examples in data.mixtures[data.cycle].items()
+        for kind, examples in (data.mixtures[data.cycle] | {"extra": data.extra}).items()
     }
-    return [Telemetry(rows, settings.every_n_steps)]
+    extra = probes.pop("extra")
+    return [Telemetry(probes, settings.every_n_steps, extra)]
 
 
 def _behavior(run: Run) -> list[BehaviorDuringTraining]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from secvec.metrics import Measurement, Measurements
 from secvec.models.modes import in_eval
 from secvec.models.sharding import local_shard, over_shards, reshard
 from secvec.models.vector import has_vector, vector_off
+from secvec.training.gradients import gradient_of, inner
 from secvec.training.losses import response_loss
 
 if TYPE_CHECKING:
@@ -26,14 +28,17 @@ class Telemetry(L.Callback):
     - `telemetry/<kind>/loss_on`, `loss_off`: nats per response token with the vector as trained, and without it;
     - `telemetry/undesired/suppression_ratio`: |g_on| / |g_off|, norms of the full gradient of the trained parameters on
       the undesired rows: how much of the push towards the behavior the vector lets through (the paper's mechanism 1);
+    - `telemetry/<kind>/cosine_with_extra`, where the defense reads extra rows: the cosine of the gradient on the rows
+      with that on the extra ones, which are read without the vector. Below 0 the two pull apart;
     - `telemetry/drift`: |theta - theta_0| / |theta_0| over the trained parameters (for a task LoRA, whose start is
       B = 0 and a random A, this is relative to the random A).
 
     A probe leaves weights, flags, gradients, mode and random state as they were. Without a vector, on equals off.
     """
 
-    def __init__(self, probes: Mapping[str, Sequence[Encoded]], every_n_steps: int):
+    def __init__(self, probes: Mapping[str, Sequence[Encoded]], every_n_steps: int, extra: Sequence[Encoded] = ()):
         self.batches = {kind: collate([(row, False) for row in rows]) for kind, rows in probes.items() if rows}
+        self.extra = collate([(row, False) for row in extra]) if extra else None
         self.every_n_steps = every_n_steps
         self.last: dict[str, float] = {}
         self._probed = -1
@@ -86,35 +91,49 @@ class Telemetry(L.Callback):
             logger.log_metrics({f"telemetry/{name}": value for name, value in values.items()}, step=trainer.global_step)
 
     def _measure(self, module: SecVecModule, model: nn.Module) -> dict[str, float]:
+        module.zero_grad(set_to_none=True)  # the gradient of the last training step has been used, but is still there
         values: dict[str, float] = {}
-        with_vector = has_vector(model)
+        extra: list[Tensor] = []
+        if self.extra is not None:
+            with vector_off(model):
+                extra, _ = self._gradient(module, self.extra)
         for kind, batch in self.batches.items():
-            norm_on, values[f"{kind}/loss_on"] = self._gradient_norm(module, batch, kind == "undesired")
-            if with_vector:
+            undesired = kind == "undesired"
+            gradient, values[f"{kind}/loss_on"] = self._gradient(module, batch, undesired or self.extra is not None)
+            norm_on = norm_off = _norm(model, gradient) if undesired else 0.0
+            values[f"{kind}/loss_off"] = values[f"{kind}/loss_on"]
+            if self.extra is not None:
+                both = _norm(model, gradient) * _norm(model, extra)
+                values[f"{kind}/cosine_with_extra"] = float(inner(model, gradient, extra)) / both if both else math.nan
+            if has_vector(model):
                 with vector_off(model):
-                    norm_off, values[f"{kind}/loss_off"] = self._gradient_norm(module, batch, kind == "undesired")
-            else:
-                norm_off, values[f"{kind}/loss_off"] = norm_on, values[f"{kind}/loss_on"]
-            if kind == "undesired":
-                values["undesired/suppression_ratio"] = norm_on / norm_off if norm_off else float("nan")
+                    gradient, values[f"{kind}/loss_off"] = self._gradient(module, batch, undesired)
+                norm_off = _norm(model, gradient) if undesired else 0.0
+            if undesired:
+                values["undesired/suppression_ratio"] = norm_on / norm_off if norm_off else math.nan
         reshard(model)
         moved = [_square(local_shard(p).detach().cpu() - module.start[name]) for name, p in module.trained()]
         start = [_square(tensor) for tensor in module.start.values()]
         values["drift"] = float((_total(module, moved) / _total(module, start)) ** 0.5)
         return values
 
-    def _gradient_norm(self, module: SecVecModule, batch: Batch, gradient: bool) -> tuple[float, float]:
-        """(norm of the gradient or nan, loss) on `batch`; leaves no gradient behind."""
-        with torch.set_grad_enabled(gradient), module.trainer.precision_plugin.forward_context():
-            loss = response_loss(module.model, batch)
-        if not gradient:
-            return float("nan"), float(loss.detach())
-        module.zero_grad(set_to_none=True)  # the gradient of the last training step has been used, but is still there
-        loss.backward()
-        # every process has the same probe rows, so its gradient already is the average over processes
-        squares = [_square(local_shard(p.grad)) for _, p in module.trained() if p.grad is not None]
-        module.zero_grad(set_to_none=True)
-        return float(_total(module, squares) ** 0.5), float(loss.detach())
+    def _gradient(self, module: SecVecModule, batch: Batch, wanted: bool = True) -> tuple[list[Tensor], float]:
+        """The gradient of the loss on `batch` where it is `wanted`, and the loss; leaves no gradient behind."""
+        losses: list[Tensor] = []
+
+        def loss() -> Tensor:
+            with module.trainer.precision_plugin.forward_context():
+                losses.append(response_loss(module.model, batch))
+            return losses[0]
+
+        if wanted:
+            return gradient_of(module.model, [loss]), float(losses[0].detach())
+        with torch.no_grad():
+            return [], float(loss())
+
+
+def _norm(model: nn.Module, gradient: Sequence[Tensor]) -> float:
+    return float(inner(model, gradient, gradient) ** 0.5)
 
 
 def _square(tensor: Tensor) -> Tensor:

@@ -1,33 +1,65 @@
-"""The gradient norms of the telemetry are those of its own samples."""
+"""The gradients of the telemetry are those of its own samples."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
 from in_memory import module
+from torch import nn
 
 from secvec.data.batch import collate
 from secvec.data.embedded import Skill
 from secvec.data.encode import encode
+from secvec.data.example import Example
 from secvec.models.tiny import build_tiny
+from secvec.module import SecVecModule
+from secvec.training.losses import response_loss
 from secvec.training.telemetry import Telemetry
 
 
-def test_the_gradient_of_the_training_step_before_is_not_counted() -> None:
-    """It is still there after the optimizer step; version 0.1 added it to the norm with the vector on."""
-    examples = Skill().examples("test", 4, 0)
-    model, tokenizer = build_tiny([text for e in examples for text in (e.prompt, e.response)], 0)
-    trained = module(model, tokenizer)
-    trained.configure_model()
-    trained._trainer = SimpleNamespace(precision_plugin=SimpleNamespace(forward_context=torch.enable_grad))  # type: ignore[assignment]
-    for parameter in trained.parameters():
+def trained(model: nn.Module, tokenizer: Any) -> SecVecModule:
+    """A module between two steps of a training."""
+    made = module(model, tokenizer)
+    made.configure_model()
+    made._trainer = SimpleNamespace(precision_plugin=SimpleNamespace(forward_context=torch.enable_grad))  # type: ignore[assignment]
+    for parameter in made.parameters():
         parameter.requires_grad_(True)
-    rows = encode(examples, tokenizer, 512)
-    telemetry = Telemetry({"undesired": rows}, 1)
-    batch = collate([(row, False) for row in rows])
-    clean, _ = telemetry._gradient_norm(trained, batch, True)
-    for parameter in trained.parameters():
+    made.start = {name: p.detach().clone() for name, p in made.trained()}
+    return made
+
+
+@pytest.fixture(scope="module")
+def tiny() -> tuple[nn.Module, Any, list[Example]]:
+    examples = Skill().examples("test", 4, 0)
+    return *build_tiny([text for e in examples for text in (e.prompt, e.response)], 0), examples
+
+
+def test_the_gradient_of_the_training_step_before_is_not_counted(tiny: tuple[nn.Module, Any, list[Example]]) -> None:
+    """It is still there after the optimizer step; version 0.1 added it to the norm with the vector on."""
+    model, tokenizer, examples = tiny
+    made, telemetry = trained(model, tokenizer), Telemetry({"undesired": encode(examples, tokenizer, 512)}, 1)
+    clean = telemetry._measure(made, model)
+    for parameter in made.parameters():
         parameter.grad = torch.ones_like(parameter)
-    left_over, _ = telemetry._gradient_norm(trained, batch, True)
-    assert clean > 0 and left_over == clean
+    assert telemetry._measure(made, model) == clean
+    assert clean["undesired/suppression_ratio"] == 1 and clean["drift"] == 0
+    assert all(p.grad is None for p in made.parameters())
+
+
+def test_the_cosine_with_the_extra_rows_is_that_of_the_gradients(tiny: tuple[nn.Module, Any, list[Example]]) -> None:
+    model, tokenizer, examples = tiny
+    first, second = encode(examples[:2], tokenizer, 512), encode(examples[2:], tokenizer, 512)
+    made = trained(model, tokenizer)
+    values = Telemetry({"undesired": first, "benign": second}, 1, extra=second)._measure(made, model)
+    gradients = []
+    for rows in (first, second):
+        response_loss(model, collate([(row, False) for row in rows])).backward()
+        gradients.append(torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None]))
+        model.zero_grad(set_to_none=True)
+    expected = float(torch.nn.functional.cosine_similarity(*gradients, dim=0))
+    assert values["undesired/cosine_with_extra"] == pytest.approx(expected, abs=1e-5) and abs(expected) < 0.9
+    assert values["benign/cosine_with_extra"] == pytest.approx(1)
+    assert "cosine_with_extra" not in str(Telemetry({"undesired": first}, 1)._measure(made, model))
