@@ -11,12 +11,14 @@ import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, run_of
 
 from secvec.config.schema import RunConfig
+from secvec.module import SecVecModule
 from secvec.run import train
 
 KEPT = json.loads((Path(__file__).parent / "losses.json").read_text())
@@ -29,6 +31,26 @@ CASES = {
     "security_vector": [], "none": ["defense=none"],
     "dropout": ["vector=dropout", "model.packing=false"],  # without padding, dropout draws fewer numbers
 }  # fmt: skip
+
+
+def test_losses_of_the_alignment_are_kept(
+    make_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of this version: 0.1 kept none. 20 steps that teach the tiny model to refuse, before the other stages."""
+    torch.set_num_threads(1)
+    losses: list[float] = []
+    step = SecVecModule.training_step
+
+    def kept_step(self: SecVecModule, *given: Any) -> torch.Tensor:
+        loss = step(self, *given)
+        losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(SecVecModule, "training_step", kept_step)
+    twenty = ["model.align.epochs=1", "model.align.batch_size=16", f"paths.cache={tmp_path / 'cache'}"]
+    assert run_of(make_config(*SETTINGS, *twenty, small=False)).backbone.folder.is_dir()
+    assert len(losses) == 20 and losses[-1] < losses[0] - 1
+    assert losses == pytest.approx(KEPT["align"], rel=1e-4)
 
 
 @pytest.mark.parametrize("case", ["security_vector", "none", pytest.param("dropout", marks=pytest.mark.slow)])

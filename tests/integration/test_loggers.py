@@ -8,6 +8,7 @@ import logging
 import re
 import shutil
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +50,13 @@ def inspect(folder: Path, *how: str) -> str:
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
-    return json.loads(inspect(folder, "--summary"))
+    """Once W&B has written the end, which on a busy machine comes after its `finish`."""
+    for _ in range(50):
+        found: dict[str, Any] = json.loads(inspect(folder, "--summary"))
+        if found["state"] != "running":
+            break
+        time.sleep(0.2)
+    return found
 
 
 def records(folder: Path, kind: str) -> list[dict[str, Any]]:
