@@ -30,7 +30,7 @@ from secvec.data.encode import trouble
 from secvec.data.example import Example
 from secvec.data.prompts import Answer, question
 from secvec.defenses.base import Defense, Preparation
-from secvec.errors import ArtifactError, ConfigError, DataError
+from secvec.errors import ArtifactError, ConfigError, DataError, GateError
 from secvec.evaluation.backends import generation_backend, kept_result
 from secvec.evaluation.evaluator import Evaluator
 from secvec.evaluation.leak_probes import read_context
@@ -193,7 +193,8 @@ class Run:
     def prepare(self, preparation: Preparation) -> Path:
         """The folder of a training of the starting model, kept for every run that asks for the same.
 
-        It holds what the finetune stage saves: `task/` where a LoRA is trained, else `backbone/`.
+        It holds what the finetune stage saves: `task/` where a LoRA is trained, else `backbone/`. Raises GateError where
+        the loss on its samples is no lower afterwards.
         """
         plan, backbone = preparation, self.backbone
         recipe = [by_content(to_target(plan.defense)), plan.lr, plan.epochs, plan.batch_size]
@@ -207,10 +208,23 @@ class Run:
             data.finetune = data.finetune.model_copy(update={"batch_size": plan.batch_size})
             module = self.module("finetune", backbone, plan.lr, plan.vector, plan.defense, plan.tune)
             self.fit(module, "preparation", plan.epochs, out, data=data)
+            self._check_prepared(plan, backbone.at(out / "backbone"))
             if plan.tune and main_process():
                 shutil.rmtree(out / "backbone")
 
         return self.built_once(self.config.paths.cache / "preparations" / key, build, "preparation")
+
+    def _check_prepared(self, plan: Preparation, prepared: Backbone) -> None:
+        found = []
+        for backbone in (self.backbone, prepared):
+            with self.answering(backbone, plan.vector) as module:
+                found.append(self.losses(module, {"samples": plan.samples})["samples"].value)
+        if not found[1] < found[0]:
+            raise GateError(
+                f"defense={self.config.defense.name}: its training before the fine-tune does not lower the loss on its "
+                f"samples ({found[0]:.4f} nats per token before, {found[1]:.4f} after): the fine-tune would begin at a "
+                "model that has learned nothing. Change defense.lr or defense.epochs"
+            )
 
     def built_once(self, path: Path, build: Callable[[Path], None], label: str) -> Path:
         """`path` in the cache, built by the training `label` where it is not there yet. Every process must call it.

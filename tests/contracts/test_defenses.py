@@ -31,7 +31,7 @@ from secvec.defenses.repnoise import Noised, mmd
 from secvec.defenses.safe_lora import SafeLora
 from secvec.defenses.safegrad import SafeGrad, _kl
 from secvec.defenses.vaccine import Perturbed
-from secvec.errors import ConfigError
+from secvec.errors import ConfigError, GateError
 from secvec.models.kept import keep_weights
 from secvec.models.vector import _lora_layers, attach_frozen_vector, randomize_vector, vector_deltas
 from secvec.run import train
@@ -575,6 +575,19 @@ def test_a_training_before_the_fine_tune_needs_safe_rows(make_config: Make, monk
     monkeypatch.setattr(run, "own_answers", lambda examples: [])
     with pytest.raises(ConfigError, match="defense=vaccine has no safe rows"):
         config.defense.starting(run)
+
+
+@pytest.mark.parametrize("defense", [["vaccine"], ["buffer_and_reinforce", "tune=lora"]], ids=lambda some: some[0])
+def test_a_training_before_the_fine_tune_that_teaches_nothing_is_refused(make_config: Make, defense: list[str]) -> None:
+    """And nothing is kept of it: at a usual rate the same run goes on."""
+    name, *others = defense
+    config = make_config(f"defense={name}", *others, "defense.lr=1e-12", run="none")
+    with pytest.raises(GateError, match=rf"defense={name}: its training .* does not lower the loss on its samples"):
+        train(config)
+    folder = Path(config.paths.cache) / "preparations"
+    assert not [one for one in folder.glob("*") if one.is_dir()]
+    train(make_config(f"defense={name}", *others, run="some"))
+    assert [one for one in folder.glob("*") if one.is_dir()]
 
 
 @pytest.mark.parametrize("override", ["model.dtype=bfloat16", "trainer.precision=bf16-true"])
