@@ -193,8 +193,9 @@ class Run:
     def prepare(self, preparation: Preparation) -> Path:
         """The folder of a training of the starting model, kept for every run that asks for the same.
 
-        It holds what the finetune stage saves: `task/` where a LoRA is trained, else `backbone/`. Raises GateError where
-        the loss on its samples is no lower afterwards.
+        It holds what the finetune stage saves: `task/` where a LoRA is trained, else `backbone/`.
+
+        Raises GateError where the loss on its samples is no lower afterwards.
         """
         plan, backbone = preparation, self.backbone
         recipe = [by_content(to_target(plan.defense)), plan.lr, plan.epochs, plan.batch_size]
