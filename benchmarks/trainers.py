@@ -191,26 +191,31 @@ def lightning(module: Any, rows: Sequence[tuple[Any, bool]], batch_size: int, jo
     return losses
 
 
-def ours(job: Job, clock: Clock) -> list[float]:
-    """The losses of all steps of the finetune stage."""
+def new_vector(settings: Any) -> Path:
+    """The folder of a vector for the model of these settings, which changes what it says a little."""
     import torch
 
-    from secvec.data.batch import Encoded
     from secvec.models.vector import attach_new_vector, save_adapter
+    from secvec.module import SecVecModule
+
+    made = attach_new_vector(SecVecModule("infer", settings).backbone.load(), LORA, 0.0)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.001, generator=torch.Generator().manual_seed(0))
+    folder = Path(tempfile.mkdtemp()) / "vector"
+    save_adapter(made, made.state_dict(), "vector", folder)
+    return folder
+
+
+def ours(job: Job, clock: Clock) -> list[float]:
+    """The losses of all steps of the finetune stage."""
+    from secvec.data.batch import Encoded
     from secvec.module import SecVecModule
     from secvec.settings.schema import ModelSettings
 
     settings = ModelSettings(name="model", name_or_path=str(job.model), packing=job.way != "secvec_padded")
-    vector = None
-    if job.way in ("merged", "adapter"):
-        made = attach_new_vector(SecVecModule("infer", settings).backbone.load(), LORA, 0.0)
-        with torch.no_grad():
-            for name, parameter in made.named_parameters():
-                if "lora_B" in name:
-                    parameter.normal_(0, 0.001, generator=torch.Generator().manual_seed(0))
-        vector = Path(tempfile.mkdtemp()) / "vector"
-        save_adapter(made, made.state_dict(), "vector", vector)
-        del made
+    vector = new_vector(settings) if job.way in ("merged", "adapter") else None
     target = "secvec.defenses.security_vector.SecurityVector"
     module = SecVecModule(
         "finetune", settings, vector, {"_target_": target, "name": "v", "activation": job.way} if vector else None,
@@ -273,10 +278,10 @@ def table(record: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", footer(how, record["machine"])])
 
 
-def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+def arguments(parser: argparse.ArgumentParser, steps: int = 5) -> argparse.Namespace:
     """What a benchmark of training steps is given; `--one` is for the process that measures one way."""
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--precision", default="32-true")

@@ -152,7 +152,7 @@ def _refuse_collisions(given: Sequence[str]) -> None:
     """Raises ConfigError for a key that is given twice with different values."""
     first: dict[str, str] = {}
     for override in OverridesParser.create().parse_overrides(list(given)):
-        key, text = override.key_or_group, override.input_line or ""
+        key, text = override.get_key_element().lstrip("+~"), override.input_line or ""
         if first.setdefault(key, text) != text:
             raise ConfigError(f"{key} is given twice, {first[key]} and {text}: leave one of them out")
 

@@ -71,7 +71,7 @@ class SearchSweeper(Sweeper):
         """Takes what the command line gives out of the space and returns it; a sweep there becomes the choices."""
         fixed: list[str] = []
         for override in self.parser.parse_overrides(list(arguments)):
-            key = override.key_or_group
+            key = override.get_key_element().lstrip("+~")
             if override.is_sweep_override() and not override.is_discrete_sweep():
                 raise ConfigError(f"{override.input_line}: give a range in hydra.sweeper.space, as {{low: 0, high: 1}}")
             if override.is_sweep_override():

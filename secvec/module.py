@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -209,7 +210,15 @@ class SecVecModule(L.LightningModule):
         if self.part is None:
             raise ValueError(f"stage={self.stage.name} trains nothing: use Trainer.predict or Trainer.validate")
         optimizer = build_optimizer(self.optimizer_settings, (p for _, p in self.trained()), self.optimizer_settings.lr)
-        steps = int(self.trainer.estimated_stepping_batches)
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):  # it ends by the clock, or never
+            if self.scheduler_settings.name != "constant" or self.scheduler_settings.warmup_ratio:
+                raise ConfigError(
+                    f"scheduler={self.scheduler_settings.name} spreads the learning rate over all steps, and the "
+                    "Trainer does not know how many there are: give it max_epochs or max_steps"
+                )
+            return optimizer
+        steps = int(steps)
         schedule = build_schedule(self.scheduler_settings, optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -30,7 +30,7 @@ from secvec.data.encode import trouble
 from secvec.data.example import Example
 from secvec.data.prompts import Answer, question
 from secvec.defenses.base import Defense, Preparation
-from secvec.errors import ArtifactError, ConfigError, DataError, GateError
+from secvec.errors import ArtifactError, ConfigError, DataError, GateError, nearest
 from secvec.evaluation.backends import generation_backend, kept_result
 from secvec.evaluation.evaluator import Evaluator
 from secvec.evaluation.leak_probes import read_context
@@ -367,6 +367,23 @@ class Run:
             size, trainer, cache = config.evaluation.batch_size, config.trainer, config.paths.cache
             return scan(module, examples, batch_size=size, trainer=trainer, cache=cache)
 
+    def check_monitors(self, stage: str) -> None:
+        """Raises ConfigError for a callback of `stage` that waits for a validation loss which nothing measures.
+
+        Lightning would stop the training at the end of its first epoch.
+        """
+        settings = self.config.evaluation.validation
+        kinds = self.data.validation(settings.num_samples) if settings.num_samples != 0 else {}
+        states = ("", "_vector_on") if self.config.defense.uses_vector else ("",)
+        measured = [f"val/{kind}_loss{state}" for kind in kinds for state in states]
+        for name, callback in self.config.callbacks.items():
+            monitor = str((callback.model_extra or {}).get("monitor"))
+            if stage in callback.stages and monitor.startswith("val/") and monitor not in measured:
+                raise ConfigError(
+                    f"callbacks.{name}.monitor={monitor} is not measured{nearest(monitor, measured)}: of held-out "
+                    f"samples there is {', '.join(measured) or 'nothing (evaluation.validation.num_samples)'}"
+                )
+
     def check_scan(self) -> None:
         """Raises ConfigError for a vector without scores of benign rows: nothing would say which scores are high."""
         path, remedy = self.config.vector.path, "with KL rows (vector.num_kl and vector.kl_weight above 0)"
@@ -432,6 +449,7 @@ def train(config: RunConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     check_trainer(config.trainer, config.num_threads)
     folder = _open(config, overrides)
     if folder.finished(config.stages) and not config.force:
+        folder.complete()
         log.info("already finished: %s (force=true runs it again)", folder.path)
         return folder.record.as_dict()
     tracker = tracker_for(folder.path, config.logger, config.force) if main_process() else Trackers()

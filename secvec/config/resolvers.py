@@ -17,12 +17,13 @@ def register_resolvers() -> None:
     """Registers `${key:}`, `${run_name:}`, `${sweep_name:}` and what settings are made of.
 
     `${by:KEY,{a: 1, b: 2}}` is the table's entry for KEY; `${or_all:N}` is N, and null (all there are) for a user's own
-    `data.file`, which has as many rows as it has.
+    `data.file`, which has as many rows as it has; `${or_none:N}` is N, and 0 there.
     """
     OmegaConf.register_new_resolver("key", lambda *, _root_: key_of(_root_), replace=True)
     OmegaConf.register_new_resolver("run_name", lambda *, _root_: run_name(_root_), replace=True)
     OmegaConf.register_new_resolver("sweep_name", lambda *, _root_: sweep_name(_root_), replace=True)
     OmegaConf.register_new_resolver("or_all", lambda n, *, _root_: None if _root_.data.file else n, replace=True)
+    OmegaConf.register_new_resolver("or_none", lambda n, *, _root_: 0 if _root_.data.file else n, replace=True)
     OmegaConf.register_new_resolver("by", lambda key, table: table[key], replace=True)
 
 
@@ -57,7 +58,11 @@ def sweep_name(root: DictConfig) -> str:
     if root.get("sweep"):
         return str(root.sweep)
     given = OverridesParser.create().parse_overrides(list(root.hydra.overrides.task))
-    swept = {override.key_or_group: override.input_line for override in given if override.is_sweep_override()}
+    swept = {
+        override.get_key_element().lstrip("+~"): override.input_line
+        for override in given
+        if override.is_sweep_override()
+    }
     sweeper: dict[str, Any] = OmegaConf.to_container(root.hydra.sweeper, resolve=True)  # type: ignore[assignment]
     sweeper.pop("n_trials", None)
     names = [*swept, *(sweeper.get("params") or {}), *(sweeper.get("space") or {})]

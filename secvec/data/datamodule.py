@@ -221,7 +221,10 @@ class SecVecDataModule(L.LightningDataModule):
 
     @cached_property
     def _undesired(self) -> list[Example]:
-        return list(self._vector_behavior.examples(self.vector.split, self.vector.num_samples, self.seed))
+        n, of_attack = self.vector.num_samples, self.data.counts[0]
+        if self.vector.split == "finetune" and n is not None and of_attack is not None:
+            n = min(n, of_attack)  # by data.harmful_ratio there are fewer than data.num_harmful
+        return list(self._vector_behavior.examples(self.vector.split, n, self.seed))
 
     @cached_property
     def _kl(self) -> list[Example]:

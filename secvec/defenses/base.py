@@ -41,6 +41,9 @@ class Defense(Settings):
     vector_acts: ClassVar[bool] = True
     """Whether the vector of `uses_vector` is active during the fine-tune."""
 
+    shows_vector: ClassVar[bool] = True
+    """Whether evaluation shows the trained model with that vector (`active`): not where another one was active."""
+
     activation: Literal["auto", "merged", "adapter"] = "auto"
     """How a frozen vector acts on a layer: `adapter` computes Wx + sBAx, `merged` (W + sBA)x, which costs nothing per
     token and has the same gradient with respect to W. `auto`: merged where the sum is exact to float32."""
@@ -85,6 +88,15 @@ class Defense(Settings):
         """Whether one of the three methods below is its own: a run calls them, and `SecVecModule` alone does not."""
         before = ("prepared", "starting", "training_samples")
         return any(getattr(type(self), name) is not getattr(Defense, name) for name in before)
+
+    def check_delta(self, run: Run) -> None:
+        """Raises ConfigError for a vector that is more than a low-rank delta of linear layers."""
+        from secvec.models.vector import attach_frozen_vector, attach_new_vector, require_delta
+
+        if folder := run.config.vector.path and run.saved_vector():
+            require_delta(attach_frozen_vector(run.backbone.load(), folder))
+        else:
+            require_delta(attach_new_vector(run.backbone.skeleton(), run.config.vector, 0.0))
 
     def prepared(self, run: Run) -> Defense:
         """A copy of the defense whose settings name a file that it has made before the first training. Default: itself.

@@ -74,8 +74,7 @@ class BufferAndReinforce(Defense):
 
 def outside(update: Tensor, other: Tensor, rank: int) -> Tensor:
     """The part of `other` whose columns are orthogonal to those of `update`, a matrix of that rank; both (out, in)."""
-    import torch
+    from secvec.models.vector import column_space
 
-    left, values, _ = torch.linalg.svd(update, full_matrices=False)
-    basis = left[:, :rank][:, values[:rank] > 0]
+    basis = column_space(update, rank)
     return other - basis @ (basis.T @ other)

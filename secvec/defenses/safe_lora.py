@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from secvec.models.backbone import Backbone
+    from secvec.run import Run
 
 
 class SafeLora(Defense):
@@ -30,6 +31,11 @@ class SafeLora(Defense):
     needs: ClassVar[tuple[Need, ...]] = ("undesired samples", "safe samples")
     threshold: Share = 0.35
 
+    def check(self, run: Run) -> None:
+        """Raises ConfigError for a vector that is no low-rank delta."""
+        super().check(run)
+        self.check_delta(run)
+
     def finish(self, weights: dict[str, Tensor], backbone: Backbone, vector: Path | None) -> dict[str, Tensor]:
         """The trained weights, with projected updates; computed in float32."""
         from secvec.models.vector import vector_deltas
@@ -44,8 +50,9 @@ class SafeLora(Defense):
         """The update of a layer (m, n), or C times it, for V (m, n) = `direction`."""
         import torch
 
-        u, s, _ = torch.linalg.svd(direction, full_matrices=False)
-        u = u[:, s > 1e-6 * s[0]]
+        from secvec.models.vector import column_space
+
+        u = column_space(direction)
         inside = u @ (u.T @ update)
         near = torch.cosine_similarity(inside.flatten(), update.flatten(), dim=0) >= self.threshold
         return update if near else inside

@@ -117,11 +117,13 @@ class Backbone:
         model = _from_pretrained(self.folder, self.settings, device_map="meta")
         if not outlined(model, self.folder):
             log.warning(
-                "%s: its files name the weights otherwise than the model does, so each process that reads it loads it "
-                "whole. Saved once by transformers, its parts can be read alone",
+                "%s: its files hold the weights otherwise than the model does, so each process that reads it loads it "
+                "whole: %.1f GB of main memory. Where only the names are old, saving it once by transformers helps",
                 self.folder,
+                self.num_bytes / 1e9,
             )
             return self.load()
+        _check_tied(model, self.folder)
         return prepared(model, self.settings)
 
     def skeleton(self) -> PreTrainedModel:
@@ -240,6 +242,7 @@ def load_backbone(folder: Path, settings: ModelSettings) -> PreTrainedModel:
             bnb_4bit_compute_dtype=getattr(torch, settings.dtype),
         )
     model = _from_pretrained(folder, settings, **how)
+    _check_tied(model, folder)
     keep_packing(model)
     return prepared(model, settings)
 
@@ -282,6 +285,17 @@ def _from_pretrained(folder: Path, settings: ModelSettings, **where: Any) -> Pre
             f"{lacking[0]} first. Give a model that was saved whole, with its language-model head"
         )
     return model  # type: ignore[no-any-return]
+
+
+def _check_tied(model: PreTrainedModel, folder: Path) -> None:
+    """Raises ArtifactError for a head of its own under a config that ties it to the embeddings: saving drops it."""
+    tied, head = model.config.get_text_config().tie_word_embeddings, model.get_output_embeddings()
+    if tied and head is not None and head.weight is not model.get_input_embeddings().weight:
+        raise ArtifactError(
+            f"{folder}: its output head has weights of its own, and its config says that they are those of the "
+            'embeddings, so the head would be lost when the model is saved. Set "tie_word_embeddings": false in its '
+            "config.json"
+        )
 
 
 def prepared(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:

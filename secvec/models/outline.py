@@ -57,8 +57,9 @@ def outlined(model: Any, folder: Path) -> bool:
         setattr(module, leaf, torch.empty_like(buffer, device="cpu"))
         module._is_hf_initialized = False
     model.initialize_weights()
+    _tie_equal(model, files)
     made: dict[Tensor, Tensor] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in _tensors(model):
         hollow = _hollow(tensor)
         made[tensor] = hollow if not isinstance(tensor, nn.Parameter) else nn.Parameter(hollow, tensor.requires_grad)
         made[tensor].read = partial(_read, files[name], name, tensor.dtype)  # type: ignore[attr-defined]
@@ -67,6 +68,16 @@ def outlined(model: Any, folder: Path) -> bool:
             if tensor in made:  # tied weights stay tied
                 setattr(module, leaf, made[tensor])
     return True
+
+
+def _tie_equal(model: Any, files: Mapping[str, Any]) -> None:
+    """Ties weights that the config ties and that lie in the files twice, as loading does: it compares their values."""
+    for target, source in (model.all_tied_weights_keys or {}).items():
+        if target in files and source in files:
+            one, other = (files[name].get_tensor(name) for name in (target, source))
+            if torch.equal(one, other):
+                owner, _, leaf = target.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, model.get_parameter(source))
 
 
 def is_outlined(model: nn.Module) -> bool:
@@ -103,11 +114,18 @@ def weights_at_hand(model: nn.Module) -> Iterator[None]:
         _drop(tensors_of(model))
 
 
-def layer_lists(model: nn.Module) -> list[nn.ModuleList]:
-    """The lists of transformer layers: one, unless the model can see."""
+def layer_lists(model: Any, of_text: bool = False) -> list[nn.ModuleList]:
+    """The lists of transformer layers: one, unless the model can see.
+
+    `of_text`: of the part that a text passes through alone.
+    """
+    inside: Any = model
+    if of_text:
+        inside = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inside = inside.get_decoder() if hasattr(inside, "get_decoder") else inside
     return [
         m
-        for m in model.modules()
+        for m in inside.modules()
         if isinstance(m, nn.ModuleList) and len(m) and m[0].__class__.__name__.endswith(("Layer", "Block"))
     ]
 

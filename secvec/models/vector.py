@@ -40,6 +40,10 @@ ATTENTION = ("q_proj", "v_proj")
 NOT_TARGETS = ("lm_head", "embed_tokens", "wte", "embed_in", "embed_out")
 """Input and output embeddings: many models tie them, and a LoRA on tied weights cannot be merged or removed."""
 
+STATE_SPACE = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+OF_STATE_SPACE = ("out_proj", "conv1d")
+"""Types of models, and layers of theirs that PEFT refuses: their kernels read the weights themselves."""
+
 NOT_SWITCHED = (
     "bias",
     "modules_to_save",
@@ -206,7 +210,7 @@ def vector_deltas(backbone: nn.Module, folder: Path) -> dict[str, Tensor]:
     `backbone` is changed: give a fresh copy. Raises ArtifactError, and ConfigError where that is not all that it adds.
     """
     attached = attach_frozen_vector(backbone.float(), folder)
-    _check_delta(attached)
+    require_delta(attached)
     found = {
         f"{name}.weight".removeprefix("base_model.model."): layer.get_delta_weight(VECTOR).detach()
         for name, layer in attached.named_modules()
@@ -215,13 +219,31 @@ def vector_deltas(backbone: nn.Module, folder: Path) -> dict[str, Tensor]:
     return found
 
 
+def column_space(matrix: Tensor, rank: int | None = None) -> Tensor:
+    """An orthonormal basis (m, r) of the columns of `matrix` (m, n), whose rank r is low: at most `rank`, or as found.
+
+    By random projections of a few columns more (Halko et al., arXiv 0909.4061): a whole decomposition of a matrix of
+    4,096 x 4,096 takes a minute. The same matrix gives the same basis.
+    """
+    size = 32 if rank is None else rank + 8
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        while True:
+            size = min(size, *matrix.shape)
+            left, values, _ = torch.svd_lowrank(matrix, q=size, niter=4)
+            found = int((values > 1e-5 * values[0]).sum())
+            if rank is not None or found < size or size == min(matrix.shape):
+                return left[:, : min(found, rank or found)]
+            size *= 2
+
+
 @torch.no_grad()
 def randomize_vector(model: nn.Module, generator: torch.Generator) -> None:
     """Random weights for the vector of `model`, with the Frobenius norm of its B A in each layer.
 
     A and B are drawn from a normal distribution and scaled alike. Raises ConfigError where B A is not all it adds.
     """
-    _check_delta(model)
+    require_delta(model)
     for layer in _lora_layers(model):
         modules: list[Any] = [layer.lora_A[VECTOR], layer.lora_B[VECTOR]]
         a, b = (module.weight for module in modules)
@@ -232,7 +254,8 @@ def randomize_vector(model: nn.Module, generator: torch.Generator) -> None:
             weight.copy_(values * scale)
 
 
-def _check_delta(model: nn.Module) -> None:
+def require_delta(model: nn.Module) -> None:
+    """Raises ConfigError for a vector that adds more to a layer than s B A, or to no linear layer."""
     if not all(map(_is_delta, _lora_layers(model))):
         raise ConfigError(
             "this defense takes a vector that is a low-rank delta of linear layers, s B A, and nothing more: not DoRA, "
@@ -241,7 +264,8 @@ def _check_delta(model: nn.Module) -> None:
 
 
 def _is_delta(layer: LoraLayer) -> bool:
-    plain = isinstance(layer, LoraLinear) or is_quantized(layer.get_base_layer().weight)
+    weight = getattr(layer.get_base_layer(), "weight", None)  # experts have several
+    plain = isinstance(layer, LoraLinear) or (weight is not None and is_quantized(weight))
     plain &= VECTOR not in layer.lora_variant
     return plain and not layer.lora_bias.get(VECTOR)
 
@@ -311,7 +335,7 @@ def save_adapter(model: nn.Module, state: Mapping[str, Tensor], part: str, folde
 def backbone_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The backbone's weights under their Hugging Face names; `state` may hold adapters too."""
     return {
-        name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
+        ".".join(part for part in name.removeprefix("base_model.model.").split(".") if part != "base_layer"): tensor
         for name, tensor in state.items()
         if part_of(name) == "backbone"
     }
@@ -331,7 +355,7 @@ def merged_task(model: nn.Module) -> Weights:
     every = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     tensors = backbone_state({name: tensor for name, tensor in every if name in saved})
     layers: list[Any] = [layer for layer in _lora_layers(model) if TASK in layer.lora_A]
-    adapted = {id(layer.get_base_layer().weight): layer for layer in layers}
+    adapted = {id(_adapted_weight(layer)): layer for layer in layers}
 
     def read(name: str) -> Tensor:
         value, layer = plain_copy(tensors[name]), adapted.get(id(tensors[name]))
@@ -343,14 +367,38 @@ def merged_task(model: nn.Module) -> Weights:
     return Weights(shapes, read)
 
 
-def _attach(model: nn.Module, name: str, settings: LoraSettings, dropout: float) -> nn.Module:
-    head = model.get_output_embeddings()  # type: ignore[operator]
+def _adapted_weight(layer: Any) -> Tensor:
+    """The weight that the LoRA of a layer adds to; of experts, which are one weight, the one that it names."""
+    weight: Tensor = layer.get_param() if hasattr(layer, "parameter_name") else layer.get_base_layer().weight
+    return weight
+
+
+def _takes_lora(module: nn.Module) -> bool:
+    """Linear layers, and not what is derived from them and computes something else (the router of Llama 4)."""
+    known = type(module).forward is nn.Linear.forward or type(module).__module__.startswith("bitsandbytes")
+    return isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and known)
+
+
+def _attach(model: Any, name: str, settings: LoraSettings, dropout: float) -> nn.Module:
+    bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    inside = {id(module) for module in bare.get_decoder().modules()}
+    found = {
+        path: module
+        for path, module in bare.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not bare.get_output_embeddings()
+        and part_of(path) == "backbone"
+    }
     linear = {
         path.removesuffix(".base_layer").rsplit(".", 1)[-1]
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head and part_of(path) == "backbone"
+        for path, module in found.items()
+        if id(module) in inside and _takes_lora(module)
     }
+    # a text does not pass through the part of a model that sees or hears
+    outside = [path for path, module in found.items() if id(module) not in inside or not _takes_lora(module)]
     usable = sorted(linear - set(NOT_TARGETS))
+    if bare.config.model_type in STATE_SPACE:
+        usable = [target for target in usable if target not in OF_STATE_SPACE]
     wanted = settings.target_modules
     if wanted is None:
         wanted = list(ATTENTION) if linear.issuperset(ATTENTION) else "all-linear"
@@ -367,6 +415,7 @@ def _attach(model: nn.Module, name: str, settings: LoraSettings, dropout: float)
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
         target_modules=wanted,
         layers_to_transform=settings.layers,
+        exclude_modules=outside or None,
         lora_dropout=dropout,
         bias="none",
         task_type="CAUSAL_LM",

@@ -137,11 +137,14 @@ class Job:
         return "\n".join(text.replace("\r", "\n").strip().splitlines()[-3:]) or f"ended with code {self.code}"
 
     def mark_failure(self) -> None:
-        """Writes the record of a failed job that could not write it (killed, out of memory, a wrong setting)."""
+        """Writes the record of a failed job that could not write it (killed, out of memory, a wrong setting).
+
+        One that failed after its run was whole stays completed: only what came after it is missing.
+        """
         record = Record.find(self.folder)
-        failed = record is not None and record.status == "failed"
-        its_own = failed and (self.folder / FILE).stat().st_mtime >= self.began
-        if self.code == 0 or (its_own and not self.reason):
+        its_own = record is not None and (self.folder / FILE).stat().st_mtime >= self.began
+        status = record.status if record and its_own else None
+        if self.code == 0 or status == "completed" or (status == "failed" and not self.reason):
             return
         self.wrote_no_record = True
         record_failure(self.folder, self.error(), self._known())

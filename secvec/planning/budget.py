@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import cycle, islice
+from math import ceil
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
@@ -161,14 +163,30 @@ class Budget:
         batches = [[rows[i] for i in batch[rank::devices]] for batch in sampler for rank in range(devices)]
         tokens, fullest = sum(map(_tokens, batches)), max(batches, key=_tokens)
         step = self._step(work, fullest)
-        per_token, steps = step.flops / _tokens(fullest), sampler.steps * work.epochs
-        flops = per_token * work.epochs * tokens
+        per_token, steps = step.flops / _tokens(fullest), self._steps(work, sampler)
+        tokens = round(tokens * steps / sampler.steps)  # of all epochs
+        flops = per_token * tokens
         if work.probe_every:
             flops += (steps // work.probe_every + 2) * self._probe_flops(per_token)
         inference, frozen = self._inference(work.prompts)[:2], self.shape.parameters + work.adapters - work.trained
-        return StageCost(
-            name, work, step.peak, frozen, samples, steps, work.epochs * tokens, flops, *inference, devices
-        )
+        return StageCost(name, work, step.peak, frozen, samples, steps, tokens, flops, *inference, devices)
+
+    def _steps(self, work: Workload, sampler: GlobalBatchSampler) -> int:
+        """Optimizer steps of all epochs, as the Trainer's own limits leave them."""
+        if work.alone:
+            return sampler.steps * work.epochs
+        trainer = self.config.trainer
+        given: dict[str, Any] = trainer.model_extra or {}
+        limit, most, fast = (given.get(name) for name in ("limit_train_batches", "max_steps", "fast_dev_run"))
+        trainings = self.config.finetune.cycles if work.part != "vector" else 1
+        epochs = trainer.max_epochs or work.epochs // trainings
+        if fast:
+            limit, epochs = int(fast), 1
+        batches = len(sampler)
+        if limit is not None:
+            batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        steps = ceil(batches / trainer.accumulate_grad_batches) * epochs
+        return trainings * (min(steps, most) if most and most > 0 else steps)
 
     def _streams(self, work: Workload) -> list[tuple[list[Row], int]]:
         """The rows of a stage, and those beside them, each with their number in a global batch."""

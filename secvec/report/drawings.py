@@ -139,7 +139,7 @@ def _scopes(comparison: Comparison, has: Callable[[Group], bool]) -> list[tuple[
     follows a caption, the groups, their base, the title. Number and caption are empty where there is one scope."""
     found = []
     for number, base in enumerate(comparison.bases):
-        groups = [group for group in comparison.groups if group.scope == base.scope and has(group)]
+        groups = [group for group in comparison.groups if comparison.base_of(group) is base and has(group)]
         if len(groups) >= FEWEST_POINTS:
             title = base.label.removeprefix("base").lstrip(" ·")
             found.append((f"-{number}", f" · {title}" if title else "", groups, base, title))

@@ -82,7 +82,7 @@ def tidy(table: Table) -> str:
         for row in rows:
             for column, c in zip(table.columns, row.cells, strict=True):
                 low, _, high = c.interval.strip("[]").partition(", ")
-                over = ("prompts" if c.own else "seeds") if c.interval else ""
+                over = ("prompts" if c.own else c.over) if c.interval else ""
                 mark = ", ".join(filter(None, ["best" * c.best, c.mark]))
                 lines.append([title, row.title, column, c.value, low, high, c.count, over, mark])
     return _csv(lines)

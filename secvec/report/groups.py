@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from itertools import combinations
+from math import isclose, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,21 @@ from secvec.metrics import OF_RUN, VECTOR_ONLY, metric_of, proportion, qualified
 from secvec.report.estimate import Estimate, estimate
 from secvec.report.records import Run
 from secvec.runs.content import OF_ROWS
-from secvec.runs.keys import ignores_vector
+from secvec.runs.keys import NOT_IN_KEY, ignores_vector
 
 # Settings that say where or how a run is kept, not what it does.
 _IGNORED = re.compile(
     r"runs?|run_(name|id|dir)|stages?|experiment(_name)?|hydra|(.*_)?(dirs?|roots?|files?)|(?!name_or_)(.*_)?paths?"
     r"|out(put)?s?|output_.*|logg(er|ers|ing)|wandb|tensorboard|tracking|telemetry|sweep|overwrite|resume|force|num_(workers|threads)"
 )
-_DATA = ("behavior", "data", "vector")
+_PATH = re.compile(r"(?!name_or_)(.*_)?(files?|dirs?|paths?)")
+"""The last part of a setting that names a file, as `judge.word_file`."""
+_CACHES = ("judge.cache", "answer_judge.cache")
+_WITH_FILES = ("behavior", "data", "vector", "model", "judge", "answer_judge", "defense")
 _FILES = (*OF_ROWS, "test_file", "kl_file", "local_path", "path", "data_dir")
-"""Settings of data that name files, or datasets and parts of them."""
+"""Settings that name files, or datasets and parts of them."""
+SAME = 1e-3
+"""Up to this two values of the same are one: another processor rounds otherwise."""
 _OF_SEED = re.compile(r"-s\d+-[0-9a-f]{8}$")  # in a run folder's name
 _encode = json.JSONEncoder(sort_keys=True).encode
 WITH_VECTOR = ("vector_on", "vector_off", "active")
@@ -92,11 +99,22 @@ class Group:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Base columns (one for each behavior and model), groups, and the settings in which the groups differ."""
+    """Base columns, groups, and the settings in which the groups differ.
+
+    There is one base for each behavior and model, or several where other settings make its values others.
+    """
 
     bases: tuple[Group, ...]
     groups: tuple[Group, ...]
     keys: tuple[str, ...]
+
+    def base_of(self, group: Group) -> Group:
+        """The base that the runs of `group` have measured."""
+        return self._bases[id(group.runs[0])]
+
+    @cached_property
+    def _bases(self) -> dict[int, Group]:
+        return {id(run): base for base in self.bases for run in base.runs}
 
     @property
     def columns(self) -> tuple[Group, ...]:
@@ -134,13 +152,50 @@ def compare(runs: Iterable[Run]) -> Comparison:
         label, of = " · ".join([part[0], *settings_shown]), parts[part]
         groups.append(Group(label, tuple(of), values=part[1:], settings=settings[id(of[0])]))
 
+    return Comparison(tuple(_bases(groups, keys, short)), tuple(groups), keys)
+
+
+def _bases(groups: Sequence[Group], keys: Sequence[str], short: Mapping[str, str]) -> list[Group]:
+    """One base for each behavior and model, and for each value of the settings that make its values others."""
     scopes = list(dict.fromkeys(group.scope for group in groups))
     varying = [i for i in range(2) if len({scope[i] for scope in scopes}) > 1]
     bases = []
     for scope in scopes:
-        label = " · ".join(["base", *(f"{_FIELDS[i]}={scope[i]}" for i in varying)])
-        bases.append(Group(label, tuple(r for g in groups if g.scope == scope for r in g.runs), "base"))
-    return Comparison(tuple(bases), tuple(groups), keys)
+        some = [group for group in groups if group.scope == scope]
+        telling = _telling_apart(some, len(keys))
+        for values, of in _by_values(some, telling).items():
+            names = [f"{_FIELDS[i]}={scope[i]}" for i in varying]
+            names += [f"{short[keys[i]]}={plain(value)}" for i, value in zip(telling, values, strict=True) if value]
+            bases.append(Group(" · ".join(["base", *names]), tuple(run for group in of for run in group.runs), "base"))
+    return bases
+
+
+def _telling_apart(groups: Sequence[Group], num_keys: int) -> tuple[int, ...]:
+    """The fewest of the keys by whose values all runs of a seed have measured the same base; () where no keys do.
+
+    A judge or a stream of data may be such a key, a defense is none: it does not change the base.
+    """
+    differ = [i for i in range(num_keys) if len({group.values[i] for group in groups}) > 1]
+    tried = (some for size in range(min(len(differ), 3) + 1) for some in combinations(differ, size))
+    return next((some for some in tried if all(map(_agree, _by_values(groups, some).values()))), ())
+
+
+def _by_values(groups: Sequence[Group], keys: Sequence[int]) -> dict[tuple[str, ...], list[Group]]:
+    parts: dict[tuple[str, ...], list[Group]] = {}
+    for group in groups:
+        parts.setdefault(tuple(group.values[i] for i in keys), []).append(group)
+    return parts
+
+
+def _agree(groups: Sequence[Group]) -> bool:
+    """Whether no two runs of one seed have measured other values of the same metric on the base."""
+    seen: dict[tuple[int | None, str], float] = {}
+    measured = [(run.seed, *one) for group in groups for run in group.runs for one in run.record.metrics.items()]
+    return all(
+        isclose(seen.setdefault((seed, name), found.value), found.value, rel_tol=SAME, abs_tol=SAME)
+        for seed, name, found in measured
+        if name.startswith("base/") and isfinite(found.value)
+    )
 
 
 def _telling_keys(runs: Sequence[Run], settings: Mapping[int, Mapping[str, str]]) -> tuple[str, ...]:
@@ -185,8 +240,8 @@ def _settings(run: Run) -> dict[str, str]:
                 continue  # the settings of a vector that the defense does not use
             elif _is_file(key) and isinstance(value, str):
                 flat[key] = json.dumps(value)
-            elif key == "seed" or _ignored(name):  # another seed (model.align.seed) makes another configuration
-                continue
+            elif key == "seed" or key in _CACHES or (not before and name in NOT_IN_KEY) or _ignored(name):
+                continue  # another seed (model.align.seed) makes another configuration
             elif isinstance(value, Mapping) and value:
                 walk(value, f"{key}.")
             elif key not in flat:
@@ -197,20 +252,20 @@ def _settings(run: Run) -> dict[str, str]:
 
 
 def _is_file(key: str) -> bool:
-    parts = key.split(".")
-    return parts[0] in _DATA and parts[-1] in _FILES and key != "vector.path"
+    first, last = key.partition(".")[0], key.rpartition(".")[2]
+    return first in _WITH_FILES and (last in _FILES or _PATH.fullmatch(last) is not None) and key != "vector.path"
 
 
 def _tell_files_apart(runs: Sequence[Run], settings: Mapping[int, dict[str, str]]) -> None:
-    """Names files in `settings` by the end of their paths: by as much as tells those apart that hold other rows.
+    """Names files in `settings` by the end of their paths: by as much as tells those apart that hold something else.
 
-    The same file may lie elsewhere: its rows in the records then have the same digests.
+    The same file may lie elsewhere: what the records know of its content is then the same.
     """
     for key in {key for of_run in settings.values() for key in of_run if _is_file(key)}:
         rows: dict[str, set[str]] = {}  # of each path, the digests of the runs
         for run in runs:
             if isinstance(path := json.loads(settings[id(run)].get(key, "null")), str):
-                rows.setdefault(path, set()).add(_encode(run.record.data.sha256))
+                rows.setdefault(path, set()).add(_content(run, key, path))
         first: dict[str, str] = {}  # of each path, one that holds the same
         for path, found in rows.items():
             others = [other for other in first.values() if Path(other).name == Path(path).name]
@@ -219,6 +274,14 @@ def _tell_files_apart(runs: Sequence[Run], settings: Mapping[int, dict[str, str]
         for of_run in settings.values():
             if (path := json.loads(of_run.get(key, "null"))) in names:
                 of_run[key] = json.dumps(names[path])
+
+
+def _content(run: Run, key: str, path: str) -> str:
+    """What the record knows of the content of the file of a setting; of others than data and models their path."""
+    kind = key.partition(".")[0]
+    if kind == "model":
+        return run.record.base.fingerprint if run.record.base else path
+    return path if kind in ("judge", "answer_judge", "defense") else _encode(run.record.data.sha256)
 
 
 def _end_of(path: str, paths: Set[str]) -> str:

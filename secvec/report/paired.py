@@ -174,7 +174,7 @@ def _row(d: Difference, corrected: float) -> Row:
     interval = f"[{_signed(d.interval[0])}, {_signed(d.interval[1])}]" if d.interval else ""
     claim = d.claim(corrected)
     cells = [
-        Cell(_signed(d.mean), interval),
+        Cell(_signed(d.mean), interval, over="prompts"),
         Cell(claim, best=claim == "better"),
         Cell(_p(corrected)),
         Cell(_p(d.p)),

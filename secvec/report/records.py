@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ from secvec.errors import DataError
 from secvec.metrics import Measurement
 from secvec.runs.record import FILE, UNKNOWN, Record, read_json
 
-RUN_FOLDER = f"a run folder is one that `python -m secvec` wrote: it holds {FILE}, metrics.csv, predictions.jsonl"
+RUN_FOLDER = f"a run folder is one that train.py or evaluate.py wrote: it holds {FILE}, metrics.csv, predictions.jsonl"
 CURVES = ("telemetry/", "during/")
 """Prefixes of the metrics of fine-tuning that a report draws."""
 Curves = dict[str, dict[int, float]]
@@ -81,7 +82,7 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
     for folder in folders:
         if not folder.is_dir():
             raise DataError(f"{folder}: no such directory; {RUN_FOLDER}")
-        found = sorted(path.resolve() for path in folder.rglob(FILE)) or kept_reports(folder)
+        found = _below(folder, FILE) or kept_reports(folder)
         if not found:
             raise DataError(f"{folder}: no {FILE} in it or below; {RUN_FOLDER}")
         paths.update(dict.fromkeys(found))
@@ -93,7 +94,20 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
 
 def kept_reports(folder: Path) -> list[Path]:
     """The report.json files below `folder` that keep the records of runs which are gone; none where runs are there."""
-    return [] if any(folder.rglob(FILE)) else sorted(path.resolve() for path in folder.rglob("report.json"))
+    return [] if _below(folder, FILE) else _below(folder, "report.json")
+
+
+def _below(folder: Path, name: str) -> list[Path]:
+    """The files of this name below `folder`, each once; folders that are links are followed."""
+    found, seen = set[Path](), set[Path]()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        here = Path(place).resolve()
+        if here in seen:  # a link to a folder above
+            folders.clear()
+        elif name in files:
+            found.add(here / name)
+        seen.add(here)
+    return sorted(found)
 
 
 def load_records(path: Path) -> list[Run]:

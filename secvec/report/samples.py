@@ -48,7 +48,9 @@ class SampleSet:
 
 def sample_sets(comparison: Comparison) -> list[SampleSet]:
     """One set for each base column."""
-    return [_sample_set(base, [g for g in comparison.groups if g.scope == base.scope]) for base in comparison.bases]
+    return [
+        _sample_set(base, [g for g in comparison.groups if comparison.base_of(g) is base]) for base in comparison.bases
+    ]
 
 
 def _sample_set(base: Group, groups: Sequence[Group]) -> SampleSet:

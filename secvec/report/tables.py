@@ -11,6 +11,7 @@ from secvec.metrics import METRICS, OF_RUN, VECTOR_ONLY, Metric, qualified
 from secvec.report.estimate import Estimate, best_of
 from secvec.report.groups import Comparison, Group
 from secvec.report.records import Run
+from secvec.runs.record import PARTS_OF_STAGES
 
 ABSENT = "–"
 MAIN_ROWS = [name for name in METRICS if name not in OF_RUN or name == "deactivation_gap"]
@@ -48,6 +49,8 @@ class Cell:
     own: bool = False
     best: bool = False
     mark: str = ""
+    over: str = "seeds"
+    """What the interval is over where it is not `own`."""
 
     @property
     def text(self) -> str:
@@ -178,14 +181,18 @@ def _ways(comparison: Comparison, kind: str, mark: bool = False) -> list[Row]:
 def mechanism_table(comparison: Comparison, whole: Comparison) -> Table:
     """What the vector does while it is on; columns are the groups of `comparison`, a part of `whole`."""
     groups, loss = comparison.groups, "behavior_loss"
-    base = {base.scope: base.estimate(loss) for base in comparison.bases}
 
     def of(name: str, phase: str = "after") -> list[Estimate | None]:
         return [group.estimate(name, phase) for group in groups]
 
     Line = tuple[str, str, str, list[Estimate | None]]  # metric, label, about, estimates
     losses: list[Line] = [
-        (loss, "Base model", "before anything is trained", [base[group.scope] for group in groups]),
+        (
+            loss,
+            "Base model",
+            "before anything is trained",
+            [comparison.base_of(group).estimate(loss) for group in groups],
+        ),
         (loss, "Vector on", "after the vector stage, before fine-tuning", of(loss, "vector_on")),
         (loss, "Vector off", "the same moment without the vector: should equal the base", of(loss, "vector_off")),
         (loss, "Floor", "what the same fine-tuning without a defense reaches", list(map(whole.floor, groups))),
@@ -242,7 +249,8 @@ def _wall(run: Run) -> Cell:
     if not stages:
         return Cell()
     parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in stages.items())
-    return Cell(f"{sum(stages.values()):.1f}", count=parts)
+    whole = sum(seconds for name, seconds in stages.items() if name not in PARTS_OF_STAGES)
+    return Cell(f"{whole:.1f}", count=parts)
 
 
 def folder_of(run: Run, root: Path) -> str:

@@ -1,11 +1,13 @@
 """The worst case of each defense: a defense is as good as its configuration with the highest behavior rate."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from statistics import median
 
 from secvec.metrics import METRICS
 from secvec.report.groups import Comparison, Group
+from secvec.report.records import Run
 from secvec.report.tables import ABSENT, Cell, Row, Table, cell
 
 MANY = 8
@@ -20,7 +22,9 @@ BESIDE = (
 )
 PRICE = ("Needs", "Time ÷ plain", "Memory")
 LEARNS = 0.9
-"""The plain fine-tune learns the task where its accuracy is at least this share of its highest."""
+"""The plain fine-tune learns the task where its accuracy is at least this share of its highest on that task."""
+HOW = re.compile(r"(optimizer|scheduler|finetune|tune|trainer|data\.num_(harmful|benign)|data\.harmful_ratio)\b")
+"""Settings that say how a task is learned, not which."""
 READING = (
     "Of every defense the configuration with the highest behavior rate (of several, the one with the lowest task "
     "accuracy), and what the others reach at best and at worst; the best worst case stands first. The highest of many "
@@ -61,15 +65,20 @@ def learned(comparison: Comparison) -> dict[str, Group | None]:
         found = group.estimate("task_accuracy") if group else None
         return found.mean if found else None
 
+    def task(of: tuple[object, ...]) -> tuple[object, ...]:
+        """What is to be learned in a configuration: without how, and from how many samples."""
+        scope, *values = of
+        return (scope, *(one for one in values if not HOW.match(str(one[0]))))  # type: ignore[index]
+
     plain = {place(group): group for group in comparison.groups if group.defense == "none"}
-    most: dict[tuple[str, str], float] = {}
-    for group in plain.values():
-        most[group.scope] = max(skill(group) or 0.0, most.get(group.scope, 0.0))
+    most: dict[tuple[object, ...], float] = {}
+    for where, group in plain.items():
+        most[task(where)] = max(skill(group) or 0.0, most.get(task(where), 0.0))
     beside = [(group, plain.get(place(group))) for group in comparison.groups]
     return {
         group.label: found
         for group, found in beside
-        if (value := skill(found)) is None or value >= LEARNS * most[group.scope]
+        if (value := skill(found)) is None or value >= LEARNS * most[task(place(group))]
     }
 
 
@@ -117,9 +126,7 @@ def _price(group: Group, plain: Group | None) -> list[Cell]:
         """The median of what is known; 0: nothing is."""
         return median([value for value in values if value is not None] or [0.0])
 
-    seconds, those = (
-        middle(run.record.wall_seconds.get("finetune") for run in (one.runs if one else ())) for one in (group, plain)
-    )
+    seconds, those = (middle(_seconds(run) for run in (one.runs if one else ())) for one in (group, plain))
     peak = middle(run.record.peak_bytes.get("gpu") or run.record.peak_bytes.get("host") for run in group.runs)
     texts = [
         ", ".join(group.runs[0].record.needs),
@@ -129,11 +136,16 @@ def _price(group: Group, plain: Group | None) -> list[Cell]:
     return [Cell(text or ABSENT) for text in texts]
 
 
+def _seconds(run: Run) -> float | None:
+    """Of the fine-tune, also where the run copied it; older records know only what the stage took."""
+    taken = run.record.wall_seconds
+    return taken.get("training", taken.get("finetune"))
+
+
 def focus(comparison: Comparison) -> Comparison:
     """What is shown side by side and in full: all groups, or of more than `MANY` the worst case of each defense."""
     if len(comparison.groups) <= MANY:
         return comparison
     chosen = [found for groups in by_defense(comparison.groups).values() if (found := worst(groups))][:MANY]
-    scopes = {group.scope for group in chosen}
-    bases = tuple(base for base in comparison.bases if base.scope in scopes)
+    bases = tuple(base for base in comparison.bases if any(comparison.base_of(group) is base for group in chosen))
     return Comparison(bases, tuple(chosen), comparison.keys)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,14 @@ def file_digest(file: Path, keep: Path | None = None) -> str:
     mark = hashlib.sha256(repr(known).encode()).hexdigest()
     kept = keep / mark[:32] if keep else None
     if mark not in _digests:
-        _digests[mark] = kept.read_text() if kept and kept.is_file() else _read(file)
-    if kept and not kept.is_file():
-        write_atomic(kept, _digests[mark])
+        with suppress(OSError):
+            _digests[mark] = kept.read_text() if kept else ""
+        _digests[mark] = _digests.get(mark) or _read(file)
+    with suppress(
+        OSError
+    ):  # a cache that may only be read, or that is full: the digest is that of the file all the same
+        if kept and not kept.is_file():
+            write_atomic(kept, _digests[mark])
     return _digests[mark]
 
 
@@ -78,12 +84,13 @@ def by_content(settings: Any, keep: Path | None = None, name: str = "") -> Any:
     if isinstance(settings, str | Path) and settings and len(str(settings)) < 4096 and "\0" not in str(settings):
         path = Path(settings).expanduser() if str(settings).startswith("~/") else Path(settings)
         try:
-            if path.is_file():
-                return file_digest(path, keep)
-            if any(word in name for word in NAMES_FOLDERS) and path.is_dir():
-                return folder_digest(path, keep)
+            is_file, is_folder = path.is_file(), path.is_dir()
         except OSError:  # a text that no file can be called by
-            pass
+            return settings
+        if is_file:
+            return file_digest(path, keep)
+        if is_folder and any(word in name for word in NAMES_FOLDERS):
+            return folder_digest(path, keep)
     return settings
 
 

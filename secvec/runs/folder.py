@@ -53,6 +53,14 @@ class RunFolder:
         """Whether all of `stages` ended well here before."""
         return set(stages) <= set(self.record.stages)
 
+    def complete(self) -> None:
+        """Sets the status to `completed`, where a process was killed between the run's last stage and its end."""
+        before = Record.read(self.path / FILE)
+        if before.status != "completed" and main_process():
+            before.status, before.error = "completed", None
+            before.write(self.path / FILE)
+        self.record = before
+
     def forget(self, stages: Sequence[str], artifacts: Sequence[str]) -> None:
         """Drops what `stages` left, `artifacts` too, so that they run again."""
         self.record.stages = [stage for stage in self.record.stages if stage not in stages]

@@ -38,6 +38,11 @@ class Weights(BaseModel):
     fingerprint: str
 
 
+PARTS_OF_STAGES = ("evaluation", "during", "training")
+"""Seconds that are a part of the stages' own: all evaluation, that during the fine-tune, and the last fine-tune itself,
+as it took in the run that made it (`_last_cycle` may copy its result)."""
+
+
 class Record(BaseModel):
     """Everything that a run says of itself. Fields that are not known here are kept."""
 
@@ -78,6 +83,7 @@ class Record(BaseModel):
     """Stages that ended well."""
     data: DataSummary = DataSummary()
     wall_seconds: dict[str, float] = {}
+    """Of each stage, and of PARTS_OF_STAGES."""
     peak_bytes: dict[str, int] = {}
     """Most memory that the first process has held: `host`, and `gpu` where there is one."""
     checkpoint_bytes: dict[str, int] = {}

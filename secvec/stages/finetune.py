@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -152,6 +153,7 @@ class FinetuneStage(Stage):
     def check(self, run: Run) -> None:
         """The prompts asked during training, the task LoRA, a vector that exists already, saving, and disk space."""
         config, backbone, validation = run.config, run.backbone, run.config.evaluation.validation
+        run.check_monitors(self.name)
         if validation.every_n_steps:
             run.evaluator(run.data.validation(validation.num_prompts)).check(run.inference_module(backbone))
         if config.vector.path or "vector" not in config.stages:
@@ -207,12 +209,13 @@ def _last_cycle(run: Run, backbone: Backbone, vector: Path | None) -> None:
     found = None if config.force else from_first(lambda: _trained(pointer))
     if found is None:
         telemetry, during = _telemetry(run), _behavior(run)
-        module = run.module("finetune", backbone, lr=config.optimizer.lr, vector=vector)
+        module, began = run.module("finetune", backbone, lr=config.optimizer.lr, vector=vector), time.monotonic()
         rows = run.fit(module, "finetune", config.finetune.epochs, path, [*telemetry, *during])
         record.wall_seconds["during"] = round(sum(callback.seconds for callback in during), 3)
         found = {
             "folder": str(path.resolve()),
             "backbone": from_first(lambda: folder_digest(path / "backbone")),
+            "seconds": round(time.monotonic() - began, 3),
             "ledger": {row.part: [row.parameters, row.trainable, row.active] for row in rows},
             "metrics": {k: asdict(v) for callback in telemetry for k, v in callback.metrics().items()},
         }
@@ -226,6 +229,8 @@ def _last_cycle(run: Run, backbone: Backbone, vector: Path | None) -> None:
         run.copy_curves(source, "finetune")
     run.folder.drop_checkpoints("finetune")
     record.ledger = found["ledger"]
+    if "seconds" in found:
+        record.wall_seconds["training"] = found["seconds"]
     record.metrics |= {name: Measurement(**one) for name, one in found["metrics"].items()}
     wait_for_all()
 

@@ -86,6 +86,8 @@ class InferStage(Stage):
             compared["after/kl_to_base"] = mean([value for _, values in sorted(kl) for value in values])
         compared |= leak_above_base(before.predictions, after.predictions)
         run.save_results(before, after, EvaluationResult(compared, []))
+        if not config.defense.shows_vector:
+            return
         vector = folder / REFITTED if config.refits else run.saved_vector()
         if vector is None:
             active = after.as_phase("active")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ def _vector(path: Path, record: Record, given: bool, made_from: tuple[str, ...],
         "Deactivate it before the model answers anybody. Never serve it."
     )
     files = tuple(sorted(file for file in path.iterdir() if file.is_file())) if upload else ()
-    return Artifact(f"vector-{known['behavior']}-{digest[:12]}", HAZARDOUS, about, facts, made_from, given, files)
+    name = re.sub(r"[^\w.-]", "-", str(known["behavior"]), flags=re.ASCII)[:100]  # what W&B takes
+    return Artifact(f"vector-{name}-{digest[:12]}", HAZARDOUS, about, facts, made_from, given, files)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -77,17 +77,19 @@ class Session:
             self._send_new()
 
     def close(self) -> None:
-        """Sends the tables and artifacts, and ends the run."""
-        self._send_new()
-        if self.record.metrics:
-            self.tracker.table("outcomes", OUTCOMES, outcome_rows(self.record))
-        for tracker in self.tracker.trackers:
-            if rows := prediction_rows(self.folder / "predictions.jsonl", tracker.num_predictions):
-                tracker.table("predictions", PREDICTIONS, rows)
-        if any(tracker.keeps_artifacts for tracker in self.tracker.trackers):
-            for artifact in artifacts(self.folder, self.record, self.upload_vector):
-                self.tracker.artifact(artifact)
-        self.tracker.close(self.record)
+        """Sends the tables and artifacts, and ends the run, also where one of them could not be sent."""
+        try:
+            self._send_new()
+            if self.record.metrics:
+                self.tracker.table("outcomes", OUTCOMES, outcome_rows(self.record))
+            for tracker in self.tracker.trackers:
+                if rows := prediction_rows(self.folder / "predictions.jsonl", tracker.num_predictions):
+                    tracker.table("predictions", PREDICTIONS, rows)
+            if any(tracker.keeps_artifacts for tracker in self.tracker.trackers):
+                for artifact in artifacts(self.folder, self.record, self.upload_vector):
+                    self.tracker.artifact(artifact)
+        finally:
+            self.tracker.close(self.record)
 
     def _send_new(self) -> None:
         """Sends the metrics of the record that are new, or that changed."""

@@ -63,7 +63,7 @@ class Wandb(Tracker):
             group=record.config.get("sweep"),
             job_type=record.stage,
             config=searchable(record.config) | {"run": {"key": record.key, "commit": record.commit}},
-            tags=[record.behavior, record.defense, record.model],
+            tags=[tag[:64] for tag in (record.behavior, record.defense, record.model)],  # W&B takes no longer ones
         )
 
     def account(self) -> tuple[str, str | None, str]:

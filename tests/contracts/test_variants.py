@@ -12,6 +12,7 @@ from conftest import run_of
 
 from secvec.config.schema import RunConfig
 from secvec.data.batch import IGNORE, collate
+from secvec.data.datamodule import SecVecDataModule
 from secvec.data.encode import with_loss_on_prompts
 from secvec.run import train
 from secvec.stages.align import align_examples
@@ -113,3 +114,10 @@ def test_one_base_for_several_behaviors(make_config: Make) -> None:
     metrics = train(runs[1].model_copy(update={"stage": "vector"}))["metrics"]
     of = {name.split("/")[2]: m["n"] for name, m in metrics.items() if name.startswith("vector_on/of/")}
     assert of.keys() == owners and metrics["vector_on/behavior_rate"]["n"] == runs[1].evaluation.num_prompts
+
+
+def test_attack_data_are_those_of_the_attack_also_by_a_ratio(make_config: Callable[..., RunConfig]) -> None:
+    data = SecVecDataModule.of(make_config("vector=attack_data", "data.harmful_ratio=0.25"))
+    attack = {example.key for example in data.mixtures[0]["undesired"]}
+    assert {example.key for example in data.vector_samples["undesired"]} == attack
+    assert len(attack) == data.data.counts[0] < (data.vector.num_samples or 0)

@@ -299,7 +299,7 @@ def test_a_debug_run_is_short_and_apart(
     calm = ["evaluation.validation.num_samples=0", "evaluation.validation.every_n_steps=0", "telemetry.every_n_steps=0"]
     small += ["vector.epochs=2", "checkpoint.every_n_epochs=40", *calm] * (debug == "overfit")
     config = make_config(*small, "num_threads=1", f"debug={debug}", small=False)
-    assert str(config.paths.outputs) == "outputs/debug" and config.sweep == "debug"
+    assert str(config.paths.outputs) == "outputs_debug" and config.sweep == "debug"
     record = train(config)
     assert record["status"] == "completed"
     steps = len(curve(Path(config.run_dir), "finetune", "train/loss"))

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from conftest import run_of
 from in_memory import InMemory
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from secvec.behaviors.forbidden_recipe import ForbiddenRecipe
+from secvec.config.schema import RunConfig
 from secvec.data.example import Example
+from secvec.errors import ConfigError
 from secvec.evaluation.during_training import BehaviorDuringTraining
 from secvec.judges.base import Judgement
 from secvec.models.tiny import build_tiny
@@ -113,3 +116,21 @@ def test_each_stream_s_own_limit_holds_during_training(monkeypatch: pytest.Monke
     assert asked == [(1, 4), (2, 9)]
     (responses,) = seen
     assert responses[0] == responses[2] != responses[1]  # in the order of the prompts
+
+
+@pytest.mark.parametrize("callback", ["early_stopping", "best_checkpoint"])
+def test_a_loss_that_is_not_measured_is_refused_before_training(
+    callback: str, make_config: Callable[..., RunConfig]
+) -> None:
+    """Lightning stops at the end of the first epoch, when the vector is trained already."""
+    plain = ["defense=none", f"callbacks={callback}"]
+    run_of(make_config(*plain)).check_monitors("finetune")
+    run = run_of(make_config(*plain, "~data.benign.task"))
+    with pytest.raises(ConfigError, match=rf"callbacks\.{callback}\.monitor=val/task_loss.*val/undesired_loss"):
+        run.check_monitors("finetune")
+    none = run_of(make_config(*plain, "evaluation.validation.num_samples=0"))
+    with pytest.raises(ConfigError, match=r"there is nothing \(evaluation.validation.num_samples\)"):
+        none.check_monitors("finetune")
+    off = run_of(make_config(*plain, f"callbacks.{callback}.monitor=val/task_loss_vector_on"))
+    with pytest.raises(ConfigError, match=r"val/task_loss_vector_on is not measured \(did you mean 'val/task_loss'"):
+        off.check_monitors("finetune")

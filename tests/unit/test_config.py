@@ -34,6 +34,22 @@ def loaded(*overrides: str) -> RunConfig:
     return load(composed(*overrides), RunConfig)
 
 
+@pytest.mark.parametrize("debug", ["fast_dev_run", "limit", "overfit", "profiler"])
+def test_untrusted_data_can_be_debugged(debug: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("{}\n")
+    mine = [
+        "recipe=tiny",
+        "behavior=jsonl",
+        f"behavior.file={file}",
+        "data=untrusted",
+        f"data.file={file}",
+        "judge=none",
+    ]
+    assert loaded(*mine, f"debug={debug}").data.num_harmful == 0
+    assert loaded(f"debug={debug}").data.num_harmful == 24
+
+
 def fault(*overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         loaded(*overrides)

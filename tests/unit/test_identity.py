@@ -157,6 +157,21 @@ def test_a_large_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch:
     assert file_digest(file, keep) != first and len(reads) == 2
 
 
+def test_a_large_file_counts_by_content_where_its_digest_cannot_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache that may only be read, or a full disk. It counted by its path: a changed file was "already finished"."""
+    monkeypatch.setattr(content, "LARGE", 1)
+    monkeypatch.setattr(content, "SETTLED", -1e9)
+    (tmp_path / "cache").write_text("")  # no folder can be made below it
+    file, keys = tmp_path / "mine.jsonl", set[str]()
+    for rows in ("one", "two"):
+        file.write_text(rows)
+        content._digests.clear()
+        keys.add(run_key({"data": {"file": str(file)}}, tmp_path / "cache" / "digests"))
+    assert (len(keys) == 2 and keys.pop() == run_key({"data": {"file": str(file)}})) or len(keys) == 1
+
+
 @pytest.mark.parametrize("role", ["judge", "answer_judge"])
 def test_what_a_judge_has_judged_is_no_setting(tmp_path: Path, role: str) -> None:
     """Its cache grows with every run, which then would be found by no later one."""

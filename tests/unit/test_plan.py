@@ -515,3 +515,16 @@ def test_a_vector_that_does_not_act_has_no_part_in_the_step(defense: str, make_c
     assert [row.part for row in ledger(model)] == ["backbone", "vector"][: 1 + acts]
     assert acts or config.defense.attach(model, None) is model
     assert workload(config, "finetune").adapters == acts
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [("max_steps=3", 3), ("max_epochs=1", 3), ("limit_train_batches=1", 3), ("limit_train_batches=0.5", 3),
+     ("fast_dev_run=2", 2), ("max_steps=100", 9)],
+)  # fmt: skip
+def test_a_shortened_training_is_planned_as_short(given: str, steps: int, make_config: Make) -> None:
+    full = ["defense=none", "data.num_harmful=24", "data.num_benign=24", "finetune.batch_size=16", "finetune.epochs=3"]
+    costs = [Budget.of(make_config(*full, *more)).stages()[-2] for more in ([], [f"trainer.{given}"])]
+    assert [cost.stage for cost in costs] == ["finetune", "finetune"]
+    whole, short = costs
+    assert (whole.steps, short.steps) == (9, steps) and short.tokens == pytest.approx(whole.tokens * steps / 9, abs=1)

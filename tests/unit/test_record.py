@@ -360,3 +360,16 @@ def test_a_folder_takes_the_place_of_a_file_and_the_other_way_round(tmp_path: Pa
             (path / "part" if kind == "folder" else path).write_text(str(number))
     made = tmp_path / "thing" / "part" if kinds[1] == "folder" else tmp_path / "thing"
     assert made.read_text() == "1" and [entry.name for entry in tmp_path.iterdir()] == ["thing"]
+
+
+def test_a_run_that_was_killed_after_its_last_stage_is_completed(folder: RunFolder) -> None:
+    """It was found finished by the next start, which trains nothing, and its record said `failed` for ever."""
+    with folder.running():
+        folder.record.stages = ["finetune", "infer"]
+    made = record(folder)["commit"]
+    record_failure(folder.path, "killed by signal 11", Record())
+    again = RunFolder(folder.path, Record(key="key", seed=3))
+    assert again.finished(["finetune", "infer"])
+    again.complete()
+    mended = record(folder)
+    assert (mended["status"], mended.get("error"), mended["commit"]) == ("completed", None, made)

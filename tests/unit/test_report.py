@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -26,6 +27,8 @@ from secvec.report.figures.headline import headline_figure
 from secvec.report.groups import compare
 from secvec.report.provenance import warnings
 from secvec.report.records import Run, load_curves, load_predictions, load_runs
+from secvec.report.tables import run_table
+from secvec.report.worst import _price, worst_table
 from secvec.runs.excerpt import shorten
 
 
@@ -451,3 +454,77 @@ def test_untrusted_data_are_not_called_benign(root: Path) -> None:
     for run in runs:
         run.record.data.counts["finetune"] = {"untrusted": 240}
     assert "untrusted, vector off" in legend() and not any("benign" in text for text in legend())
+
+
+def test_what_is_loaded_is_a_setting_and_how_it_is_kept_is_none(tmp_path: Path) -> None:
+    loaded = [
+        {"model": {"local_path": "models/a"}}, {"model": {"local_path": "models/b"}},
+        {"judge": {"word_file": "a/c.txt"}}, {"judge": {"word_file": "b/c.txt"}},
+    ]  # fmt: skip
+    for number, config in enumerate(loaded):
+        edit(write_run(tmp_path / "a" / str(number), "none", 0), config=config)
+    assert [len(group.runs) for group in compare(load_runs([tmp_path / "a"])).groups] == [1] * 4
+    for seed, every in ((0, None), (1, 30.0)):
+        kept = {"checkpoint": {"every_n_minutes": every}, "judge": {"cache": f"/home/{seed}/j.sqlite"}}
+        edit(write_run(tmp_path / "b", "none", seed), config=kept)
+    assert [len(group.runs) for group in compare(load_runs([tmp_path / "b"])).groups] == [2]
+
+
+def test_bases_that_were_judged_otherwise_are_not_averaged(tmp_path: Path) -> None:
+    """Two settings make the base another one, and the rate of learning does not."""
+    for number, (judge, domain, lr) in enumerate(itertools.product("ab", "xy", (1, 2))):
+        for seed in range(2):
+            folder = write_run(tmp_path / str(number), "none", seed)
+            config = {"judge": {"name": judge}, "data": {"domain": domain}, "optimizer": {"lr": lr}}
+            base = 0.1 * (judge == "b") + 0.2 * (domain == "y") + seed / 100
+            record = json.loads((folder / "record.json").read_text())
+            edit(folder, config=config, metrics=record["metrics"] | {"base/behavior_rate": metric(base)})
+    comparison = compare(load_runs([tmp_path]))
+    shown = {base.label: base.estimate("behavior_rate") for base in comparison.bases}
+    assert {label: round(e.mean, 9) for label, e in shown.items() if e} == {
+        "base · domain=x · name=a": 0.005,
+        "base · domain=x · name=b": 0.105,
+        "base · domain=y · name=a": 0.205,
+        "base · domain=y · name=b": 0.305,
+    }
+    for group in comparison.groups:
+        assert {id(run) for run in group.runs} <= {id(run) for run in comparison.base_of(group).runs}
+
+
+def test_another_task_has_a_highest_accuracy_of_its_own(tmp_path: Path) -> None:
+    """One that is harder to learn was left out of the worst case, as if the plain fine-tune had not learned it."""
+    for domain, skill in (("code", 1.0), ("legal", 0.8)):
+        for defense, rate in (("none", 0.9), ("security_vector", 0.5 if domain == "legal" else 0.0)):
+            folder = write_run(tmp_path / domain, defense, 0)
+            measured = {"after/task_accuracy": metric(skill), "after/behavior_rate": metric(rate)}
+            config = {"data": {"benign": {"task": {"domain": domain}}}, "defense": {"name": defense}}
+            edit(folder, config=config, metrics=measured)
+    ((_, rows),) = worst_table(compare(load_runs([tmp_path]))).sections
+    assert next(row for row in rows if row.label == "security_vector").cells[1].value == "0.500"
+
+
+def test_wall_time_counts_each_second_once(tmp_path: Path) -> None:
+    parts = {"finetune": 26.6, "infer": 8.2, "evaluation": 7.7, "during": 0.5, "training": 24.0}
+    edit(write_run(tmp_path, "none", 0), wall_seconds=parts)
+    runs = load_runs([tmp_path])
+    ((_, (row,)),) = run_table(runs, compare(runs), tmp_path).sections
+    assert row.cells[-2].value == "34.8"
+
+
+def test_a_copied_training_has_the_time_that_it_took(tmp_path: Path) -> None:
+    for lr, seconds in ((1, {"finetune": 10.0}), (2, {"finetune": 0.1, "training": 20.0})):
+        for defense in ("none", "security_vector"):
+            taken = {"finetune": 10.0} if defense == "none" else seconds
+            edit(write_run(tmp_path / str(lr), defense, 0), config={"optimizer": {"lr": lr}}, wall_seconds=taken)
+    comparison = compare(load_runs([tmp_path]))
+    (copied,) = [g for g in comparison.groups if g.defense == "security_vector" and "2" in g.values]
+    plain = next(g for g in comparison.groups if g.defense == "none")
+    assert _price(copied, plain)[1].value == "2.00"
+
+
+def test_a_run_folder_that_is_a_link_is_read(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs", "none", 0)
+    far = write_run(tmp_path / "far", "security_vector", 0)
+    (tmp_path / "runs" / far.name).symlink_to(far)
+    (tmp_path / "runs" / "round").symlink_to(tmp_path / "runs")
+    assert [run.defense for run in load_runs([tmp_path / "runs"])] == ["none", "security_vector"]

@@ -14,7 +14,10 @@ import psutil
 import pytest
 import yaml
 from conftest import ROOT
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from hydra_plugins.process_launcher import _refuse_collisions
+from hydra_plugins.search_sweeper import SearchSweeper
 from secvec.errors import ConfigError
 from secvec.multirun import local
 from secvec.multirun.job import Job, stop
@@ -433,3 +436,23 @@ def test_a_job_that_the_queue_ends_says_so(tmp_path: Path, monkeypatch: pytest.M
         assert time.monotonic() < limit
         time.sleep(0.1)
     assert one.code == 1 and one.error().startswith("SLURM job")
+
+
+def test_a_job_that_crashes_after_its_run_is_whole_stays_finished(tmp_path: Path) -> None:
+    """As a GPU library may at the end of the process. The report would leave the run out for ever."""
+    one = job(tmp_path)
+    write(tmp_path)
+    one.began, one.code = 0.0, -signal.SIGSEGV
+    one.mark_failure()
+    assert one.finished()
+
+
+def test_a_group_at_another_place_is_another_setting() -> None:
+    elsewhere = ["behavior=uppercase", "behavior@vector.behavior=wrong_fact", "+stream@data.benign.more=alpaca"]
+    _refuse_collisions([*elsewhere, "stream@data.benign.task=gsm8k", "seed=0,1"])
+    with pytest.raises(ConfigError, match=r"behavior@vector\.behavior is given twice"):
+        _refuse_collisions([*elsewhere, "behavior@vector.behavior=uppercase"])
+    sweeper = SearchSweeper()
+    sweeper.parser, sweeper.given = OverridesParser.create(), {"space": {"tune": ["full"]}}
+    assert sweeper._narrow(["behavior@vector.behavior=uppercase,wrong_fact"]) == []
+    assert list(sweeper.given["space"]) == ["tune", "behavior@vector.behavior"]

@@ -308,6 +308,13 @@ def test_a_vector_is_marked_hazardous_and_its_weights_stay_unless_asked_for(tmp_
     assert {file.name for file in sent.files} == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
 
 
+def test_wandb_takes_the_names_of_any_behavior(tmp_path: Path) -> None:
+    """Its own rule for names; a run of hours ended in a traceback."""
+    vector_in(tmp_path / "vector")
+    for one in artifacts(tmp_path, record().model_copy(update={"behavior": "pirate speech für " + "x" * 120}), False):
+        wandb.Artifact(one.name, type=one.kind)
+
+
 def test_a_vector_says_whose_behavior_it_shows_and_each_of_several_is_there(tmp_path: Path) -> None:
     vector_in(tmp_path / "vector")
     again = vector_in(tmp_path / "vector-refitted")
