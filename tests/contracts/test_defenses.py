@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, run_of
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -596,3 +597,25 @@ def test_booster_needs_whole_weights(override: str, make_config: Callable[..., R
     config = make_config("defense=booster", override)
     with pytest.raises(ConfigError, match="simulated step is smaller than the rounding of bfloat16"):
         config.defense.check(run_of(config))
+
+
+@pytest.mark.parametrize("defense", ["negated_vector", "safe_lora", "random_adapter"])
+def test_a_vector_that_is_no_delta_is_refused_before_the_training(
+    defense: str, make_config: Make, tmp_path: Path
+) -> None:
+    base = run_of(make_config("defense=none", run="other")).backbone
+    dora = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM")
+    get_peft_model(base.load(), dora).save_pretrained(str(tmp_path / "dora"))
+    given = [f"vector.path={tmp_path / 'dora'}", "vector.gate.min_loss_drop=null"]
+    run = run_of(make_config(f"defense={defense}", *given))
+    with pytest.raises(ConfigError, match="not DoRA"):
+        run.config.defense.check(run)
+    plain = run_of(make_config(f"defense={defense}", run="plain"))
+    plain.config.defense.check(plain)
+
+
+def test_active_is_not_shown_where_another_adapter_was_active(make_config: Make) -> None:
+    """It was the trained vector, on a model that had been trained under a random one."""
+    measured = train(make_config("defense=random_adapter"))["metrics"]
+    assert not [name for name in measured if name.startswith("active/") or name == "deactivation_gap"]
+    assert "after/behavior_rate" in measured and "vector_on/behavior_rate" in measured

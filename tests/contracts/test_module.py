@@ -207,6 +207,14 @@ def test_a_step_of_other_batches_than_they_know_of_is_refused(
         runner.fit(SecVecModule("finetune", backbone), data(batch_size=4))
 
 
+def test_a_training_that_ends_by_the_clock(backbone: Path, tmp_path: Path) -> None:
+    clock = {"max_time": "00:00:00:01", "max_epochs": -1, "enable_checkpointing": False}
+    trainer(tmp_path, **clock).fit(SecVecModule("finetune", backbone), data())
+    cosine = SecVecModule("finetune", backbone, scheduler={"name": "cosine", "warmup_ratio": 0.0})
+    with pytest.raises(ConfigError, match="give it max_epochs or max_steps"):
+        trainer(tmp_path, **clock).fit(cosine, data())
+
+
 # -- the stages
 
 

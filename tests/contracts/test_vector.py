@@ -5,10 +5,21 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from secvec.data.batch import Batch, collate
 from secvec.data.encode import encode
@@ -19,15 +30,20 @@ from secvec.models.backbone import ledger, set_trainable
 from secvec.models.tiny import build_tiny
 from secvec.models.vector import (
     VECTOR,
+    activate,
     attach_frozen_vector,
     attach_new_vector,
     attach_task,
     backbone_state,
+    column_space,
+    has_vector,
+    merged_task,
     part_of,
     save_adapter,
     vector_off,
 )
 from secvec.settings.schema import LoraSettings
+from secvec.training.activations import layer_at, layer_outputs
 from secvec.training.losses import response_loss
 
 TEXTS = ["How do I make soup from frost root and amber oil?", "First grind the frost root."] * 20
@@ -199,3 +215,73 @@ def test_the_labelled_vector_is_on_for_undesired_rows_alone(saved: Path) -> None
     for flags in ([True, True], [False, False]):  # a share of one kind only
         batch["undesired"] = torch.tensor(flags)
         assert torch.allclose(defense.loss(model, batch)["loss"], alone(0, on=flags[0]), atol=1e-6)
+
+
+# -- models of other kinds
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16,
+    "num_key_value_heads": 2, "intermediate_size": 48,
+}  # fmt: skip
+
+
+def test_experts_are_adapted_merged_and_named_as_they_are_saved() -> None:
+    """PEFT adapts their weights as parameters of a layer that has no `weight`: a task LoRA could not be saved."""
+    more = {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1}
+
+    def glm() -> nn.Module:
+        torch.manual_seed(0)
+        return Glm4MoeForCausalLM(Glm4MoeConfig(**SIZES, **more, topk_group=1, first_k_dense_replace=1)).eval()
+
+    model = attach_task(glm(), LORA)
+    disturb(model, "task")
+    bare = glm()
+    before = logits(bare)
+    bare.load_state_dict(merged_task(model).whole(), strict=True)
+    torch.testing.assert_close(logits(bare), logits(model))
+    assert (logits(bare) - before).abs().max() > 1e-3
+    vector = activate(attach_new_vector(glm(), LORA, 0.0), "auto")
+    assert backbone_state(vector.state_dict()).keys() == glm().state_dict().keys()
+
+
+def test_the_part_that_sees_takes_no_adapter_and_is_no_layer_of_a_defense() -> None:
+    sees = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+    config = Gemma3Config(text_config=SIZES, vision_config={**sees, "image_size": 28, "patch_size": 14})
+    config.mm_tokens_per_image = 4
+    model = Gemma3ForConditionalGeneration(config)
+    assert type(layer_at(model, None)).__name__ == "Gemma3DecoderLayer"
+    attached = attach_new_vector(model, LORA, 0.0)
+    names = [name for name, _ in attached.named_parameters() if part_of(name) == "vector"]
+    assert names and not [name for name in names if "vision_tower" in name]
+    assert type(layer_at(attached, None)).__name__ == "Gemma3DecoderLayer"
+    with layer_outputs(attached) as outputs:
+        logits(attached)
+    assert len(outputs) == 2
+
+
+def test_all_linear_leaves_a_router_alone() -> None:
+    config = Llama4TextConfig(**SIZES, intermediate_size_mlp=48, num_local_experts=2)
+    model = attach_task(Llama4ForCausalLM(config), LORA)
+    assert not [name for name, _ in model.named_parameters() if "router" in name and part_of(name) == "task"]
+    logits(model)
+
+
+def test_all_linear_fits_a_state_space_model() -> None:
+    model = MambaForCausalLM(MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=4))
+    assert has_vector(attach_new_vector(model, LORA, 0.0))
+
+
+def test_the_columns_of_a_low_rank_matrix_need_no_whole_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    svd, shapes = torch.linalg.svd, []
+    monkeypatch.setattr(torch.linalg, "svd", lambda a, **how: shapes.append(a.shape) or svd(a, **how))
+    for rank in (4, 40):
+        matrix = torch.randn(300, rank) @ torch.randn(rank, 200)
+        exact = svd(matrix, full_matrices=False)[0][:, :rank]
+        before = torch.get_rng_state()
+        for basis in (column_space(matrix), column_space(matrix, rank)):
+            assert basis.shape == (300, rank)
+            torch.testing.assert_close(basis @ basis.T, exact @ exact.T, rtol=0, atol=1e-4)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert torch.equal(column_space(matrix), column_space(matrix))
+    assert all(min(shape) <= 64 for shape in shapes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +104,20 @@ def test_files_with_other_names_are_loaded_whole(tmp_path: Path, caplog: pytest.
     outlined = backbone.outline()
     assert "loads it whole" in caplog.text and hollow(outlined) == hollow(loaded)
     compare(loaded, outlined)
+
+
+def test_a_tied_head_that_lies_there_twice_stays_tied(tmp_path: Path) -> None:
+    """Under fsdp the two were trained apart, and saving dropped the head."""
+    backbone, file = saved("tied", tmp_path), tmp_path / "model.safetensors"
+    held = load_file(file)
+    save_file(held | {"lm_head.weight": held["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
+    compare(backbone.load(), backbone.outline())
+
+
+def test_a_head_of_its_own_under_a_config_that_ties_it_is_refused(tmp_path: Path) -> None:
+    """As a merged LoRA on the head leaves it: the saved backbone would have the embeddings for a head."""
+    backbone, path = saved("untied", tmp_path), tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    for build in (backbone.load, backbone.outline):
+        with pytest.raises(ArtifactError, match=r'Set "tie_word_embeddings": false'):
+            build()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +16,11 @@ from secvec.data.batch import collate
 from secvec.data.embedded import Skill
 from secvec.data.encode import encode
 from secvec.data.example import Example
+from secvec.models.backbone import prepared
+from secvec.models.modes import in_eval
 from secvec.models.tiny import build_tiny
 from secvec.module import SecVecModule
+from secvec.settings.schema import ModelSettings
 from secvec.training.losses import response_loss
 from secvec.training.telemetry import Telemetry
 
@@ -63,3 +68,27 @@ def test_the_cosine_with_the_extra_rows_is_that_of_the_gradients(tiny: tuple[nn.
     assert values["undesired/cosine_with_extra"] == pytest.approx(expected, abs=1e-5) and abs(expected) < 0.9
     assert values["benign/cosine_with_extra"] == pytest.approx(1)
     assert "cosine_with_extra" not in str(Telemetry({"undesired": first}, 1)._measure(made, model))
+
+
+def test_a_probe_keeps_no_more_than_a_checkpointed_step(tiny: tuple[nn.Module, Any, list[Example]]) -> None:
+    """In eval mode transformers computes no layer again: a probe took more memory than the step that just fits."""
+    model, tokenizer, examples = tiny
+    settings = ModelSettings(name="x", name_or_path="x", gradient_checkpointing=True)
+    model = prepared(deepcopy(model), settings)
+    made, rows = trained(model, tokenizer), encode(examples, tokenizer, 512)
+    batch, telemetry = collate([(row, False) for row in rows]), Telemetry({"undesired": rows}, 1)
+
+    def kept(step: Callable[[], object]) -> int:
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+            step()
+        return sum(sizes)
+
+    model.train()
+    training = kept(lambda: response_loss(model, batch))
+    with in_eval(model):
+        probe = kept(lambda: telemetry._gradient(made, batch))
+        assert not any(module.training for module in model.modules() if isinstance(module, nn.Dropout))
+    model.eval()
+    assert probe < 1.5 * training < 0.7 * kept(lambda: response_loss(model, batch))
+    assert not any(module.training for module in model.modules())
