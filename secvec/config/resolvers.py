@@ -44,7 +44,7 @@ def run_name(root: DictConfig) -> str:
     config = resolved(root)
     model = config["model"]
     shown = model.get("name") if not (model.get("name") in BUILT_IN and model.get("name_or_path")) else None
-    shown = shown or str(model.get("name_or_path")).rstrip("/").rpartition("/")[2]
+    shown = str(shown or model.get("name_or_path")).rstrip("/").rpartition("/")[2]
     defense = config.get("defense", {}).get("name", "evaluate")
     return f"{defense}-{config['behavior'].get('name')}-{shown}-s{config.get('seed')}-{key_of(root)[:8]}"
 

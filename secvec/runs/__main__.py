@@ -54,7 +54,7 @@ def entries(cache: Path, kinds: Iterable[str], days: float) -> dict[str, list[En
 
 def remove(entry: Entry) -> bool:
     """Removes it, unless a run is making it."""
-    lock = FileLock(f"{entry.path}.lock")
+    lock = FileLock(_lock_of(entry.path))
     try:
         with lock.acquire(timeout=0):
             shutil.rmtree(entry.path) if entry.path.is_dir() else entry.path.unlink()
@@ -62,6 +62,12 @@ def remove(entry: Entry) -> bool:
         return False
     Path(lock.lock_file).unlink(missing_ok=True)
     return True
+
+
+def _lock_of(path: Path) -> Path:
+    """The lock of an entry, also of one that is being made: `.KEY.xxxx` (`atomic_path`), `KEY.part` (an alignment)."""
+    name = path.name[1:].rpartition(".")[0] if path.name.startswith(".") else path.name
+    return path.with_name(f"{name.removesuffix('.part')}.lock")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -49,6 +49,8 @@ def cached(path: Path, build: Callable[[Path], None], usable: Callable[[Path], b
     path.parent.mkdir(parents=True, exist_ok=True)
     while not main_process() and not usable(path):
         time.sleep(0.1)
+    if usable(path) and not os.access(path.parent, os.W_OK):
+        return path  # of a cache that may only be read
     with FileLock(f"{path}.lock"):
         if usable(path):
             with suppress(OSError):  # another user's, in a cache that several share

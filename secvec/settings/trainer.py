@@ -53,6 +53,8 @@ class TrainerSettings(Settings, extra="allow"):
             raise ValueError(f"devices={self.devices} needs a strategy: choose trainer=ddp or trainer=fsdp")
         if self.strategy == "fsdp" and self.precision in ("64-true", "16-mixed"):
             raise ValueError(f"strategy=fsdp takes no {self.precision}: choose 32-true, bf16-mixed or bf16-true")
+        if self.strategy == "fsdp" and self.accelerator == "cpu" and self.devices == "auto":
+            raise ValueError("strategy=fsdp on the CPU needs a number of processes: set devices")
         limit, parts = (self.model_extra or {}).get("limit_train_batches"), self.accumulate_grad_batches
         if isinstance(limit, int) and limit % parts:
             raise ValueError(

@@ -1,6 +1,8 @@
 """metrics.csv, which every run folder has: one row for each value (`stage,step,metric,value`)."""
 
 import csv
+import io
+import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -33,20 +35,25 @@ class CsvFile(Tracker):
         self._append([[OUTCOMES, "", name, value] for name, value in values.items()])
 
     def _append(self, rows: Sequence[Sequence[object]]) -> None:
+        with self.path.open("a+b") as file:
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                file.write(b"\n")  # a full disk, or a kill, has cut the last line
         with self.path.open("a", newline="", encoding="utf-8") as stream:
-            csv.writer(stream).writerows(rows)
+            csv.writer(stream, lineterminator="\n").writerows(rows)
 
     def _keep(self, wanted: Callable[[list[str]], bool]) -> None:
         rows: list[list[str]] = []
         if self.path.is_file():
             with self.path.open(newline="", encoding="utf-8") as stream:
                 rows = [row for row in list(csv.reader(stream))[1:] if row and wanted(row)]
-        write_atomic(self.path, "\n".join(",".join(row) for row in [HEADER, *rows]) + "\n")
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([HEADER, *rows])
+        write_atomic(self.path, text.getvalue())
 
 
 def read_curves(path: Path, stage: str) -> list[tuple[int, dict[str, float]]]:
     """The curves of `stage` in a metrics.csv: values by name, after each optimizer step."""
     with path.open(newline="", encoding="utf-8") as stream:
-        rows = [row for row in csv.DictReader(stream) if row["stage"] == stage]
+        rows = [row for row in csv.DictReader(stream) if row["stage"] == stage and row["value"]]
     steps = groupby(rows, lambda row: int(row["step"]))
     return [(step, {row["metric"]: float(row["value"]) for row in some}) for step, some in steps]

@@ -55,6 +55,22 @@ def test_what_a_run_is_making_stays(cache: Path, capsys: pytest.CaptureFixture[s
     assert "removed 2 entries, 2.0 MB; 1 are in use" in capsys.readouterr().out and left(cache) == {"vectors/old"}
 
 
+@pytest.mark.parametrize("name", [".old.x1y2", "old.part"])
+def test_the_folder_of_a_build_in_progress_stays(cache: Path, name: str) -> None:
+    """It has another name than the lock that its run holds; the run ended with FileNotFoundError."""
+    (cache / "vectors" / name).mkdir()
+    with FileLock(f"{cache / 'vectors' / 'old'}.lock"):
+        assert main(["--cache", str(cache), "--remove"]) == 0
+    assert left(cache) == {"vectors/old", f"vectors/{name}"}
+    assert main(["--cache", str(cache), "--remove"]) == 0 and not left(cache)
+
+
+def test_an_entry_of_a_cache_that_may_only_be_read_is_used(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr("secvec.runs.cache.FileLock", None)
+    assert cached(cache / "vectors" / "old", lambda out: pytest.fail("made again")).is_dir()
+
+
 def test_every_folder_that_the_package_writes_is_listed() -> None:
     sources = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "secvec").rglob("*.py"))
     written = set(re.findall(r'paths\.cache / "(\w+)"', sources))

@@ -286,6 +286,7 @@ def test_a_value_that_cannot_be_resolved() -> None:
         (["trainer.precision=16-mixed", "defense=booster"], ["defense=booster", "16-mixed: use bf16-mixed"]),
         (["trainer.precision=16-mixed", "optimizer=adamw_fused"], ["optimizer.fused=false", "bf16-mixed"]),
         (["trainer.accumulate_grad_batches=3", "trainer.limit_train_batches=4"], ["4 is no multiple of", "=3"]),
+        (["trainer=fsdp", "trainer.accelerator=cpu"], ["fsdp on the CPU needs a number of processes", "set devices"]),
         (["tune=lora", "tune.kind=full"], ["tune.lora", "tune=full or tune=lora"]),
         (["tune=lora", "tune.lora=null"], ["tune.lora", "tune=full or tune=lora"]),
     ],
@@ -725,3 +726,9 @@ def test_a_defense_has_the_same_values_from_python(name: str) -> None:
     fields = kind.model_fields
     differ = {k: (v, fields[k].default) for k, v in given.items() if not fields[k].is_required()}
     assert all(value == default for value, default in differ.values()), differ
+
+
+def test_a_model_named_as_on_the_hub_makes_one_folder() -> None:
+    """Below another one the report of a sweep did not look for it."""
+    config = composed("recipe=llm", "model.name_or_path=owner/model", "model.name=owner/model")
+    assert "/" not in run_name(config) and "-model-s0-" in run_name(config)

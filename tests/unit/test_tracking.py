@@ -32,7 +32,7 @@ from secvec.settings.trainer import LoggerSettings, WandbSettings
 from secvec.tracking import dashboard
 from secvec.tracking.artifacts import artifacts
 from secvec.tracking.base import Tracker, Trackers, flat
-from secvec.tracking.csv_file import CsvFile
+from secvec.tracking.csv_file import CsvFile, read_curves
 from secvec.tracking.session import Session, prediction_rows
 from secvec.tracking.wandb import PROJECT, Wandb, better, run_id, run_name
 
@@ -399,3 +399,15 @@ def test_the_wandb_sweep_is_valid_and_each_of_its_values_composes() -> None:
         assert config.logger.wandb is not None and not config.logger.wandb.offline and config.force
         settings = flat(config.model_dump(mode="json"))
         assert settings[key if "." in key or key == "seed" else f"{key}.name"] == value
+
+
+def test_a_line_that_was_cut_takes_no_other_with_it(tmp_path: Path) -> None:
+    """A full disk or a kill: the next row glued onto it, and the file could not be read any more."""
+    path = tmp_path / "metrics.csv"
+    curves = CsvFile(path)
+    curves.begin_stage("finetune", False)
+    curves.curves("finetune", 1, {"train/loss": 2.0, "during/a, b": 0.5})
+    path.write_bytes(path.read_bytes() + b"finetune,2,train/l")
+    curves.curves("finetune", 3, {"train/loss": 1.0})
+    curves.outcomes({"after/behavior_rate": 0.0})
+    assert read_curves(path, "finetune") == [(1, {"train/loss": 2.0, "during/a, b": 0.5}), (3, {"train/loss": 1.0})]
