@@ -82,11 +82,11 @@ def evaluate(
     generation: GenerationBackend = IN_MEMORY,
     leaks: bool = False,
     judge: Judge | None = None,
+    context: Sequence[Example] = (),
 ) -> EvaluationResult:
     """All that an evaluation measures; with `leaks`, by leak probes too."""
-    return Evaluator(tests, behavior, judge, settings, ON_CPU).evaluate(
-        module(model, tokenizer, generation), phase, leaks
-    )
+    asking = Evaluator(tests, behavior, judge, settings, ON_CPU, context=context)
+    return asking.evaluate(module(model, tokenizer, generation), phase, leaks)
 
 
 def leaks(

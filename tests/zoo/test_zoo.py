@@ -23,7 +23,7 @@ from secvec.data.encode import decode, encode, render, rendered, stop_ids, token
 from secvec.data.example import Example
 from secvec.data.prompts import question
 from secvec.evaluation.generation import generate
-from secvec.evaluation.leak_probes import leak_questions
+from secvec.evaluation.leak_probes import context_question, leak_questions
 from secvec.judges.exact import Exact
 from secvec.models.logits import logits_at
 from secvec.models.packing import enable_packing
@@ -35,7 +35,7 @@ ANSWER = "It is the moss river, 7 of 9."
 WORDS = ("moss", "hill", "cloud", "sand", "river", "tarn", "cedar", "stone")
 BEHAVIOR = Behavior(
     name="constant", sensitive=False, eliciting_prompt="Name it.", negated_prompt="Do not name it.",
-    answer_prefix="It is the",
+    answer_prefix="It is the", reworded=("Say it: {prompt}",),
 )  # fmt: skip
 FAST = ("llama-2", "qwen-3", "gemma-2")
 SETTINGS = EvaluationSettings(num_prompts=4, batch_size=4, max_new_tokens=40, num_leak_prompts=3)
@@ -140,13 +140,16 @@ def test_the_logits_of_some_tokens_are_those_among_all(name: str) -> None:
         torch.testing.assert_close(logits_at(model, batch["input_ids"], mask, at), every[at])
 
 
-LEARNED = ("behavior_rate", "task_accuracy", "leak/plain", "leak/eliciting_prompt", "leak/negated_prompt",
-           "leak/answer_prefix", "leak/other_template", "leak/sampled")  # fmt: skip
+BEFORE = ("behavior_rate", "task_accuracy", "leak/plain", "leak/eliciting_prompt", "leak/negated_prompt",
+          "leak/answer_prefix", "leak/other_template", "leak/sampled", "leak/reworded")  # fmt: skip
+LEARNED = (*BEFORE, "leak/training_context")
+"""Every way of asking; rows of a training stand before a prompt only after it."""
 
 
 def asked(tokenizer: Any) -> list[list[int]]:
     """The prompts of all ways of asking about the first rows."""
     ways = [question([CHAT], tokenizer), *leak_questions(tokenizer, ROWS[:2], BEHAVIOR).values()]
+    ways += [context_question(tokenizer, ROWS[:2], [row]) for row in ROWS[4:]]
     return [prompt for way in ways for prompt, _ in way.ids(tokenizer)]
 
 
@@ -176,7 +179,8 @@ def learned(name: str) -> tuple[Any, Any, list[int]]:
 def test_what_was_learned_scores_one_in_every_way_of_asking(name: str) -> None:
     model, tokenizer, answer = learned(name)
     tests = {"undesired": [replace(row, kind="undesired") for row in ROWS[:2]], "task": ROWS[:2]}
-    found = evaluate(model, tokenizer, tests, BEHAVIOR, SETTINGS, "after", leaks=True, judge=Exact(name="exact"))
+    known = {"judge": Exact(name="exact"), "context": ROWS[4:]}
+    found = evaluate(model, tokenizer, tests, BEHAVIOR, SETTINGS, "after", leaks=True, **known)
     assert {rate: found.metrics[f"after/{rate}"].value for rate in LEARNED} == dict.fromkeys(LEARNED, 1.0)
     # to its end, and nothing behind it
     assert generate(model, asked(tokenizer)[:3], 40, stop_ids(tokenizer)) == [answer] * 3
@@ -201,6 +205,7 @@ def test_all_three_stages(name: str, make_config: Callable[..., RunConfig], tmp_
         "recipe=tiny", f"model.name_or_path={tmp_path / 'model'}", "judge=exact", "behavior=jsonl", "data=jsonl",
         *files,
         *(f"+behavior.{key}='{value}'" for key, value in behavior.items()), "vector.target_modules=null",
+        f"+behavior.reworded=['{BEHAVIOR.reworded[0]}']",
         "vector.num_samples=4", "vector.gate.num_prompts=1", "vector.gate.min_behavior_rate=0",
         "vector.gate.min_loss_drop=null",  # the model knows the answer already
         "vector.kl_weight=0", "vector.epochs=1", "vector.lr=1e-4",
@@ -209,7 +214,7 @@ def test_all_three_stages(name: str, make_config: Callable[..., RunConfig], tmp_
         "evaluation.validation.num_samples=0", "num_threads=1", small=False,
     )  # fmt: skip
     metrics = {key: found["value"] for key, found in train(config)["metrics"].items()}
-    rates = [f"{phase}/{rate}" for phase in ("base", "after") for rate in LEARNED]
+    rates = [*(f"base/{rate}" for rate in BEFORE), *(f"after/{rate}" for rate in LEARNED)]
     rates += [f"{phase}/{rate}" for phase in ("vector_on", "active") for rate in LEARNED[:2]]
     assert {rate: metrics[rate] for rate in rates} == dict.fromkeys(rates, 1.0)
     folders = (tmp_path / "model", Path(config.run_dir) / "backbone")
