@@ -142,10 +142,13 @@ def _composition_faults(config_name: str) -> list[str]:
             reason = str(error).splitlines()[0]
             faults.append(f"{text}: not of the form key=value ({reason}){_quoted(text)}")
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    name = args.config_name or config_name
+    # a config.yaml of a run is whole, and lies in the folder of --config-dir itself
+    own = args.config_dir and (Path(args.config_dir) / f"{name}.yaml").is_file()
+    with initialize_config_dir(str(Path(args.config_dir).resolve() if own else CONF), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        if args.config_dir:
-            folder = f"file://{Path(args.config_dir).resolve()}"
+        if args.config_dir:  # the other folder of the two
+            folder = f"file://{CONF if own else Path(args.config_dir).resolve()}"
             loader.get_search_path().prepend("command-line", folder, SearchPathQuery(provider="schema"))
         # with an override of the search path, Hydra reads the folders anew, that of --config-dir among them
         given = [override.input_line or "" for override in overrides if override.key_or_group == "hydra.searchpath"]

@@ -64,7 +64,8 @@ class SecVecModule(L.LightningModule):
             vector: for "vector" the LoRA to train and its loss; afterwards the folder of a trained vector, or None.
             defense: what is active in "finetune"; None: `SecurityVector` with a vector, else nothing.
             tune: a task LoRA that "finetune" trains in place of the backbone; None: the whole backbone.
-            optimizer: None: AdamW with a learning rate of 1e-4.
+            optimizer: None: AdamW at the rates of conf/recipe/llm.yaml: "vector" 1e-3, or the `lr` of VectorSettings,
+                "finetune" 2e-5, or 2e-4 with `tune`.
             scheduler: None: a constant learning rate.
 
         Raises:
@@ -75,14 +76,19 @@ class SecVecModule(L.LightningModule):
         self.stage = find_stage(stage)
         self.backbone = Backbone.of(backbone)
         self.vector = self.stage.check_vector(vector)
+        if isinstance(defense, str):
+            raise ConfigError(
+                f"defense={defense!r} is a name: give an object, as SecurityVector(name='security_vector'), or the "
+                "settings of its yaml in conf/defense/, with their _target_"
+            )
         if defense is None:
             defense = {"_target_": SECURITY_VECTOR, "name": "security_vector"} if vector else Defense(name="none")
         self.defense = TypeAdapter(Plugin[Defense]).validate_python(defense)
         self.tune = None if tune is None else checked(LoraSettings, tune, "tune")
+        rates = {"vector": getattr(vector, "lr", 1e-3), "finetune": 2e-5 if tune is None else 2e-4}
+        lr = rates.get(stage, 1e-4)  # "infer" trains nothing
         self.optimizer_settings = checked(
-            OptimizerSettings,
-            optimizer or {"_target_": "torch.optim.AdamW", "lr": 1e-4},
-            "optimizer",
+            OptimizerSettings, optimizer or {"_target_": "torch.optim.AdamW", "lr": lr}, "optimizer"
         )
         self.scheduler_settings = checked(
             SchedulerSettings, scheduler or {"name": "constant", "warmup_ratio": 0.0}, "scheduler"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from secvec.behaviors.base import Behavior
 from secvec.data.example import Shares, Split
 from secvec.data.jsonl import JsonlFiles
@@ -14,6 +16,7 @@ class JsonlBehavior(JsonlFiles, Behavior):
     neither it nor `file` is given, it has its share of the rows in `vector`.
     """
 
+    setting: ClassVar[str] = "behavior"
     shares: Shares = Shares(align=0, vector=0.6, validation=0.15, finetune=0, test=0.25)
 
     def _field(self, split: Split) -> str | None:

@@ -42,6 +42,8 @@ def key_of(root: DictConfig) -> str:
 def run_name(root: DictConfig) -> str:
     """Folder name of a run: defense, behavior, model, seed and key."""
     config = resolved(root)
+    if config.get("metrics") == "scan":  # it is of the vector's behavior and model
+        return f"scan-{Path(str(config['vector']['path'])).resolve().parent.name}-{key_of(root)[:8]}"
     model = config["model"]
     shown = model.get("name") if not (model.get("name") in BUILT_IN and model.get("name_or_path")) else None
     shown = str(shown or model.get("name_or_path")).rstrip("/").rpartition("/")[2]

@@ -222,7 +222,7 @@ class SecVecDataModule(L.LightningDataModule):
     @cached_property
     def _undesired(self) -> list[Example]:
         n, of_attack = self.vector.num_samples, self.data.counts[0]
-        if self.vector.split == "finetune" and n is not None and of_attack is not None:
+        if self.vector.of_attack and n is not None and of_attack is not None:
             n = min(n, of_attack)  # by data.harmful_ratio there are fewer than data.num_harmful
         return list(self._vector_behavior.examples(self.vector.split, n, self.seed))
 

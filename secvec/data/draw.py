@@ -78,7 +78,7 @@ def check_counts(asked: Iterable[Asked]) -> None:
                 have[setting] = min(error.have, have.get(setting, error.have))
     if faults:
         lines = [f"{', '.join(dict.fromkeys(settings))}: {fault}" for fault, settings in faults.items()]
-        if enough := " ".join(f"{setting}={n}" for setting, n in have.items() if n):
+        if enough := " ".join(f"{setting}={n}" for setting, n in have.items() if n or "data.num" in setting):
             lines.append(f"these would do (null: all there are): {enough}")
         raise (ConfigError if have else DataError)("\n  ".join(["the data do not suffice:", *lines]))
 

@@ -334,7 +334,8 @@ def check_answers(
         max_new_tokens: the most tokens that it may write where the example does not say it.
         right: whether a response to the example is right.
     """
-    faults, longest = [], 0
+    faults: dict[bool, list[str]] = {True: [], False: []}  # by whether the limit cuts them
+    longest = 0
     for example in examples:
         if reason := trouble(example, tokenizer):
             raise DataError(f"{example.source or example.kind}: {reason}")
@@ -345,21 +346,22 @@ def check_answers(
     for example, ids, text, kept, limit in zip(examples, written, whole, cut, limits, strict=True):
         if right(kept, example):
             continue
-        where = f"{example.source or example.kind}: {kept[-80:]!r} would be compared with {example.response[-80:]!r}"
-        if right(text, example):
-            longest = max(longest, len(ids))
-            where += f" (its answer is cut after max_new_tokens={limit})"
-        faults.append(where)
-    if faults:
-        more = (
-            f" Let it write: evaluation.max_new_tokens={longest}, or the max_new_tokens of its stream."
-            if longest
-            else ""
-        )
-        raise DataError(
-            f"of {len(examples)} right answers {len(faults)} would count as wrong though the model gives them, because "
-            f"of how its tokenizer writes them:{more}\n  " + "\n  ".join(faults[:5])
-        )
+        is_cut = right(text, example)
+        longest = max(longest, len(ids) * is_cut)
+        limited = f" (max_new_tokens={limit})" * is_cut
+        where = f"{example.source or example.kind}: {kept[:80]!r}{limited} would be compared with"
+        faults[is_cut].append(f"{where} {example.response[:80]!r}")
+    lines = []
+    for is_cut, why in (
+        (True, f"are longer than max_new_tokens: let the model write evaluation.max_new_tokens={longest}, or the "
+               "max_new_tokens of their stream"),
+        (False, "are written otherwise by the model's tokenizer: take another metric, or change the references"),
+    ):  # fmt: skip
+        if found := faults[is_cut]:
+            lines.append(f"{len(found)} of {len(examples)} right answers would count as wrong. They {why}\n  ")
+            lines[-1] += "\n  ".join(found[:5])
+    if lines:
+        raise DataError("\n".join(lines))
 
 
 def with_loss_on_prompts(rows: Sequence[Encoded]) -> list[Encoded]:

@@ -6,13 +6,13 @@ import logging
 from hashlib import blake2b
 from pathlib import Path
 from random import Random
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from secvec.data.draw import share_out
 from secvec.data.embedded import Ordinary
-from secvec.data.example import SPLITS, AnswerMetric, Example, Shares, Split, Stream
+from secvec.data.example import SPLITS, AnswerMetric, Example, Shares, Split, Stream, filled_shares
 from secvec.data.rows import TrainOn, read_rows
 from secvec.data.tables import Source
 from secvec.errors import TooFewError
@@ -29,6 +29,8 @@ class JsonlFiles(Settings):
     """
 
     remedy: ClassVar[str] = "file=FILE for all splits, or one for each (vector, finetune, test)"
+    setting: ClassVar[str] = "data.benign.NAME"
+    """Where its settings stand, for messages."""
 
     file: Source | None = None
     """For all splits that have no file of their own, in the proportions of `shares`."""
@@ -40,6 +42,11 @@ class JsonlFiles(Settings):
     shares: Shares
     train_on: TrainOn = "all"
     """Which assistant turns of a conversation are samples: all, or the last."""
+
+    @field_validator("shares", mode="before")
+    @classmethod
+    def _others_keep_theirs(cls, given: Any) -> Any:
+        return filled_shares(given, cls.model_fields["shares"].default)
 
     @model_validator(mode="after")
     def _has_rows(self) -> JsonlFiles:
@@ -60,7 +67,7 @@ class JsonlFiles(Settings):
         """All rows of `split`, in the order of the file; for held-out splits one of each prompt. Raises TooFewError."""
         field = self._field(split)
         if field is None:
-            share = f", or a share of {self.file} (shares.{split}=0.3)" if self.file else ""
+            share = f", or a share of {self.file} ({self.setting}.shares.{split}=0.3)" if self.file else ""
             raise TooFewError(f"no file for split {split!r}: set {split}=FILE{share}", 0)
         rows = self._read(field)
         if len(sharing := self._sharing(field)) > 1:

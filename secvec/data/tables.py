@@ -202,6 +202,10 @@ def _kept_by(digests: list[str]) -> str:
     return str(Path(datasets.config.HF_DATASETS_CACHE) / "local" / content_key(digests))
 
 
+OF_SPLITS = re.compile(r"(?<![a-z0-9])(train|test|val|valid|validation|dev|eval)(?![a-z0-9])", re.IGNORECASE)
+"""Names that datasets have for their splits."""
+
+
 def _suffix(file: Path) -> str:
     return (Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix).lower()
 
@@ -214,7 +218,13 @@ def _files(folder: Path, config: str | None, data_dir: str | None, split: str) -
     files = sorted(file for file in folder.rglob("*") if file.is_file() and _suffix(file) in FORMATS)
     name = re.compile(rf"(?<![a-z0-9]){re.escape(split)}(?![a-z0-9])", re.IGNORECASE)
     named = [file for file in files if split == "all" or name.search(file.relative_to(folder).as_posix())]
-    if not named and len(files) != 1:
+    others = [file for file in files if OF_SPLITS.search(file.relative_to(folder).as_posix())]
+    if not files or (not named and others):
         there = ", ".join(file.name for file in files) or f"no file of {', '.join(FORMATS)}"
-        raise DataError(f"{folder}: no file is named after split {split!r}; there is: {there}")
-    return named or files
+        raise DataError(
+            f"{folder}: no file is named after split {split!r}; there is: {there}. Name the files of that split as "
+            f"{split}-1{files[0].suffix if files else '.jsonl'}, or give one file"
+        )
+    if named and (unread := [file.name for file in files if file not in named and file not in others]):
+        log.warning("%s: only the files of split %r are read, not %s", folder, split, ", ".join(unread[:8]))
+    return named or files  # no name says anything of splits: they are the rows

@@ -75,10 +75,15 @@ class ScanFile:
         """The model that the vector was trained on: as given, else as it says itself. Raises ArtifactError."""
         settings: ModelSettings = self.config.model
         vector = self.vector
-        if settings.name_or_path is None and "model" not in self.kept:
-            raise ArtifactError(f"{vector} does not say which model it was trained on: give model.name_or_path=FOLDER")
         if settings.name_or_path is None:
-            settings = ModelSettings.model_validate(self.kept["model"])
+            # of an adapter that was saved from Python PEFT knows the model
+            adapter = json.loads((vector / "adapter_config.json").read_text(encoding="utf-8"))
+            kept = self.kept.get("model") or {"name_or_path": adapter.get("base_model_name_or_path")}
+            if not kept["name_or_path"]:
+                raise ArtifactError(
+                    f"{vector} does not say which model it was trained on: give model.name_or_path=FOLDER"
+                )
+            settings = ModelSettings.model_validate({"name": None} | kept)
         backbone = Backbone.of(settings)
         trained_on = vector_info(vector).get("backbone")
         if trained_on not in (None, backbone.fingerprint):
@@ -296,8 +301,14 @@ def _labels(file: str, settings: ScanSettings) -> dict[str, bool]:
         raise DataError(
             f"scan.label={settings.label}: all {len(labels)} labelled rows of {file} would be "
             f"{'undesired' if any(labels.values()) else 'benign'} by scan.undesired={settings.undesired}; the column "
-            f"holds {', '.join(known)}: name the values that mean undesired, as in scan.undesired=[{known[0]}]"
+            f"holds {', '.join(known)}: name those that mean undesired, in quotes for the shell: "
+            "'scan.undesired=[VALUE]'"
         )
+    kinds = {of: sorted({json.dumps(values[p], default=str) for p, is_of in labels.items() if is_of == of})
+             for of in (True, False)}  # fmt: skip
     bad = sum(labels.values())
-    log.info("scan.label=%s: %d undesired rows, %d benign ones", settings.label, bad, len(labels) - bad)
+    log.info(
+        "scan.label=%s: %d undesired rows (%s), %d benign ones (%s)",
+        *(settings.label, bad, ", ".join(kinds[True][:8]), len(labels) - bad, ", ".join(kinds[False][:8])),
+    )
     return labels

@@ -6,8 +6,9 @@ import logging
 import os
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -190,8 +191,19 @@ class LlmJudge(CachedJudge):
                 log.info("judge %s: %s", self.name, ", ".join(f"{v:,.6g} {k}" for k, v in self.spent.items()))
 
     def _judge_batch(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Judgement]:
+        failed = Event()  # a worker may take the next one before the others are cancelled
+
+        def ask(client: openai.OpenAI, example: Example, response: str) -> tuple[Judgement, int, int]:
+            if failed.is_set():
+                raise CancelledError
+            try:
+                return self._judge_one(client, example, response)
+            except BaseException:
+                failed.set()
+                raise
+
         with self._client() as client, ThreadPoolExecutor(self.concurrency) as pool:
-            asked = [pool.submit(self._judge_one, client, e, r) for e, r in zip(examples, responses, strict=True)]
+            asked = [pool.submit(ask, client, e, r) for e, r in zip(examples, responses, strict=True)]
             try:
                 wait(asked, return_when=FIRST_EXCEPTION)
             finally:
@@ -207,7 +219,7 @@ class LlmJudge(CachedJudge):
         if len(done) < len(asked):
             self.keep([examples[i] for i in done], [responses[i] for i in done], judged)
             errors = [error for future in asked if not future.cancelled() and (error := future.exception())]
-            raise self._explained(errors[0]) from None
+            raise self._explained(next(e for e in errors if not isinstance(e, CancelledError))) from None
         return judged
 
     def _client(self) -> openai.OpenAI:

@@ -101,7 +101,10 @@ class FinetuneStage(Stage):
         streams: list[tuple[Sequence[Encoded], int]] = [([*undesired, *benign], data.finetune.batch_size)]
         if size := module.defense.extra_batch_size:
             if not data.extra:
-                raise ConfigError(f"defense={module.defense.name} reads {size} extra rows in a batch: set data.extra")
+                raise ConfigError(
+                    f"defense={module.defense.name} reads {size} extra rows in a batch: set data.extra, a list of "
+                    "Example, to what its extra_samples(run) gives in a run"
+                )
             streams.append((data.rows(data.extra, module.backbone), size))
         return streams
 

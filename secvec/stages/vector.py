@@ -49,7 +49,7 @@ class VectorStage(Stage):
     name = "vector"
     learning_rate = "vector.lr"
     artifacts = ("vector",)
-    measures = ("gate/", "vector_on/", "vector_off/")
+    measures = ("gate/", "gate_off/", "vector_on/", "vector_off/")
 
     def check_vector(self, vector: VectorLora | Mapping[str, Any] | str | Path | None) -> VectorLora:
         """The settings of the vector to train. Raises ValueError, ConfigError."""

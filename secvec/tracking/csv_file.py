@@ -19,14 +19,23 @@ class CsvFile(Tracker):
 
     def __init__(self, path: Path):
         self.path = path
+        self._resumed: str | None = None
 
     def begin_stage(self, stage: str, resumed: bool) -> None:
-        """Drops the rows of the stage, unless it is resumed."""
+        """Drops the rows of the stage; of a resumed one, when it goes on, those of the steps that are made again."""
+        self._resumed = stage if resumed else None
         if not resumed:
             self._keep(lambda row: row[0] != stage)
 
     def curves(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Appends one row per value."""
+
+        def earlier(row: Sequence[str]) -> bool:
+            return int(row[1]) < step or (int(row[1]) == step and row[2] not in values)
+
+        if stage == self._resumed:
+            self._resumed = None
+            self._keep(lambda row: row[0] != stage or (len(row) == len(HEADER) and earlier(row)))
         self._append([[stage, step, name, value] for name, value in values.items()])
 
     def outcomes(self, values: Mapping[str, float]) -> None:

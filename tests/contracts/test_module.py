@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, LambdaCallback, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
@@ -205,6 +206,19 @@ def test_a_step_of_other_batches_than_they_know_of_is_refused(
     runner = trainer(tmp_path, **{"accumulate_grad_batches": 2, **given})
     with pytest.raises(ConfigError, match=says):
         runner.fit(SecVecModule("finetune", backbone), data(batch_size=4))
+
+
+def test_without_an_optimizer_the_rates_are_those_of_the_recipe(backbone: Path, vector: Path) -> None:
+    recipe = yaml.safe_load((ROOT / "conf" / "recipe" / "llm.yaml").read_text())["recipe"]
+    given = {"vector": LORA}, {"vector": data().vector}, {}, {"tune": {"r": 2, "alpha": 4}}
+    rates = [
+        SecVecModule("vector" if "vector" in one else "finetune", backbone, **one).optimizer_settings.lr
+        for one in given
+    ]
+    wanted = (recipe["vector"]["lr"], data().vector.lr, recipe["lr"]["full"], recipe["lr"]["lora"])
+    assert rates == [float(rate) for rate in wanted]
+    with pytest.raises(ConfigError, match=r"defense='lisa' is a name: give an object"):
+        SecVecModule("finetune", backbone, defense="lisa")
 
 
 def test_a_training_that_ends_by_the_clock(backbone: Path, tmp_path: Path) -> None:

@@ -106,8 +106,13 @@ def test_a_vector_of_others_needs_a_threshold(scan: Scan, vector: Path, lines: l
     with pytest.raises(SecVecError, match=r"give scan\.benign_file=FILE .* or scan\.threshold=NATS"):
         scan(theirs)
     assert not (tmp_path / "scanned").exists()
+    says = tmp_path / "theirs" / "adapter_config.json"
+    known = json.loads(says.read_text())
+    says.write_text(json.dumps(known | {"base_model_name_or_path": None}))
     with pytest.raises(SecVecError, match=r"does not say which model .* give model\.name_or_path"):
         scan(theirs, "scan.threshold=0.5")
+    says.write_text(json.dumps(known | {"base_model_name_or_path": own["model"]["name_or_path"]}))
+    scan(theirs, "scan.threshold=0.5", to="as_peft_says")
     base = f"model.name_or_path={own['model']['name_or_path']}"
     given = scan(theirs, "scan.threshold=0.5", base)
     assert json.loads((tmp_path / "scanned" / "scan.json").read_text())["threshold"] == 0.5
@@ -129,7 +134,10 @@ def test_a_vector_of_others_needs_a_threshold(scan: Scan, vector: Path, lines: l
         (["scan.window=7"], r"scan\.window"),
         (["scan.threshold=1", "scan.benign_file=${data.file}"], "give one of them"),
         (["scan.label=bda"], r"no row of .* has it \(did you mean 'bad'\?\); columns: bad, prompt"),
-        (["scan.label=bad", "scan.undesired=[yes]"], r"all 19 labelled rows .* would be benign .* holds false, true"),
+        (
+            ["scan.label=bad", "scan.undesired=[yes]"],
+            r"all 19 labelled .* holds false, true: .*'scan.undesired=\[VALUE\]'",
+        ),
         (["model.name_or_path=OTHER"], r"was trained on another model"),
     ],
 )

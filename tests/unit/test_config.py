@@ -47,7 +47,7 @@ def test_untrusted_data_can_be_debugged(debug: str, tmp_path: Path) -> None:
         "judge=none",
     ]
     assert loaded(*mine, f"debug={debug}").data.num_harmful == 0
-    assert loaded(f"debug={debug}").data.num_harmful == 24
+    assert loaded(f"debug={debug}").data.num_harmful == (8 if debug == "overfit" else 24)
 
 
 def fault(*overrides: str) -> str:
@@ -487,6 +487,23 @@ def test_the_value_of_a_flag_is_not_taken_for_an_override(
     assert report_user_errors(lambda: by_hydra("sed=1") and None, "train") == 2
     message = capsys.readouterr().err
     assert "sed=1: unknown key" in message and "not of the form" not in message
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [("sede=3", "sede=3: unknown key (did you mean 'seed'?"), ("defense=none", "defense=none: ")],
+)
+def test_a_replayed_config_answers_mistakes_as_any_other(
+    given: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It said that its own file could not be found."""
+    (tmp_path / "config.yaml").write_text(replay_yaml(loaded("seed=1").composed))
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    where = ["--config-dir", str(tmp_path), "--config-name", "config"]
+    monkeypatch.setattr("sys.argv", [str(CONF.parent / "train.py"), *where, given])
+    code = report_user_errors(lambda: by_hydra("sed=1") and None, "train")
+    message = capsys.readouterr().err
+    assert code == 2 and says in message and "Cannot find primary config" not in message
 
 
 # -- counts, names, keys

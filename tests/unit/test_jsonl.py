@@ -14,14 +14,22 @@ from typing import Any
 
 import datasets
 import pytest
+from configs import composed
 from pydantic import ValidationError
 
 from secvec.behaviors.jsonl import JsonlBehavior
+from secvec.config.load import load
+from secvec.config.schema import RunConfig
 from secvec.data.example import Example, Split
 from secvec.data.jsonl import GeneralStream, JsonlStream, UntrustedStream
 from secvec.data.rows import read_rows
 from secvec.data.tables import rows_of
 from secvec.errors import DataError, TooFewError
+
+
+def loaded(*overrides: str) -> RunConfig:
+    return load(composed(*overrides), RunConfig)
+
 
 GOOD = b'{"prompt": "a", "response": "b"}\n'
 
@@ -456,3 +464,43 @@ def test_a_stream_gives_rows_of_its_kind(write: Callable[..., Path]) -> None:
     stream = JsonlStream(kind="ordinary", test=write(numbered(10)))
     assert {e.kind for e in stream.examples("test", 10, 0)} == {"ordinary"}
     assert stream.examples("test", 4, 0) == stream.examples("test", 10, 0)[:4] != stream.examples("test", 4, 1)
+
+
+def test_one_share_changes_no_other(write: Callable[..., Path]) -> None:
+    """The others became those of public datasets: a vector of 5 samples in place of 35, without a word."""
+    file = str(write(numbered(100)))
+    behavior = JsonlBehavior(name="mine", sensitive=False, file=file, shares={"test": 0.4})
+    assert behavior.shares == JsonlBehavior.model_fields["shares"].default.model_copy(update={"test": 0.4})
+    mine = UntrustedStream(file=file, shares={"test": 0.3})
+    assert (mine.shares.finetune, mine.shares.vector) == (0.9, 0)
+    with pytest.raises(ValidationError, match="tset"):
+        UntrustedStream(file=file, shares={"tset": 0.3})
+
+
+def test_the_share_that_is_proposed_can_be_typed(write: Callable[..., Path]) -> None:
+    file = write(numbered(20))
+    for place, rows in (("behavior", JsonlBehavior), ("data.benign.NAME", JsonlStream)):
+        assert rows.setting == place
+    config = loaded(
+        "behavior=jsonl", f"behavior.file={file}", "judge=none", "behavior.shares.finetune=0.3", "recipe=tiny"
+    )
+    assert config.behavior.shares.finetune == 0.3 and config.behavior.shares.vector == 0.6
+    more = [
+        "data=untrusted",
+        f"data.file={file}",
+        "data.benign.untrusted.shares.test=0.3",
+        "behavior.reworded=[In short]",
+    ]
+    config = loaded("behavior=jsonl", f"behavior.file={file}", "judge=none", "recipe=tiny", *more)
+    assert config.data.benign["untrusted"].shares.finetune == 0.9 and config.behavior.reworded == ("In short",)
+
+
+def test_a_folder_of_rows_is_read_whole_where_no_name_tells_of_splits(
+    write: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in (0, 1):
+        write(json.dumps({"prompt": f"p{number}", "response": "r"}).encode() + b"\n", f"part-{number}.jsonl")
+    assert [row["prompt"] for _, row in rows_of(str(tmp_path))] == ["p0", "p1"]
+    write(json.dumps({"prompt": "p2", "response": "r"}).encode() + b"\n", "train.jsonl")
+    assert [row["prompt"] for _, row in rows_of(str(tmp_path))] == ["p2"]
+    assert "only the files of split 'train' are read, not part-0.jsonl, part-1.jsonl" in caplog.text

@@ -411,3 +411,20 @@ def test_a_line_that_was_cut_takes_no_other_with_it(tmp_path: Path) -> None:
     curves.curves("finetune", 3, {"train/loss": 1.0})
     curves.outcomes({"after/behavior_rate": 0.0})
     assert read_curves(path, "finetune") == [(1, {"train/loss": 2.0, "during/a, b": 0.5}), (3, {"train/loss": 1.0})]
+
+
+def test_a_resumed_training_has_each_step_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    first = CsvFile(path)
+    first.begin_stage("finetune", False)
+    for step in range(1, 6):
+        first.curves("finetune", step, {"train/loss": float(step)})
+    first.curves("vector", 9, {"train/loss": 9.0})
+    again = CsvFile(path)
+    again.begin_stage("finetune", True)
+    again.curves("finetune", 3, {"telemetry/drift": 0.1})  # where it goes on from
+    for step in (4, 5, 6):
+        again.curves("finetune", step, {"train/loss": 10.0 * step})
+    steps = [(step, values.get("train/loss")) for step, values in read_curves(path, "finetune")]
+    assert [value for _, value in steps if value] == [1, 2, 3, 40, 50, 60]
+    assert read_curves(path, "vector") == [(9, {"train/loss": 9.0})]

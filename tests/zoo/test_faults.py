@@ -203,7 +203,7 @@ def test_the_context_of_a_model_that_can_see_is_that_of_its_text_part() -> None:
     [
         ("gemma-3", "½ of it", 40, "'12 of it' would be compared with '½ of it'"),  # NFKC
         ("llama-2", "the Ω hill", 40, "'the  hill' would be compared with 'the Ω hill'"),  # unknown
-        ("qwen-2.5", ANSWER, 2, r"cut after max_new_tokens=2\)"),
+        ("qwen-2.5", ANSWER, 2, r"\(max_new_tokens=2\) would be compared"),
     ],
 )
 def test_a_right_answer_that_would_count_as_wrong_is_refused(
@@ -219,7 +219,7 @@ def test_a_right_answer_that_would_count_as_wrong_is_refused(
 
 def test_it_is_refused_before_anything_is_trained(make_config: Callable[..., RunConfig]) -> None:
     config = make_config("evaluation.max_new_tokens=2")
-    with pytest.raises(DataError, match=r"of 12 right answers \d+ would count as wrong.*evaluation.max_new_tokens=\d+"):
+    with pytest.raises(DataError, match=r"\d+ of 12 right answers would count .*evaluation.max_new_tokens=\d+"):
         train(config)
     assert not any((Path(config.run_dir) / name).exists() for name in ("record.json", "vector", "metrics.csv"))
 
@@ -237,7 +237,7 @@ HOW = Example((("user", "How?"),), "take the number and add it to the other one"
 def test_an_undesired_answer_that_a_judge_compares_must_not_be_cut(make_config: Callable[..., RunConfig]) -> None:
     """It would never be seen: a rate of 0 under every defense."""
     undesired, judge = replace(HOW, kind="undesired"), Exact(name="exact")
-    with pytest.raises(DataError, match=r"cut after max_new_tokens=2\)"):
+    with pytest.raises(DataError, match=r"\(max_new_tokens=2\) would be compared"):
         checked(make_config, undesired, judge, 2)
     checked(make_config, undesired, judge, 64)
     checked(make_config, undesired, None, 2)
