@@ -39,9 +39,9 @@ qwen: .venv/.ok ## Qwen2.5-Coder-0.5B-Instruct, the same way (0.4 GB to fetch, 2
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gguf==0.19.0
 	$(BIN)/python -m secvec.models.from_gguf qwen
 
-bench: .venv/.ok ## All benchmarks, on an idle machine (95 minutes on 2 cores); needs make smollm2
+bench: .venv/.ok ## All benchmarks, on an idle machine (two hours on 2 cores); needs make smollm2
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps trl==1.16.0
-	for name in startup vector_stage plan generation sweep growth trainers; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in startup vector_stage finetune_step plan generation sweep growth trainers; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean: ## Removes the environment; outputs/ and models/ stay
 	rm -rf .venv
