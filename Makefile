@@ -1,6 +1,8 @@
 # All set-up in one place: `make help`.
 PYTHON ?= python3
 BIN := .venv/bin
+# a thread that waits for another one leaves its core to the other processes
+THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
 .PHONY: help install demo test test-slow lint smollm2 qwen bench clean
 .DEFAULT_GOAL := help
@@ -21,10 +23,10 @@ demo: .venv/.ok ## The main job on the embedded default: a table and an HTML rep
 	$(BIN)/python train.py -m experiment=demo
 
 test: .venv/.ok ## The tests: complete, in minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" tests
+	$(THREADS) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" tests
 
 test-slow: .venv/.ok ## Convergence over three seeds, kill and resume, a real small model if it is there
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests
+	$(THREADS) $(BIN)/python -m pytest -m slow tests
 
 lint: .venv/.ok ## ruff and mypy
 	$(BIN)/ruff check .

@@ -456,3 +456,16 @@ def test_a_group_at_another_place_is_another_setting() -> None:
     sweeper.parser, sweeper.given = OverridesParser.create(), {"space": {"tune": ["full"]}}
     assert sweeper._narrow(["behavior@vector.behavior=uppercase,wrong_fact"]) == []
     assert list(sweeper.given["space"]) == ["tune", "behavior@vector.behavior"]
+
+
+def test_a_waiting_thread_keeps_no_core_from_other_jobs(
+    machine: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two threads of an alignment beside another job: 0.3 steps a second where there are 20."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    one = job(tmp_path)
+    executor = LocalExecutor(settings(), [one])
+    executor.cards = {one: []}
+    assert executor._environment(one)["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert "OMP_WAIT_POLICY" not in executor._environment(one)
