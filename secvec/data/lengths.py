@@ -21,7 +21,7 @@ class Fitting:
     """Makes samples fit into a context of `context` tokens, as `policy` says, and counts what it did.
 
     `encode` gives the tokens of samples for a context, and raises DataError for one that exceeds it. `truncate` cuts an
-    answer at its end; what the model is taught then ends there. A prompt is never cut: without its end or its beginning
+    answer at its end, and the model is not taught to end there. A prompt is never cut: without its end or its beginning
     it is another question. So a sample whose prompt leaves no room is left out. Nor is a reference that responses are
     compared with: another response would then be right.
     """
@@ -65,7 +65,7 @@ class Fitting:
 
     @staticmethod
     def _cut(example: Example, length: int) -> Example:
-        return replace(example, response=example.response[:length])
+        return replace(example, response=example.response[:length], cut=True)
 
     def check(self) -> None:
         """Says what was done. Raises DataError for samples that are too long under `error`."""

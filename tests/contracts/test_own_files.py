@@ -160,6 +160,7 @@ def test_rows_that_are_too_long(
     (mixture,) = run.data.mixtures
     assert len(mixture["benign"]) == (20 if policy == "truncate" else 18)
     lengths = sorted(len(row.input_ids) for row in run.data.rows(mixture["benign"], backbone))
+    assert sum(row.cut for row in mixture["benign"]) == (2 if policy == "truncate" else 0)
     assert (lengths[-1] == lengths[-2] == backbone.context) == (policy == "truncate") and lengths[-3] < 20
     assert f"data.too_long={policy}: {1 if policy == 'truncate' else 3} samples left out" in caplog.text
 
