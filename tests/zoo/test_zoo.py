@@ -161,13 +161,13 @@ def learned(name: str) -> tuple[Any, Any, list[int]]:
     answer = list(row.input_ids[row.num_prompt :])
     batch = collate([(Encoded(prompt + answer, len(prompt)), False) for prompt in asked(tokenizer)])
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=0.01)
-    for _ in range(200):
+    for _ in range(400):
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if loss < 0.003:
+        if loss < 0.0005:  # also an answer that is sampled, ten tokens of it, is then the learned one
             break
     # as a folder may say, and what would break every answer
     model.eval().generation_config = GenerationConfig(
