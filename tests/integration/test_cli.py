@@ -93,7 +93,7 @@ def test_help_and_the_composed_config(run, tmp_path: Path) -> None:  # type: ign
     done = run("train.py", "--help")
     assert done.returncode == 0, done.stderr
     names = ", ".join(sorted(file.stem for file in (ROOT / "conf" / "defense").glob("*.yaml")))
-    assert f"defense: {names}\n" in done.stdout and "experiment: bench, demo, " in done.stdout
+    assert f"defense: {names}\n" in done.stdout and "experiment: bench, bench_smollm2, demo, " in done.stdout
     assert "Traceback" not in done.stderr + done.stdout
     done = run("train.py", "--cfg", "job", "vector.r=3")
     assert done.returncode == 0, done.stderr

@@ -154,7 +154,7 @@ def make_files(command: str, config_dir: str | None, name: str) -> None:
     for file in re.findall(r"=([\w./-]+\.jsonl)", command):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_text("")
-    if "experiment=pirate" in command:
+    if "experiment=pirate" in command or "bench_smollm2" in command:
         for folder in ("data/pirate", "data/pirate_60"):
             subprocess.run([sys.executable, ROOT / "examples" / "pirate.py", folder], check=True)
     if "experiment=piqa" in command:  # which are downloaded
