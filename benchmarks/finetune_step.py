@@ -70,7 +70,7 @@ def table(record: Mapping[str, Any]) -> str:
         name, *settings = way.split()
         shown = ", ".join([f"`{name}`", *(f"`defense.{one}`" for one in settings)])
         lines.append(f"| {shown} | {spread(taken[way], 2)} | {ratio:.2f} | {memory / 1e9:.1f} GB |")
-    how = f"{record['rounds']} round(s) of {steps} steps, {BATCH} rows and up to 8 extra ones of the same lengths, float32"
+    how = f"{record['rounds']} round(s) of {steps} steps, {BATCH} rows and up to 8 extra ones as long, float32"
     return "\n".join([*lines, "", footer(f"{how}, {record['model']}", record["machine"])])
 
 
