@@ -14,7 +14,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from random import Random
 from typing import Any
 
 from limits import product_seconds
-from measure import MEASURED, PAGE, RESULTS, SMOLLM2, footer, machine, run, spread
+from measure import MEASURED, PAGE, RESULTS, SMOLLM2, footer, machine, run, small_model, spread
 from pages import keep, show
 
 from secvec.settings.schema import LoraSettings
@@ -304,6 +304,32 @@ def interleaved(script: str, ways: Sequence[str], given: argparse.Namespace) -> 
             runs.append(run([script, "--one", way, *same, "--precision", given.precision]).measured)
             print(f"round {number + 1}: {way} {runs[-1]['seconds']:.1f} s", flush=True)
     return runs
+
+
+def compare(
+    script: str,
+    given: argparse.Namespace,
+    ways: Sequence[str],
+    measure: Callable[[Job], dict[str, Any]],
+    table: Callable[[Mapping[str, Any]], str],
+    kept_as: tuple[Path, Path, str],
+) -> None:
+    """The main part of a script that compares ways of training, on SmolLM2 where it is, else on the tiny model.
+
+    `kept_as`: the record, and the page and the title of its table. With `--one` it measures one way.
+    """
+    records, page, title = kept_as
+    if given.one:
+        print(MEASURED + json.dumps(measure(job_of(given))))
+        return
+    if not given.table:
+        about = machine()
+        with tempfile.TemporaryDirectory() as folder:
+            given.model = given.model or small_model(Path(folder) / "tiny")
+            runs = interleaved(script, ways, given)
+        kept = {"rounds": given.rounds, "steps": given.steps, "model": given.model.name, "machine": about}
+        keep(kept | {"runs": runs}, records)
+    show(table(json.loads(records.read_text(encoding="utf-8"))), script, page, title)
 
 
 def main() -> None:

@@ -8,16 +8,12 @@ docs/performance.md; `--table` makes the table again.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from measure import MEASURED, PAGE, RESULTS, footer, machine, small_model, spread
-from pages import keep, show
-from trainers import BATCH, LORA, OPTIMIZER, Clock, Job, arguments, interleaved, job_of, lightning, peak_bytes
+from measure import PAGE, RESULTS, footer, spread
+from trainers import BATCH, LORA, OPTIMIZER, Clock, Job, arguments, compare, lightning, peak_bytes
 
 RECORDS = RESULTS / "vector_stage.json"
 TITLE = "The KL term of the vector stage"
@@ -65,17 +61,7 @@ def main() -> None:
     """Runs both ways in processes of their own and writes the record and its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     given = arguments(parser)
-    if given.one:
-        print(MEASURED + json.dumps(measure(job_of(given))))
-        return
-    if not given.table:
-        about = machine()
-        with tempfile.TemporaryDirectory() as folder:
-            given.model = given.model or small_model(Path(folder) / "tiny")
-            runs = interleaved(__file__, list(WAYS), given)
-        kept = {"rounds": given.rounds, "steps": given.steps, "model": given.model.name, "machine": about}
-        keep(kept | {"runs": runs}, RECORDS)
-    show(table(json.loads(RECORDS.read_text(encoding="utf-8"))), __file__, PAGE, TITLE)
+    compare(__file__, given, list(WAYS), measure, table, (RECORDS, PAGE, TITLE))
 
 
 if __name__ == "__main__":

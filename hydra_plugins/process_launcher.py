@@ -18,7 +18,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from secvec.config.resolvers import sweep_name
+from secvec.config.resolvers import setting_of, sweep_name
 from secvec.errors import ConfigError, FailedJobs
 from secvec.multirun.job import Job
 from secvec.multirun.local import LocalExecutor
@@ -152,7 +152,7 @@ def _refuse_collisions(given: Sequence[str]) -> None:
     """Raises ConfigError for a key that is given twice with different values."""
     first: dict[str, str] = {}
     for override in OverridesParser.create().parse_overrides(list(given)):
-        key, text = override.get_key_element().lstrip("+~"), override.input_line or ""
+        key, text = setting_of(override), override.input_line or ""
         if first.setdefault(key, text) != text:
             raise ConfigError(f"{key} is given twice, {first[key]} and {text}: leave one of them out")
 

@@ -11,6 +11,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from secvec.config.resolvers import setting_of
 from secvec.errors import ConfigError, FailedJobs
 from secvec.multirun.run import report
 from secvec.multirun.search import Search, Trial
@@ -71,7 +72,7 @@ class SearchSweeper(Sweeper):
         """Takes what the command line gives out of the space and returns it; a sweep there becomes the choices."""
         fixed: list[str] = []
         for override in self.parser.parse_overrides(list(arguments)):
-            key = override.get_key_element().lstrip("+~")
+            key = setting_of(override)
             if override.is_sweep_override() and not override.is_discrete_sweep():
                 raise ConfigError(f"{override.input_line}: give a range in hydra.sweeper.space, as {{low: 0, high: 1}}")
             if override.is_sweep_override():

@@ -142,14 +142,16 @@ def _composition_faults(config_name: str) -> list[str]:
             reason = str(error).splitlines()[0]
             faults.append(f"{text}: not of the form key=value ({reason}){_quoted(text)}")
     GlobalHydra.instance().clear()
-    name = args.config_name or config_name
-    # a config.yaml of a run is whole, and lies in the folder of --config-dir itself
-    own = args.config_dir and (Path(args.config_dir) / f"{name}.yaml").is_file()
-    with initialize_config_dir(str(Path(args.config_dir).resolve() if own else CONF), version_base="1.3"):
+    root = args.config_name or config_name
+    folders = [CONF]
+    if args.config_dir:
+        own = Path(args.config_dir).resolve()
+        # a config.yaml of a run is whole, and lies in that folder itself
+        folders = [own, CONF] if (own / f"{root}.yaml").is_file() else [CONF, own]
+    with initialize_config_dir(str(folders[0]), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        if args.config_dir:  # the other folder of the two
-            folder = f"file://{CONF if own else Path(args.config_dir).resolve()}"
-            loader.get_search_path().prepend("command-line", folder, SearchPathQuery(provider="schema"))
+        for other in folders[1:]:
+            loader.get_search_path().prepend("command-line", f"file://{other}", SearchPathQuery(provider="schema"))
         # with an override of the search path, Hydra reads the folders anew, that of --config-dir among them
         given = [override.input_line or "" for override in overrides if override.key_or_group == "hydra.searchpath"]
         given += ["hydra.searchpath=[]"]
@@ -159,13 +161,13 @@ def _composition_faults(config_name: str) -> list[str]:
             name, composed = override.key_or_group, ""
             for text in _single_values(override, every=name in groups):
                 try:
-                    compose(args.config_name or config_name, [*given, text], return_hydra_config=True)
+                    compose(root, [*given, text], return_hydra_config=True)
                     composed = text
                 except COMPOSITION_ERRORS as error:
                     if name in groups:
                         reason = _unknown_choice(loader, name, text, given)
                     else:
-                        text, config = override.input_line or "", _composed(args.config_name or config_name, given)
+                        text, config = override.input_line or "", _composed(root, given)
                         reason = _unknown_key(config, name, groups) if config else ""
                     told = renamed(text if name in groups else name)
                     faults.append(f"{text}: {told.lstrip('; ') or reason or _one_line(error)}")

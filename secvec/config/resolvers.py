@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from secvec.runs.keys import NOT_IN_KEY, content_key, key_settings, run_key
@@ -51,6 +52,11 @@ def run_name(root: DictConfig) -> str:
     return f"{defense}-{config['behavior'].get('name')}-{shown}-s{config.get('seed')}-{key_of(root)[:8]}"
 
 
+def setting_of(override: Override) -> str:
+    """What an override sets: a key, a group, or a group at another place (`GROUP@PLACE`), which is another setting."""
+    return str(override.get_key_element()).lstrip("+~")
+
+
 def sweep_name(root: DictConfig) -> str:
     """Folder name of a multirun: `sweep`, or `multirun/` with what is swept and a key of the whole sweep.
 
@@ -60,11 +66,7 @@ def sweep_name(root: DictConfig) -> str:
     if root.get("sweep"):
         return str(root.sweep)
     given = OverridesParser.create().parse_overrides(list(root.hydra.overrides.task))
-    swept = {
-        override.get_key_element().lstrip("+~"): override.input_line
-        for override in given
-        if override.is_sweep_override()
-    }
+    swept = {setting_of(override): override.input_line for override in given if override.is_sweep_override()}
     sweeper: dict[str, Any] = OmegaConf.to_container(root.hydra.sweeper, resolve=True)  # type: ignore[assignment]
     sweeper.pop("n_trials", None)
     names = [*swept, *(sweeper.get("params") or {}), *(sweeper.get("space") or {})]

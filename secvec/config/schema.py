@@ -93,12 +93,6 @@ class VectorSettings(VectorLora):
     """Undesired samples that it is trained on; None: all there are."""
     split: Literal["vector", "finetune"] = "vector"
     """The split they come from. `finetune` holds the attack's own samples, which a defender does not have."""
-
-    @property
-    def of_attack(self) -> bool:
-        """Whether its samples are the attack's own."""
-        return self.split == "finetune"
-
     loss_on: Literal["response", "all"] = "response"
     """Tokens in the loss; `all`: those of the prompt too."""
     num_kl: Annotated[int, Field(ge=0)] | None
@@ -109,6 +103,11 @@ class VectorSettings(VectorLora):
     kl_batch_size: Count
     lr: Rate
     gate: GateSettings
+
+    @property
+    def of_attack(self) -> bool:
+        """Whether its samples are the attack's own."""
+        return self.split == "finetune"
 
 
 class DataSettings(Settings):

@@ -427,13 +427,18 @@ class SecVecDataModule(L.LightningDataModule):
         return module
 
 
+def limited(num_batches: int, limit: int | float) -> int:
+    """How many of an epoch's batches Lightning reads by `limit_train_batches`: a number, or a share."""
+    return min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit)
+
+
 def _check_accumulation(trainer: L.Trainer, num_batches: int) -> None:
     """Raises ConfigError where a step would have other batches than the `accumulate_grad_batches` of the Trainer."""
     callbacks: Sequence[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
         raise ConfigError("GradientAccumulationScheduler: give lightning.Trainer accumulate_grad_batches instead")
     limit, parts = trainer.limit_train_batches, trainer.accumulate_grad_batches
-    read = min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit)
+    read = limited(num_batches, limit)
     if read % parts and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         raise ConfigError(
             f"limit_train_batches={limit} leaves {read} batches, and a step has accumulate_grad_batches={parts}: the "

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from secvec.data.batch import Encoded
 from secvec.data.example import Example
-from secvec.errors import DataError
+from secvec.errors import DataError, first_few
 
 RULES = 3
 """Counts up when the same example gives other tokens: kept tokens are not those of older rules."""
@@ -351,15 +351,16 @@ def check_answers(
         limited = f" (max_new_tokens={limit})" * is_cut
         where = f"{example.source or example.kind}: {kept[:80]!r}{limited} would be compared with"
         faults[is_cut].append(f"{where} {example.response[:80]!r}")
-    lines = []
-    for is_cut, why in (
-        (True, f"are longer than max_new_tokens: let the model write evaluation.max_new_tokens={longest}, or the "
-               "max_new_tokens of their stream"),
-        (False, "are written otherwise by the model's tokenizer: take another metric, or change the references"),
-    ):  # fmt: skip
-        if found := faults[is_cut]:
-            lines.append(f"{len(found)} of {len(examples)} right answers would count as wrong. They {why}\n  ")
-            lines[-1] += "\n  ".join(found[:5])
+    why = {
+        True: f"are longer than max_new_tokens: let the model write evaluation.max_new_tokens={longest}, or the "
+        "max_new_tokens of their stream",
+        False: "are written otherwise by the model's tokenizer: take another metric, or change the references",
+    }
+    lines = [
+        f"{len(found)} of {len(examples)} right answers would count as wrong. They {why[is_cut]}\n  {first_few(found)}"
+        for is_cut, found in faults.items()
+        if found
+    ]
     if lines:
         raise DataError("\n".join(lines))
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from secvec.settings.schema import Count, Settings, Share
 
@@ -34,11 +33,6 @@ class Shares(Settings):
     validation: Share = 0.05
     finetune: Share = 0.35
     test: Share = 0.15
-
-
-def filled_shares(given: Any, default: Any) -> Any:
-    """The shares that are `given` as a mapping, and the default ones of the other splits: these stay as they are."""
-    return default.model_dump() | dict(given) if isinstance(given, Mapping) and isinstance(default, Shares) else given
 
 
 def same_text(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
 from random import Random
@@ -12,7 +13,7 @@ from pydantic import field_validator, model_validator
 
 from secvec.data.draw import share_out
 from secvec.data.embedded import Ordinary
-from secvec.data.example import SPLITS, AnswerMetric, Example, Shares, Split, Stream, filled_shares
+from secvec.data.example import SPLITS, AnswerMetric, Example, Shares, Split, Stream
 from secvec.data.rows import TrainOn, read_rows
 from secvec.data.tables import Source
 from secvec.errors import TooFewError
@@ -46,7 +47,10 @@ class JsonlFiles(Settings):
     @field_validator("shares", mode="before")
     @classmethod
     def _others_keep_theirs(cls, given: Any) -> Any:
-        return filled_shares(given, cls.model_fields["shares"].default)
+        default = cls.model_fields["shares"].default
+        if isinstance(given, Mapping) and isinstance(default, Shares):
+            return default.model_dump() | dict(given)
+        return given
 
     @model_validator(mode="after")
     def _has_rows(self) -> JsonlFiles:

@@ -41,6 +41,9 @@ class Defense(Settings):
     vector_acts: ClassVar[bool] = True
     """Whether the vector of `uses_vector` is active during the fine-tune."""
 
+    takes_delta: ClassVar[bool] = False
+    """Whether the vector must be a low-rank delta of linear layers, s B A, and nothing more."""
+
     shows_vector: ClassVar[bool] = True
     """Whether evaluation shows the trained model with that vector (`active`): not where another one was active."""
 
@@ -73,10 +76,12 @@ class Defense(Settings):
     def check(self, run: Run) -> None:
         """Raises the SecVecError that would stop the methods below; called before anything is trained.
 
-        Default: with `uses_samples` the vector's samples must suffice and fit.
+        Default: with `uses_samples` the vector's samples must suffice and fit, with `takes_delta` the vector be one.
         """
         if self.uses_samples:
             self.check_samples(run)
+        if self.takes_delta:
+            self._check_delta(run)
 
     def check_samples(self, run: Run) -> None:
         """Raises the SecVecError for samples of the vector that do not suffice or do not fit."""
@@ -89,8 +94,7 @@ class Defense(Settings):
         before = ("prepared", "starting", "training_samples")
         return any(getattr(type(self), name) is not getattr(Defense, name) for name in before)
 
-    def check_delta(self, run: Run) -> None:
-        """Raises ConfigError for a vector that is more than a low-rank delta of linear layers."""
+    def _check_delta(self, run: Run) -> None:
         from secvec.models.vector import attach_frozen_vector, attach_new_vector, require_delta
 
         if folder := run.config.vector.path and run.saved_vector():

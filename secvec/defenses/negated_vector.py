@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from secvec.models.backbone import Backbone
-    from secvec.run import Run
 
 
 class NegatedVector(Defense):
@@ -23,14 +22,10 @@ class NegatedVector(Defense):
     """
 
     uses_vector: bool = True
+    takes_delta: ClassVar[bool] = True
     vector_acts: ClassVar[bool] = False
     needs: ClassVar[tuple[Need, ...]] = ("undesired samples", "safe samples")
     scale: Rate = 1.0
-
-    def check(self, run: Run) -> None:
-        """Raises ConfigError for a vector that is no low-rank delta."""
-        super().check(run)
-        self.check_delta(run)
 
     def finish(self, weights: dict[str, Tensor], backbone: Backbone, vector: Path | None) -> dict[str, Tensor]:
         """The trained weights minus `scale` times the delta; computed in float32."""

@@ -10,8 +10,6 @@ from secvec.defenses.base import Defense, Need
 if TYPE_CHECKING:
     from torch import nn
 
-    from secvec.run import Run
-
 
 class RandomAdapter(Defense):
     """As the security vector, with random weights: it shows that what the vector has learned matters, not its size.
@@ -21,13 +19,9 @@ class RandomAdapter(Defense):
     """
 
     uses_vector: bool = True
+    takes_delta: ClassVar[bool] = True
     shows_vector: ClassVar[bool] = False
     needs: ClassVar[tuple[Need, ...]] = ("undesired samples", "safe samples")
-
-    def check(self, run: Run) -> None:
-        """Raises ConfigError for a vector that is no low-rank delta."""
-        super().check(run)
-        self.check_delta(run)
 
     def attach(self, model: nn.Module, vector: Path | None) -> nn.Module:
         """The model with the random adapter, active and frozen. Raises ConfigError for a vector that is no B A."""

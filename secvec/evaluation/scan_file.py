@@ -296,19 +296,22 @@ def _labels(file: str, settings: ScanSettings) -> dict[str, bool]:
         raise DataError(
             f"scan.label={settings.label}: no row of {file} has it{hint}; columns: {', '.join(sorted(columns))}"
         )
+
+    def held(*which: bool) -> str:
+        """Values of the column that mean undesired (True) or benign, the first of them."""
+        found = {json.dumps(value, default=str) for place, value in values.items() if labels[place] in which}
+        return ", ".join(sorted(found)[:8])
+
     if len(set(labels.values())) == 1:
-        known = sorted({json.dumps(value, default=str) for value in values.values()})[:8]
         raise DataError(
             f"scan.label={settings.label}: all {len(labels)} labelled rows of {file} would be "
             f"{'undesired' if any(labels.values()) else 'benign'} by scan.undesired={settings.undesired}; the column "
-            f"holds {', '.join(known)}: name those that mean undesired, in quotes for the shell: "
+            f"holds {held(True, False)}: name those that mean undesired, in quotes for the shell: "
             "'scan.undesired=[VALUE]'"
         )
-    kinds = {of: sorted({json.dumps(values[p], default=str) for p, is_of in labels.items() if is_of == of})
-             for of in (True, False)}  # fmt: skip
     bad = sum(labels.values())
     log.info(
         "scan.label=%s: %d undesired rows (%s), %d benign ones (%s)",
-        *(settings.label, bad, ", ".join(kinds[True][:8]), len(labels) - bad, ", ".join(kinds[False][:8])),
+        *(settings.label, bad, held(True), len(labels) - bad, held(False)),
     )
     return labels

@@ -114,18 +114,18 @@ def weights_at_hand(model: nn.Module) -> Iterator[None]:
         _drop(tensors_of(model))
 
 
-def layer_lists(model: Any, of_text: bool = False) -> list[nn.ModuleList]:
-    """The lists of transformer layers: one, unless the model can see.
+def text_part(model: Any) -> nn.Module:
+    """The part of a causal LM that a text passes through, without the head: one that can see has more. PEFT's too."""
+    bare: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder: nn.Module = bare.get_decoder() if hasattr(bare, "get_decoder") else bare
+    return decoder
 
-    `of_text`: of the part that a text passes through alone.
-    """
-    inside: Any = model
-    if of_text:
-        inside = model.get_base_model() if hasattr(model, "get_base_model") else model
-        inside = inside.get_decoder() if hasattr(inside, "get_decoder") else inside
+
+def layer_lists(model: nn.Module) -> list[nn.ModuleList]:
+    """The lists of transformer layers: one, unless the model can see."""
     return [
         m
-        for m in inside.modules()
+        for m in model.modules()
         if isinstance(m, nn.ModuleList) and len(m) and m[0].__class__.__name__.endswith(("Layer", "Block"))
     ]
 

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from secvec.errors import ArtifactError, ConfigError, nearest
 from secvec.models.modes import in_eval
-from secvec.models.outline import Weights, is_outlined, weights_at_hand
+from secvec.models.outline import Weights, is_outlined, text_part, weights_at_hand
 from secvec.models.quantized import is_quantized, plain_copy, plain_dtype, shape_of
 from secvec.settings.schema import LoraSettings
 
@@ -381,7 +381,7 @@ def _takes_lora(module: nn.Module) -> bool:
 
 def _attach(model: Any, name: str, settings: LoraSettings, dropout: float) -> nn.Module:
     bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    inside = {id(module) for module in bare.get_decoder().modules()}
+    inside = {id(module) for module in text_part(bare).modules()}
     found = {
         path: module
         for path, module in bare.named_modules()

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 
 from secvec.config.schema import RunConfig
 from secvec.data.batch import Encoded, collate
-from secvec.data.datamodule import GlobalBatchSampler
+from secvec.data.datamodule import GlobalBatchSampler, limited
 from secvec.errors import ConfigError
 from secvec.models.backbone import context_of, ledger, load_tokenizer
 from secvec.models.tiny import build_tiny
@@ -182,9 +182,7 @@ class Budget:
         epochs = trainer.max_epochs or work.epochs // trainings
         if fast:
             limit, epochs = int(fast), 1
-        batches = len(sampler)
-        if limit is not None:
-            batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        batches = len(sampler) if limit is None else limited(len(sampler), limit)
         steps = ceil(batches / trainer.accumulate_grad_batches) * epochs
         return trainings * (min(steps, most) if most and most > 0 else steps)
 

@@ -25,10 +25,9 @@ _PATH = re.compile(r"(?!name_or_)(.*_)?(files?|dirs?|paths?)")
 """The last part of a setting that names a file, as `judge.word_file`."""
 _CACHES = ("judge.cache", "answer_judge.cache")
 _WITH_FILES = ("behavior", "data", "vector", "model", "judge", "answer_judge", "defense")
-_FILES = (*OF_ROWS, "test_file", "kl_file", "local_path", "path", "data_dir")
-"""Settings that name files, or datasets and parts of them."""
+"""Parts of the config whose settings may name files, or datasets and parts of them."""
 SAME = 1e-3
-"""Up to this two values of the same are one: another processor rounds otherwise."""
+"""Two values of one metric of a base may differ by this much: another processor rounds otherwise."""
 _OF_SEED = re.compile(r"-s\d+-[0-9a-f]{8}$")  # in a run folder's name
 _encode = json.JSONEncoder(sort_keys=True).encode
 WITH_VECTOR = ("vector_on", "vector_off", "active")
@@ -253,7 +252,7 @@ def _settings(run: Run) -> dict[str, str]:
 
 def _is_file(key: str) -> bool:
     first, last = key.partition(".")[0], key.rpartition(".")[2]
-    return first in _WITH_FILES and (last in _FILES or _PATH.fullmatch(last) is not None) and key != "vector.path"
+    return first in _WITH_FILES and (last in OF_ROWS or _PATH.fullmatch(last) is not None) and key != "vector.path"
 
 
 def _tell_files_apart(runs: Sequence[Run], settings: Mapping[int, dict[str, str]]) -> None:

@@ -182,17 +182,14 @@ def mechanism_table(comparison: Comparison, whole: Comparison) -> Table:
     """What the vector does while it is on; columns are the groups of `comparison`, a part of `whole`."""
     groups, loss = comparison.groups, "behavior_loss"
 
+    bases = [comparison.base_of(group).estimate(loss) for group in groups]
+
     def of(name: str, phase: str = "after") -> list[Estimate | None]:
         return [group.estimate(name, phase) for group in groups]
 
     Line = tuple[str, str, str, list[Estimate | None]]  # metric, label, about, estimates
     losses: list[Line] = [
-        (
-            loss,
-            "Base model",
-            "before anything is trained",
-            [comparison.base_of(group).estimate(loss) for group in groups],
-        ),
+        (loss, "Base model", "before anything is trained", bases),
         (loss, "Vector on", "after the vector stage, before fine-tuning", of(loss, "vector_on")),
         (loss, "Vector off", "the same moment without the vector: should equal the base", of(loss, "vector_off")),
         (loss, "Floor", "what the same fine-tuning without a defense reaches", list(map(whole.floor, groups))),

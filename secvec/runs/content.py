@@ -44,12 +44,11 @@ def file_digest(file: Path, keep: Path | None = None) -> str:
     mark = hashlib.sha256(repr(known).encode()).hexdigest()
     kept = keep / mark[:32] if keep else None
     if mark not in _digests:
-        with suppress(OSError):
-            _digests[mark] = kept.read_text() if kept else ""
-        _digests[mark] = _digests.get(mark) or _read(file)
-    with suppress(
-        OSError
-    ):  # a cache that may only be read, or that is full: the digest is that of the file all the same
+        text = ""
+        with suppress(OSError):  # none is kept yet
+            text = kept.read_text() if kept else ""
+        _digests[mark] = text or _read(file)
+    with suppress(OSError):  # a cache that may only be read, or is full: the digest is that of the file all the same
         if kept and not kept.is_file():
             write_atomic(kept, _digests[mark])
     return _digests[mark]

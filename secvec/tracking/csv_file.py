@@ -45,19 +45,23 @@ class CsvFile(Tracker):
 
     def _append(self, rows: Sequence[Sequence[object]]) -> None:
         with self.path.open("a+b") as file:
-            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-                file.write(b"\n")  # a full disk, or a kill, has cut the last line
-        with self.path.open("a", newline="", encoding="utf-8") as stream:
-            csv.writer(stream, lineterminator="\n").writerows(rows)
+            whole = not file.tell() or (file.seek(-1, os.SEEK_END), file.read(1))[1] == b"\n"
+            # else a full disk, or a kill, has cut the last line
+            file.write(b"" if whole else b"\n")
+            file.write(_lines(rows).encode())
 
     def _keep(self, wanted: Callable[[list[str]], bool]) -> None:
         rows: list[list[str]] = []
         if self.path.is_file():
             with self.path.open(newline="", encoding="utf-8") as stream:
                 rows = [row for row in list(csv.reader(stream))[1:] if row and wanted(row)]
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([HEADER, *rows])
-        write_atomic(self.path, text.getvalue())
+        write_atomic(self.path, _lines([HEADER, *rows]))
+
+
+def _lines(rows: Sequence[Sequence[object]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def read_curves(path: Path, stage: str) -> list[tuple[int, dict[str, float]]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secvec.data.batch import IGNORE, Batch
 from secvec.errors import ConfigError
-from secvec.models.outline import layer_lists
+from secvec.models.outline import layer_lists, layers, text_part
 
 Change = Callable[[Tensor, Tensor], Tensor]
 """The outputs of a layer (..., H) and the directions that it is changed by -> the changed outputs."""
@@ -19,7 +19,7 @@ Change = Callable[[Tensor, Tensor], Tensor]
 
 def layer_at(model: nn.Module, number: int | None) -> nn.Module:
     """The layer with that number, from 0; None: the middle one. Raises ConfigError where there is none."""
-    (layers, *_) = layer_lists(model, of_text=True) or [nn.ModuleList()]
+    (layers, *_) = layer_lists(text_part(model)) or [nn.ModuleList()]
     if not len(layers) or not -len(layers) <= (number or 0) < len(layers):
         raise ConfigError(
             f"defense.layer={number}: the model has {len(layers)} layers, counted from 0; null: the middle"
@@ -71,7 +71,7 @@ def each_output(model: nn.Module, change: Callable[[int, Tensor], Tensor]) -> It
     def hook(number: int) -> Callable[..., Any]:
         return lambda _, __, output: _with_hidden(output, change(number, _hidden(output)))
 
-    inside = [layer for found in layer_lists(model, of_text=True) for layer in found]
+    inside = layers(text_part(model))
     handles = [layer.register_forward_hook(hook(number)) for number, layer in enumerate(inside)]
     try:
         yield

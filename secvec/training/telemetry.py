@@ -97,18 +97,19 @@ class Telemetry(L.Callback):
         if self.extra is not None:
             with vector_off(model):
                 extra, _ = self._gradient(module, self.extra)
+        norm_extra = _norm(model, extra) if extra else 0.0
         for kind, batch in self.batches.items():
             undesired = kind == "undesired"
-            gradient, values[f"{kind}/loss_on"] = self._gradient(module, batch, undesired or self.extra is not None)
-            norm_on = norm_off = _norm(model, gradient) if undesired else 0.0
+            gradient, values[f"{kind}/loss_on"] = self._gradient(module, batch, undesired or bool(extra))
+            norm_on = norm_off = _norm(model, gradient) if gradient else 0.0
             values[f"{kind}/loss_off"] = values[f"{kind}/loss_on"]
-            if self.extra is not None:
-                both = _norm(model, gradient) * _norm(model, extra)
+            if extra:
+                both = norm_on * norm_extra
                 values[f"{kind}/cosine_with_extra"] = float(inner(model, gradient, extra)) / both if both else math.nan
             if has_vector(model):
                 with vector_off(model):
                     gradient, values[f"{kind}/loss_off"] = self._gradient(module, batch, undesired)
-                norm_off = _norm(model, gradient) if undesired else 0.0
+                norm_off = _norm(model, gradient) if gradient else 0.0
             if undesired:
                 values["undesired/suppression_ratio"] = norm_on / norm_off if norm_off else math.nan
         reshard(model)
