@@ -30,10 +30,28 @@ def run_command(
 
 def run_on_two(script: str | Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """The same as two processes of one group, with the variables by which Lightning knows that all are started."""
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    return _run([str(ROOT / script), *arguments], cwd, [group | {"LOCAL_RANK": rank} for rank in "01"])
+
+
+def run_on_two_nodes(script: str | Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The same by two `torchrun` of one process each, as on two nodes (docs/cluster.md); nothing is forked."""
+    group = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{_free_port()}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *group, str(ROOT / script), *arguments]
+    command += ["trainer.num_nodes=2", "trainer.devices=1"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryFile("w+") as out:
+        nodes = [subprocess.Popen(command, cwd=cwd, env=env, stdout=out, stderr=out) for _ in range(2)]
+        codes = [node.wait(timeout=300) for node in nodes]
+        out.seek(0)
+        said = out.read()
+    return subprocess.CompletedProcess(command, max(codes, key=abs), said, said)
+
+
+def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    return _run([str(ROOT / script), *arguments], cwd, [group | {"LOCAL_RANK": rank} for rank in "01"])
+        return free.getsockname()[1]
 
 
 def _run(argv: list[str], cwd: Path, environments: list[Mapping[str, str]]) -> subprocess.CompletedProcess[str]:

@@ -1,7 +1,7 @@
 """Two gloo processes by a real command line against one process at the same global batch: losses, weights, folders.
 
 Lightning starts the second one (`run_command`), or both are started with the variables of a group (`run_on_two`), which
-saves the seconds in which the second one imports everything.
+saves the seconds in which the second one imports everything, or each by a `torchrun` of its own (`run_on_two_nodes`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from commands import run_command, run_on_two
+from commands import run_command, run_on_two, run_on_two_nodes
 from configs import composed
 from conftest import LEAKS, ROOT, SMALL, run_of
 from safetensors.torch import load_file
@@ -57,6 +57,7 @@ def losses(folder: Path) -> dict[tuple[str, str, str], float]:
         ("fsdp", "lora", [], run_on_two),
         pytest.param("ddp", "lora", [], run_command, marks=pytest.mark.slow),
         pytest.param("fsdp", "full", HALVES, run_command, marks=pytest.mark.slow),
+        pytest.param("fsdp", "full", [], run_on_two_nodes, marks=pytest.mark.slow),
         pytest.param("hsdp", "full", ["trainer.gradient_clip_val=0.1"], run_command, marks=pytest.mark.slow),
     ],
 )
@@ -66,8 +67,8 @@ def test_several_processes_compute_what_one_does(
     """With the same batches, and with halves of them whose gradients are accumulated."""
     precision, tolerance = CASES[strategy]
     settings = [f"trainer.precision={precision}", f"tune={tune}", *SMOOTH]
-    unique = 1 + 0.1 * list(CASES).index(strategy) + 0.01 * (tune == "lora")  # so that no vector is in the cache
-    settings.append(f"vector.kl_weight={unique}")
+    unique = 1 + 0.1 * list(CASES).index(strategy) + 0.01 * (tune == "lora") + 0.001 * (start is run_on_two_nodes)
+    settings.append(f"vector.kl_weight={unique}")  # so that no vector is in the cache
     one = make_config(*settings, *(text for text in batches if "clip" in text), run="one")
     train(one)
     two = tmp_path / "two"
