@@ -271,6 +271,11 @@ class Run:
         )
 
     @property
+    def processes(self) -> int:
+        """How many there are now; `launch` starts all but the first."""
+        return dist.get_world_size() if dist.is_initialized() else 1
+
+    @property
     def training_context(self) -> list[Example]:
         """Rows that the fine-tuned backbone was trained on; none before its training."""
         evaluates = isinstance(self.config, EvaluateConfig)
@@ -473,7 +478,7 @@ def train(config: RunConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
                 if dist.is_initialized():
                     dist.barrier()  # the next stage reads what rank 0 has just written
                 folder.record.wall_seconds[name] = round(time.monotonic() - began, 3)
-                folder.record.processes[name] = _processes()
+                folder.record.processes[name] = run.processes
                 folder.record.peak_bytes = _peak_bytes()
                 folder.record.stages.append(name)
                 folder.save()
@@ -521,15 +526,11 @@ def evaluate(config: EvaluateConfig, overrides: Sequence[str] = ()) -> dict[str,
         folder.record.metrics = {}  # of an earlier evaluation, which may have measured more
         run.save_results(result)
         folder.record.wall_seconds["evaluate"] = round(time.monotonic() - began, 3)
-        folder.record.processes["evaluate"] = _processes()
+        folder.record.processes["evaluate"] = run.processes
         folder.record.backbone = _weights(backbone)
     log.info("%s", metrics_table(f"{backbone.folder}", result.metrics))
     log.info("record: %s", folder.path / "record.json")
     return folder.record.as_dict()
-
-
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _peak_bytes() -> dict[str, int]:

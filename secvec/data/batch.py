@@ -34,7 +34,7 @@ class Batch(TypedDict):
     step: NotRequired[int]
     """Optimizer steps that the training has done before this batch"""
     step_tokens: NotRequired[tuple[Tensor, ...]]
-    """Only with accumulated gradients: `count_tokens` of all batches of the optimizer step, per batch"""
+    """Only where the loss is that of several batches: `count_tokens` of all of them, per batch"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +67,11 @@ def count_tokens(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens with a label in the rows of the stage, all tokens of the extra rows, and those of them with a label."""
     labelled, extra = batch["labels"][:, 1:] != IGNORE, batch["extra"]
     return labelled[~extra].sum(), batch["attention_mask"][extra].sum(), labelled[extra].sum()
+
+
+def count_together(batches: Sequence[Batch]) -> None:
+    """Tells each of `batches` the tokens of all: the mean of their losses is then that of one large batch."""
+    if len(batches) > 1:
+        counts = tuple(torch.stack(n).double().mean() for n in zip(*map(count_tokens, batches), strict=True))
+        for batch in batches:
+            batch["step_tokens"] = counts

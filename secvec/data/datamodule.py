@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from secvec.data.batch import Batch, Encoded, collate, count_tokens
+from secvec.data.batch import Batch, Encoded, collate, count_together
 from secvec.data.draw import Asked, check_counts, check_disjoint, draw_benign, draw_benign_lots
 from secvec.data.encode import encode
 from secvec.data.example import Example
@@ -146,10 +146,7 @@ class StepLoader(DataLoader):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         batches = self._begin()
         while step := list(islice(batches, self._batches.accumulate)):
-            if len(step) > 1:
-                counts = tuple(torch.stack(n).double().mean() for n in zip(*map(count_tokens, step), strict=True))
-                for batch in step:
-                    batch["step_tokens"] = counts
+            count_together(step)
             for batch in step:
                 self.served += 1
                 yield batch

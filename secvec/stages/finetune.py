@@ -301,7 +301,8 @@ def _telemetry(run: Run) -> list[Telemetry]:
         for kind, examples in (data.mixtures[data.cycle] | {"extra": data.extra}).items()
     }
     extra = probes.pop("extra")
-    return [Telemetry(probes, settings.every_n_steps, extra)]
+    at_once = max(1, run.config.finetune.batch_size // run.processes)  # as a training step
+    return [Telemetry(probes, settings.every_n_steps, extra, at_once)]
 
 
 def _behavior(run: Run) -> list[BehaviorDuringTraining]:

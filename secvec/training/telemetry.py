@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
-from secvec.data.batch import Batch, Encoded, collate
+from secvec.data.batch import Batch, Encoded, collate, count_together
 from secvec.metrics import Measurement, Measurements
 from secvec.models.modes import in_eval
 from secvec.models.sharding import local_shard, over_shards, reshard
@@ -34,11 +35,18 @@ class Telemetry(L.Callback):
       B = 0 and a random A, this is relative to the random A).
 
     A probe leaves weights, flags, gradients, mode and random state as they were. Without a vector, on equals off.
+    `batch_size`: rows that are read at once.
     """
 
-    def __init__(self, probes: Mapping[str, Sequence[Encoded]], every_n_steps: int, extra: Sequence[Encoded] = ()):
-        self.batches = {kind: collate([(row, False) for row in rows]) for kind, rows in probes.items() if rows}
-        self.extra = collate([(row, False) for row in extra]) if extra else None
+    def __init__(
+        self,
+        probes: Mapping[str, Sequence[Encoded]],
+        every_n_steps: int,
+        extra: Sequence[Encoded] = (),
+        batch_size: int = 32,
+    ):
+        self.batches = {kind: _batches(rows, batch_size) for kind, rows in probes.items() if rows}
+        self.extra = _batches(extra, batch_size)
         self.every_n_steps = every_n_steps
         self.last: dict[str, float] = {}
         self._probed = -1
@@ -94,13 +102,13 @@ class Telemetry(L.Callback):
         module.zero_grad(set_to_none=True)  # the gradient of the last training step has been used, but is still there
         values: dict[str, float] = {}
         extra: list[Tensor] = []
-        if self.extra is not None:
+        if self.extra:
             with vector_off(model):
                 extra, _ = self._gradient(module, self.extra)
         norm_extra = _norm(model, extra) if extra else 0.0
-        for kind, batch in self.batches.items():
+        for kind, batches in self.batches.items():
             undesired = kind == "undesired"
-            gradient, values[f"{kind}/loss_on"] = self._gradient(module, batch, undesired or bool(extra))
+            gradient, values[f"{kind}/loss_on"] = self._gradient(module, batches, undesired or bool(extra))
             norm_on = norm_off = _norm(model, gradient) if gradient else 0.0
             values[f"{kind}/loss_off"] = values[f"{kind}/loss_on"]
             if extra:
@@ -108,7 +116,7 @@ class Telemetry(L.Callback):
                 values[f"{kind}/cosine_with_extra"] = float(inner(model, gradient, extra)) / both if both else math.nan
             if has_vector(model):
                 with vector_off(model):
-                    gradient, values[f"{kind}/loss_off"] = self._gradient(module, batch, undesired)
+                    gradient, values[f"{kind}/loss_off"] = self._gradient(module, batches, undesired)
                 norm_off = _norm(model, gradient) if gradient else 0.0
             if undesired:
                 values["undesired/suppression_ratio"] = norm_on / norm_off if norm_off else math.nan
@@ -118,19 +126,32 @@ class Telemetry(L.Callback):
         values["drift"] = float((_total(module, moved) / _total(module, start)) ** 0.5)
         return values
 
-    def _gradient(self, module: SecVecModule, batch: Batch, wanted: bool = True) -> tuple[list[Tensor], float]:
-        """The gradient of the loss on `batch` where it is `wanted`, and the loss; leaves no gradient behind."""
-        losses: list[Tensor] = []
+    def _gradient(
+        self, module: SecVecModule, batches: Sequence[Batch], wanted: bool = True
+    ) -> tuple[list[Tensor], float]:
+        """The gradient of the loss on `batches` where it is `wanted`, and the loss; leaves no gradient behind."""
+        found: list[float] = []
 
-        def loss() -> Tensor:
+        def loss(batch: Batch) -> Tensor:
             with module.trainer.precision_plugin.forward_context():
-                losses.append(response_loss(module.model, batch))
-            return losses[0]
+                loss = response_loss(module.model, batch)
+            found.append(float(loss.detach()))
+            return loss
 
+        gradient: list[Tensor] = []
         if wanted:
-            return gradient_of(module.model, [loss]), float(losses[0].detach())
-        with torch.no_grad():
-            return [], float(loss())
+            gradient = gradient_of(module.model, [partial(loss, batch) for batch in batches])
+        else:
+            with torch.no_grad():
+                for batch in batches:
+                    loss(batch)
+        return gradient, sum(found) / len(found)
+
+
+def _batches(rows: Sequence[Encoded], size: int) -> list[Batch]:
+    batches = [collate([(row, False) for row in rows[i : i + size]]) for i in range(0, len(rows), size)]
+    count_together(batches)
+    return batches
 
 
 def _norm(model: nn.Module, gradient: Sequence[Tensor]) -> float:

@@ -12,7 +12,7 @@ import torch
 from in_memory import module
 from torch import nn
 
-from secvec.data.batch import collate
+from secvec.data.batch import Batch, collate
 from secvec.data.embedded import Skill
 from secvec.data.encode import encode
 from secvec.data.example import Example
@@ -70,6 +70,26 @@ def test_the_cosine_with_the_extra_rows_is_that_of_the_gradients(tiny: tuple[nn.
     assert "cosine_with_extra" not in str(Telemetry({"undesired": first}, 1)._measure(made, model))
 
 
+def test_rows_are_read_in_batches_of_a_step(
+    tiny: tuple[nn.Module, Any, list[Example]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All at once they took more memory than a training step in small batches; the numbers are the same."""
+    model, tokenizer, examples = tiny
+    first, second = encode(examples[:3], tokenizer, 512), encode(examples[3:], tokenizer, 512)
+    made, read = trained(model, tokenizer), []
+
+    def spied(model: nn.Module, batch: Batch) -> torch.Tensor:
+        read.append(len(batch["input_ids"]))
+        return response_loss(model, batch)
+
+    monkeypatch.setattr("secvec.training.telemetry.response_loss", spied)
+    whole = Telemetry({"undesired": first, "benign": second}, 1, extra=first)._measure(made, model)
+    assert set(read) == {1, 3}
+    read.clear()
+    parts = Telemetry({"undesired": first, "benign": second}, 1, extra=first, batch_size=2)._measure(made, model)
+    assert set(read) == {1, 2} and parts == pytest.approx(whole, rel=1e-5)
+
+
 def test_a_probe_keeps_no_more_than_a_checkpointed_step(tiny: tuple[nn.Module, Any, list[Example]]) -> None:
     """In eval mode transformers computes no layer again: a probe took more memory than the step that just fits."""
     model, tokenizer, examples = tiny
@@ -87,7 +107,7 @@ def test_a_probe_keeps_no_more_than_a_checkpointed_step(tiny: tuple[nn.Module, A
     model.train()
     training = kept(lambda: response_loss(model, batch))
     with in_eval(model):
-        probe = kept(lambda: telemetry._gradient(made, batch))
+        probe = kept(lambda: telemetry._gradient(made, [batch]))
         assert not any(module.training for module in model.modules() if isinstance(module, nn.Dropout))
     model.eval()
     assert probe < 1.5 * training < 0.7 * kept(lambda: response_loss(model, batch))
