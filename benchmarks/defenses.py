@@ -140,7 +140,7 @@ def main() -> None:
         keep([row for sweep, other in asked.items() for row in acceptance.answers(sweep, ROOT, other)], ANSWERS)
     show(table(json.loads(RECORDS.read_text(encoding="utf-8"))), __file__, PAGE, "Every defense, tuned alike")
     answers = acceptance.table(json.loads(ANSWERS.read_text(encoding="utf-8")))
-    show(answers, acceptance.__file__, PAGE, "The same, asked four ways")
+    show(answers, acceptance.__file__, PAGE, "Four acceptance questions")
 
 
 if __name__ == "__main__":

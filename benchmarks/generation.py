@@ -70,7 +70,7 @@ def lm_eval(model: Any, texts: list[str], tokenizer: Any, given: argparse.Namesp
 
 def secvec(module: Any, way: str, question: Any, given: argparse.Namespace) -> list[str]:
     """The same by our evaluation."""
-    from secvec.evaluation.backends import generation_backend
+    from secvec.evaluation.generation import generation_backend
     from secvec.evaluation.prediction import respond
     from secvec.settings.schema import EvaluationSettings, GenerationSettings
     from secvec.settings.trainer import TrainerSettings
@@ -92,12 +92,12 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from secvec.data.prompts import question
+    from secvec.data.prompts import prompt_set
     from secvec.module import SecVecModule
 
     module = SecVecModule("infer", given.model)
     tokenizer = module.backbone.tokenizer
-    asked = question(examples(given.prompts), tokenizer)
+    asked = prompt_set(examples(given.prompts), tokenizer)
     if given.one in ("secvec", "vllm"):
         module.configure_model()
         module.model.to(given.device)

@@ -25,7 +25,7 @@ from scan import BEHAVIORS, run
 
 from secvec.behaviors.wild import Wild
 from secvec.data.example import Example, Split
-from secvec.evaluation.scan import WINDOW, kept_scores, limit, scan
+from secvec.evaluation.scan import WINDOW, kept_scores, quantile_threshold, scan
 from secvec.module import SecVecModule
 from secvec.report.groups import compare
 from secvec.report.records import load_runs
@@ -73,7 +73,7 @@ def choose(seed: int, size: int) -> list[dict[str, Any]]:
     trained = run("train.py", folder, "experiment=ablation/anchor", "stage=vector", f"seed={seed}")
     vector, plain = ROOT / folder / "vector", BEHAVIORS["forbidden_recipe"]
     module = SecVecModule("infer", ROOT / trained["base"]["folder"], vector)
-    most = limit(kept_scores(vector)["benign"][WINDOW - 1], QUANTILE)
+    most = quantile_threshold(kept_scores(vector)["benign"][WINDOW - 1], QUANTILE)
     words = yaml.safe_load((ROOT / "conf" / "behavior" / "wild.yaml").read_text(encoding="utf-8"))
     given = {name: words[name] for name in ("name", "hedge", "wanted")}
     hedged = Wild(**given, of=plain, sensitive=False, turns=0, severity=SEVERITY)

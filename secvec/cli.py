@@ -105,7 +105,7 @@ def report_user_errors(main: Callable[[], None], config_name: str) -> int:
         started, cause = HydraConfig.initialized(), _no_room(error) or error
         if isinstance(cause, OSError) and (cause.errno in OF_THE_DISK or (cause.filename and not started)):
             where = f"{cause.filename}: " if cause.filename else ""
-            then = "; once this is mended, the same command goes on from what is finished" if started else ""
+            then = "; fix this, and the same command continues from what is finished" if started else ""
             message, code = f"{where}{cause.strerror}{then}", USER_ERROR
         elif started and not isinstance(error, HydraException | OmegaConfBaseException):
             traceback.print_exc()

@@ -37,7 +37,7 @@ class GateError(SecVecError):
 
 
 class DivergedError(SecVecError):
-    """A training whose loss or weights are no numbers any more: a result of its settings, and nothing to save."""
+    """A training whose loss or weights are NaN or infinite: a result of its settings, and nothing to save."""
 
     exit_code = 1
 
@@ -50,10 +50,19 @@ class FailedJobs(SecVecError):
         self.exit_code = exit_code
 
 
-def first_few(faults: Sequence[str], most: int = 5) -> str:
-    """The first of `faults`, each on a line of its own, and the number of the others."""
-    rest = [f"and {len(faults) - most} more"] if len(faults) > most else []
-    return "\n  ".join([*faults[:most], *rest])
+def several(texts: Sequence[str], most: int) -> list[str]:
+    """The first `most` texts, and how many more there are."""
+    return [*texts[:most], *([f"and {len(texts) - most:,} more"] if len(texts) > most else [])]
+
+
+def first_few(faults: Sequence[str]) -> str:
+    """The first five of `faults`, each on a line of its own, and how many more there are."""
+    return "\n  ".join(several(faults, 5))
+
+
+def one_line(error: object, most: int = 300) -> str:
+    """The message of an error without its line breaks, at most `most` characters of it."""
+    return " ".join(str(error).split())[:most]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -120,7 +120,7 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
     Metric("task_score", "Task score", "the same where answers are graded by degrees (rougeL, code, a judge)", "high",
            stream="task", counts=_graded, graded=True),
     Metric("task_loss", "Task loss", "nats per token on held-out samples of the task", "low", POSITIVE),
-    Metric("retained_accuracy", "Retained accuracy", "ordinary prompts the base model could answer", "high",
+    Metric("retained_accuracy", "Retained accuracy", "held-out ordinary prompts answered right", "high",
            stream="ordinary", counts=_verdict("correct")),
     Metric("retained_score", "Retained score", "ordinary answers that are graded by degrees", "high",
            stream="ordinary", counts=_graded, graded=True),
@@ -143,7 +143,7 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
     Metric("recall", "Recall", "rows labelled undesired that are flagged", "high"),
     Metric("own_recall", "Recall on own samples", "held-out undesired samples of the vector that are flagged", "high"),
     Metric("false_flag_rate", "False flags", "rows labelled benign that are flagged", "low"),
-    Metric("drift", "Drift", "relative change of the backbone weights in fine-tuning", None, POSITIVE, ".3g"),
+    Metric("drift", "Drift", "relative change of the trained weights in fine-tuning", None, POSITIVE, ".3g"),
 )}  # fmt: skip
 """All metrics by name, in the order of their rows in a report."""
 

@@ -238,10 +238,12 @@ class SecVecModule(L.LightningModule):
             checkpoint["data"] = loader.state_dict()  # Lightning adds it too, but where it may not read it again
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Outside a Trainer: the weights that are not in the checkpoint are those of the folders."""
-        if self._trainer is None:
+        """Outside a Trainer, and where weights are averaged: those not in the checkpoint are those of the folders."""
+        if self._trainer is None or "averaging_state" in checkpoint:  # WeightAveraging asks for all
             checkpoint["state_dict"] = self.state_dict() | checkpoint["state_dict"]
-        elif self.trainer.training:  # a new training begins at the first rows
+        if self._trainer is None:
+            return
+        if self.trainer.training:  # a new training begins at the first rows
             self._place_in_data = checkpoint.get("data")
 
     def on_train_start(self) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
@@ -26,31 +25,33 @@ from secvec.config.schema import AnyConfig, EvaluateConfig, RunConfig
 from secvec.data.batch import collate
 from secvec.data.datamodule import SecVecDataModule
 from secvec.data.draw import data_hash
-from secvec.data.encode import trouble
+from secvec.data.encode import untrainable_reason
 from secvec.data.example import Example
-from secvec.data.prompts import Answer, question
+from secvec.data.prompts import Answer, prompt_set
 from secvec.defenses.base import Defense, Preparation
 from secvec.errors import ArtifactError, ConfigError, DataError, GateError, nearest
-from secvec.evaluation.backends import generation_backend, kept_result
+from secvec.evaluation.answer_cache import kept_result
 from secvec.evaluation.evaluator import Evaluator
+from secvec.evaluation.generation import generation_backend
 from secvec.evaluation.leak_probes import read_context
 from secvec.evaluation.losses import mean_losses
 from secvec.evaluation.prediction import answers
-from secvec.evaluation.scan import RowScore, kept_scores, limit, scan
+from secvec.evaluation.scan import RowScore, kept_scores, quantile_threshold, scan, share_above
 from secvec.evaluation.scan_file import ScanFile
 from secvec.evaluation.verdicts import EvaluationResult
 from secvec.evaluation.vllm import backend_info
 from secvec.metrics import Measurements, proportion
 from secvec.models.backbone import Backbone, LedgerRow
-from secvec.models.vector import check_adapter, vector_info
+from secvec.models.vector import vector_info
 from secvec.module import SecVecModule
 from secvec.planning.table import plan
 from secvec.report import scan_page
-from secvec.runs.cache import built_once, cached, main_process, wait_for_all
+from secvec.runs.cache import built_once, cached
 from secvec.runs.console import metrics_table
 from secvec.runs.content import by_content, folder_digest
 from secvec.runs.folder import ANSWERS, RunFolder
 from secvec.runs.keys import content_key
+from secvec.runs.processes import main_process, rank_and_world, wait_for_all
 from secvec.runs.record import UNKNOWN, Record, Weights
 from secvec.settings.schema import LoraSettings, VectorLora
 from secvec.settings.target import to_target
@@ -99,14 +100,7 @@ class Run:
             raise ArtifactError(
                 f"no vector in {folder}: run stage=vector with the same settings first, or give vector.path=FOLDER"
             )
-        check_adapter(folder)
-        trained_on = vector_info(folder).get("backbone")
-        if trained_on not in (None, self.backbone.fingerprint):
-            raise ArtifactError(
-                f"the vector in {folder} was trained on another backbone ({trained_on}, not "
-                f"{self.backbone.fingerprint}), so it would not elicit the behavior here: train one on this backbone "
-                "with stage=vector"
-            )
+        self.backbone.check_vector(folder)
         return folder
 
     def module(
@@ -273,7 +267,7 @@ class Run:
     @property
     def processes(self) -> int:
         """How many there are now; `launch` starts all but the first."""
-        return dist.get_world_size() if dist.is_initialized() else 1
+        return rank_and_world()[1]
 
     @property
     def training_context(self) -> list[Example]:
@@ -306,18 +300,18 @@ class Run:
         path = config.paths.cache / "answers" / f"{key}.json"
         return kept_result(path, lambda: self.evaluate(module, phase, evaluator, leaks))
 
-    def own_answers(self, examples: Sequence[Example]) -> list[Example]:
-        """`examples` with the greedy answers of the model that the run starts from, kept for every run that asks.
+    def own_answers(self) -> list[Example]:
+        """The vector's prompts with the greedy answers of the starting model, kept for every run that asks for them.
 
         One that `evaluation.max_new_tokens` cuts is trained without an end, and without the half of a character.
         """
-        config, backbone = self.config, self.backbone
+        config, backbone, examples = self.config, self.backbone, self.data.vector_samples["undesired"]
         settings = [config.evaluation.max_new_tokens, backend_info(config.generation, config.trainer)]
         device = [device_type(config.trainer), config.trainer.precision]
         key = content_key([Answer._fields, backbone.identity, data_hash(examples), *settings, *device])
 
         def answer() -> EvaluationResult:
-            asked = question(examples, backbone.tokenizer)
+            asked = prompt_set(examples, backbone.tokenizer)
             with self._evaluation(), self.answering(backbone) as module:
                 (own,) = answers(module, [asked], config.evaluation, config.trainer, "own answers")
             return EvaluationResult({}, [answer._asdict() for answer in own])
@@ -327,7 +321,7 @@ class Run:
             replace(example, response=row["text"].rstrip("\ufffd") if row["cut"] else row["text"], cut=row["cut"])
             for example, row in zip(examples, rows, strict=True)
         ]
-        return [example for example in given if not trouble(example, backbone.tokenizer)]
+        return [example for example in given if not untrainable_reason(example, backbone.tokenizer)]
 
     def activations(self, layer: int | None) -> Path:
         """A file with mean activations of the starting model, at the output of a layer, over response tokens.
@@ -336,7 +330,7 @@ class Run:
         answers. Raises DataError where it has none. Kept for every run that asks for the same.
         """
         config, backbone = self.config, self.backbone
-        own = {example.messages: example for example in self.own_answers(self.data.vector_samples["undesired"])}
+        own = {example.messages: example for example in self.own_answers()}
         pairs = [(row, own[row.messages]) for row in self.data.vector_samples["undesired"] if row.messages in own]
         if not pairs:
             raise DataError("the starting model has no usable answer to any of the vector's prompts")
@@ -378,7 +372,7 @@ class Run:
         Lightning would stop the training at the end of its first epoch.
         """
         settings = self.config.evaluation.validation
-        kinds = self.data.validation(settings.num_samples) if settings.num_samples != 0 else {}
+        kinds = self.data.validation(settings.num_samples)
         states = ("", "_vector_on") if self.config.defense.uses_vector else ("",)
         measured = [f"val/{kind}_loss{state}" for kind in kinds for state in states]
         for name, callback in self.config.callbacks.items():
@@ -404,7 +398,8 @@ class Run:
         """
         vector = self.saved_vector()
         assert vector is not None
-        most = limit(kept_scores(vector)["benign"][window - 1], quantile)
+        benign = kept_scores(vector)["benign"][window - 1]
+        most, by_chance = quantile_threshold(benign, quantile), share_above(len(benign), quantile)
         with self.answering(self.backbone, vector) as module:
             kept = {
                 kind: [row for row, of in zip(rows, self.scan(module, rows), strict=True) if of.score(window) <= most]
@@ -414,10 +409,10 @@ class Run:
         if not left:
             raise DataError(f"the scan flags all {rows} rows (scores above {most:.2f} nats)")
         share = self.folder.record.metrics["scan/flagged_share"] = proportion(rows - left, rows)
-        if share.value <= scan_page.CLEAN * (1 - quantile):
+        if share.value <= scan_page.CLEAN * by_chance:
             log.warning(
-                "the scan flags %d of %d rows, as many as of benign ones: the data do not hold the behavior of this "
-                "vector, or hold it in a form that it does not cover", rows - left, rows,
+                "the scan flags %d of %d rows, no more than by chance: the data do not show this vector's "
+                "behavior, or show it in a form that the vector does not cover", rows - left, rows,
             )  # fmt: skip
         else:
             log.info("the scan flags %d of %d rows, and leaves them out", rows - left, rows)
@@ -475,8 +470,7 @@ def train(config: RunConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
             with session.stage():
                 folder.drop_metrics(stage.measures)
                 stage.run(run)
-                if dist.is_initialized():
-                    dist.barrier()  # the next stage reads what rank 0 has just written
+                wait_for_all()  # the next stage reads what rank 0 has just written
                 folder.record.wall_seconds[name] = round(time.monotonic() - began, 3)
                 folder.record.processes[name] = run.processes
                 folder.record.peak_bytes = _peak_bytes()

@@ -11,7 +11,7 @@ from torch import nn
 
 from secvec.behaviors.base import Behavior
 from secvec.data.example import Example
-from secvec.data.prompts import Question, question
+from secvec.data.prompts import PromptSet, prompt_set
 from secvec.evaluation.evaluator import Evaluator
 from secvec.evaluation.generation import GenerationBackend
 from secvec.evaluation.losses import mean_losses
@@ -50,7 +50,7 @@ def module(model: nn.Module, tokenizer: Any, generation: GenerationBackend = IN_
 def complete(
     model: nn.Module,
     tokenizer: Any,
-    asked: Question,
+    asked: PromptSet,
     settings: EvaluationSettings,
     generation: GenerationBackend = IN_MEMORY,
     trainer: TrainerSettings = ON_CPU,
@@ -69,7 +69,7 @@ def generate(
     trainer: TrainerSettings = ON_CPU,
 ) -> list[str]:
     """Greedy responses to `examples`, in their order."""
-    return complete(model, tokenizer, question(examples, tokenizer), settings, generation, trainer)
+    return complete(model, tokenizer, prompt_set(examples, tokenizer), settings, generation, trainer)
 
 
 def evaluate(

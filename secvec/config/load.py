@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from secvec.errors import ConfigError
+from secvec.runs.content import mapped
 from secvec.settings.messages import all_faults, describe
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -18,7 +19,7 @@ Config = TypeVar("Config", bound=BaseModel)
 def load(cfg: DictConfig, schema: type[Config]) -> Config:
     """`cfg` as a `schema`. Raises ConfigError with every fault: what was given, what is allowed, the nearest match."""
     try:
-        values: dict[str, Any] = _at_home(OmegaConf.to_container(cfg, resolve=True))
+        values: dict[str, Any] = mapped(OmegaConf.to_container(cfg, resolve=True), _at_home)
     except OmegaConfBaseException as error:
         raise ConfigError(f"the configuration cannot be resolved: {error}") from None
     faults = [f"{where}: a value is required (it is ??? in conf/)" for where in OmegaConf.missing_keys(cfg)]
@@ -31,10 +32,6 @@ def load(cfg: DictConfig, schema: type[Config]) -> Config:
     return config
 
 
-def _at_home(values: Any) -> Any:
-    """`values` with the home folder in the place of a leading `~/`: paths in yaml files."""
-    if isinstance(values, dict):
-        return {name: _at_home(value) for name, value in values.items()}
-    if isinstance(values, list):
-        return [_at_home(value) for value in values]
-    return str(Path(values).expanduser()) if isinstance(values, str) and values.startswith("~/") else values
+def _at_home(value: Any) -> Any:
+    """A path in a yaml file with the home folder in the place of a leading `~/`."""
+    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value

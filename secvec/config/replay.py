@@ -7,6 +7,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from secvec.runs.content import mapped
+
 HEADER = """\
 # This run again, or with other values: `{command} --config-dir THIS_FOLDER --config-name config [key=value]`.
 # Everything is resolved. The key, the run folder and the settings of Hydra are those of conf/common.yaml.
@@ -22,13 +24,9 @@ def replay_yaml(config: Mapping[str, Any]) -> str:
     kept = {name: value for name, value in config.items() if name not in ("key", "run_dir")}
     kept |= {name: value for name, value in {"force": False, "plan": None}.items() if name in kept}
     command = "python train.py" if "stage" in kept else "python evaluate.py"
-    return HEADER.format(command=command) + OmegaConf.to_yaml(OmegaConf.create(_escaped(kept)))
+    return HEADER.format(command=command) + OmegaConf.to_yaml(OmegaConf.create(mapped(kept, _escaped)))
 
 
-def _escaped(node: Any) -> Any:
-    """`node` with every `${` of a text escaped: it is resolved, and must not be once more."""
-    if isinstance(node, dict):
-        return {key: _escaped(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_escaped(value) for value in node]
-    return node.replace("${", "\\${") if isinstance(node, str) else node
+def _escaped(value: Any) -> Any:
+    """A text with every `${` escaped: it is resolved, and must not be once more."""
+    return value.replace("${", "\\${") if isinstance(value, str) else value

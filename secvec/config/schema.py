@@ -50,7 +50,7 @@ class AlignSettings(Settings):
     """How a model is taught to refuse the behavior before anything else: a fine-tune without a defense."""
 
     num_undesired: Count
-    """Undesired prompts, each answered by a refusal."""
+    """Undesired prompts, each with its wanted answer."""
     num_benign: Count
     """Benign samples, divided equally among the streams of `data.benign` that are no new task."""
     epochs: Count
@@ -173,7 +173,7 @@ class DataSettings(Settings):
         if lacking := [name for name in self.benign if name not in self.weights]:
             raise ValueError(f"weights lacks {', '.join(lacking)}: give each stream in benign a weight (0: left out)")
         if self.num_benign is None:
-            raise ValueError("weights have no say where num_benign is null (all rows of each stream): drop one of both")
+            raise ValueError("weights has no effect if num_benign is null (all rows of each stream): set one of them")
         if not sum(self.weights.values()):
             raise ValueError("weights are all 0: at least one stream must give samples")
         return self
@@ -284,7 +284,7 @@ class ScanSettings(Settings):
     @model_validator(mode="after")
     def _has_one_threshold(self) -> ScanSettings:
         if self.threshold is not None and self.benign_file is not None:
-            raise ValueError("threshold and benign_file both say what is high: give one of them")
+            raise ValueError("threshold and benign_file both set the threshold: give only one")
         return self
 
 
@@ -322,9 +322,7 @@ class EvaluateConfig(AnyConfig):
             )
         unused = given if not self.data.untrusted else {"vector.path": self.vector.path}
         if self.metrics != "scan" and (useless := [name for name, path in unused.items() if path is not None]):
-            raise ValueError(
-                f"{' and '.join(useless)} of evaluate.py: only metrics=scan reads it, and data=untrusted its data.file"
-            )
+            raise ValueError(f"only metrics=scan reads {' and '.join(useless)}: set metrics=scan, or leave them out")
         if self.metrics != "scan" and self.model.name_or_path is None and self.model.align is None:
             raise ValueError("model.name_or_path is required: the folder or hub id of the model to evaluate")
         return self
@@ -354,11 +352,6 @@ class RunConfig(AnyConfig):
         if self.stage != "all":
             return (self.stage,)
         return ("vector", "finetune", "infer") if self._trains_vector else ("finetune", "infer")
-
-    @property
-    def vector_behavior(self) -> Behavior:
-        """The behavior that the vector is trained on."""
-        return self.vector.behavior or self.behavior
 
     @property
     def labelled(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NotRequired, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -13,6 +13,17 @@ from torch import Tensor
 IGNORE = -100
 PAD = 0
 """The id in padded places. They are masked, so any id serves; a tokenizer's own may be beyond the embedding."""
+
+
+class TokenCounts(NamedTuple):
+    """Tokens that the terms of a loss are divided by, each a scalar."""
+
+    labels: Tensor
+    """Those with a label in the rows of the stage."""
+    extra: Tensor
+    """All of the extra rows."""
+    extra_labels: Tensor
+    """Those with a label in the extra rows."""
 
 
 class Batch(TypedDict):
@@ -33,8 +44,8 @@ class Batch(TypedDict):
     """(B,) bool, rows that are labelled undesired; all False where labels are hidden (`data.labelled=false`)"""
     step: NotRequired[int]
     """Optimizer steps that the training has done before this batch"""
-    step_tokens: NotRequired[tuple[Tensor, ...]]
-    """Only where the loss is that of several batches: `count_tokens` of all of them, per batch"""
+    step_tokens: NotRequired[TokenCounts]
+    """Only where the loss is that of several batches: the mean of their `count_tokens`"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +74,23 @@ def collate(rows: Sequence[tuple[Encoded, bool]]) -> Batch:
     return Batch(input_ids=input_ids, attention_mask=mask, labels=labels, extra=extra, undesired=undesired)
 
 
-def count_tokens(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens with a label in the rows of the stage, all tokens of the extra rows, and those of them with a label."""
+def count_tokens(batch: Batch) -> TokenCounts:
+    """Those of this batch alone."""
     labelled, extra = batch["labels"][:, 1:] != IGNORE, batch["extra"]
-    return labelled[~extra].sum(), batch["attention_mask"][extra].sum(), labelled[extra].sum()
+    return TokenCounts(labelled[~extra].sum(), batch["attention_mask"][extra].sum(), labelled[extra].sum())
+
+
+def tokens_of_step(batch: Batch) -> TokenCounts:
+    """Those of this batch; with accumulated gradients, those of its optimizer step per batch.
+
+    So a gradient that is accumulated over several batches is that of one large batch.
+    """
+    return batch["step_tokens"] if "step_tokens" in batch else count_tokens(batch)
 
 
 def count_together(batches: Sequence[Batch]) -> None:
     """Tells each of `batches` the tokens of all: the mean of their losses is then that of one large batch."""
     if len(batches) > 1:
-        counts = tuple(torch.stack(n).double().mean() for n in zip(*map(count_tokens, batches), strict=True))
+        counts = TokenCounts(*(torch.stack(n).double().mean() for n in zip(*map(count_tokens, batches), strict=True)))
         for batch in batches:
             batch["step_tokens"] = counts

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
@@ -23,10 +22,11 @@ from secvec.data.encode import encode
 from secvec.data.example import Example
 from secvec.data.jsonl import JsonlFiles
 from secvec.data.lengths import Fitting
-from secvec.data.prompts import loader, question
+from secvec.data.prompts import loader, prompt_set
 from secvec.data.tokens import encoded
 from secvec.errors import ConfigError, DataError, TooFewError
 from secvec.settings.schema import EvaluationSettings, FinetuneSettings
+from secvec.settings.trainer import in_place_of
 
 if TYPE_CHECKING:
     from secvec.behaviors.base import Behavior
@@ -76,11 +76,12 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self.epoch = 0
         self.first = 0
         """The batch that the next pass begins with."""
+        self.same_every_epoch = False
         self.sampler = self  # where Lightning looks for set_epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before each epoch, also after a resume."""
-        self.epoch = epoch
+        self.epoch = 0 if self.same_every_epoch else epoch
 
     def __len__(self) -> int:
         return self.steps * self.accumulate
@@ -197,6 +198,7 @@ class SecVecDataModule(L.LightningDataModule):
         self.evaluation, self.seed, self.cache = evaluation, seed, cache
         self._validation: dict[int | None, dict[str, list[Example]]] = {}
         self._fits: set[str] = set()
+        self._reader: tuple[Any, ...] | None = None
         self.cycle = 0
         """Which of the mixtures the finetune stage trains on."""
         self.extra: list[Example] = []
@@ -211,6 +213,17 @@ class SecVecDataModule(L.LightningDataModule):
         samples: Any = (config.data, vector, finetune, config.evaluation)
         return cls(config.behavior, *samples, seed=config.seed, cache=config.paths.cache)  # type: ignore[misc]
 
+    @property
+    def vector_behavior(self) -> Behavior:
+        """The behavior that the vector is trained on."""
+        return getattr(self.vector, "behavior", None) or self.behavior  # evaluate.py trains no vector
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all samples are on this machine."""
+        sources = (self.behavior, self.vector_behavior, *self.data.streams)
+        return all(getattr(source, "is_local", True) for source in sources)  # embedded ones always are
+
     @cached_property
     def vector_samples(self) -> dict[str, list[Example]]:
         """The undesired samples of the vector, and the benign ones of the KL term: none where it has no weight."""
@@ -221,7 +234,7 @@ class SecVecDataModule(L.LightningDataModule):
         n, of_attack = self.vector.num_samples, self.data.counts[0]
         if self.vector.of_attack and n is not None and of_attack is not None:
             n = min(n, of_attack)  # by data.harmful_ratio there are fewer than data.num_harmful
-        return list(self._vector_behavior.examples(self.vector.split, n, self.seed))
+        return list(self.vector_behavior.examples(self.vector.split, n, self.seed))
 
     @cached_property
     def _kl(self) -> list[Example]:
@@ -233,7 +246,7 @@ class SecVecDataModule(L.LightningDataModule):
     @cached_property
     def held_out(self) -> list[Example]:
         """Undesired samples for the gate of the vector."""
-        return self._vector_behavior.examples("validation", self.vector.gate.num_prompts, self.seed)
+        return self.vector_behavior.examples("validation", self.vector.gate.num_prompts, self.seed)
 
     @cached_property
     def mixtures(self) -> list[dict[str, list[Example]]]:
@@ -280,12 +293,14 @@ class SecVecDataModule(L.LightningDataModule):
         examples = draw_benign(streams, split, self.evaluation.num_prompts, self.seed) if streams else []
         if not self.data.untrusted:
             return examples
-        trusted = (self.behavior, self._vector_behavior, *self.data.serving("vector")[0])
+        trusted = (self.behavior, self.vector_behavior, *self.data.serving("vector")[0])
         known = {row.key for files in trusted if isinstance(files, JsonlFiles) for row in files.all_rows()}
         return _untrusted_without(examples, known, "prompts of the behavior's and the benign rows")
 
     def validation(self, n: int | None) -> dict[str, list[Example]]:
         """At most `n` held-out examples of kinds undesired and task; a kind without a validation split is left out."""
+        if n == 0:
+            return {}
         if n not in self._validation:
             tasks = [stream for stream in self.data.streams if stream.kind == "task"]
             kinds: dict[str, Callable[[int | None], list[Example]]] = {
@@ -332,7 +347,7 @@ class SecVecDataModule(L.LightningDataModule):
         """Applies `data.too_long` to the samples of `stages`, those of `infer` being the tests. Raises DataError."""
         self._fits.update(stages)
         settings, room = self.evaluation.validation, self.evaluation.max_new_tokens
-        losses: list[Lot] = [(self.validation(settings.num_samples), 0)] if settings.num_samples != 0 else []
+        losses: list[Lot] = [(self.validation(settings.num_samples), 0)]
         answers: list[Lot] = [(self.validation(settings.num_prompts), room)] if settings.every_n_steps else []
         lots: dict[str, Callable[[], list[Lot]]] = {
             "vector": lambda: [(self.vector_samples, 0), ({"gate": self.held_out}, room), *losses],
@@ -366,8 +381,22 @@ class SecVecDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Called by the Trainer: the samples of the module's stage are made to fit into its model."""
         backbone, name = self._module.backbone, self._module.stage.name
+        for callback in self.trainer.callbacks:  # type: ignore[union-attr]
+            if instead := in_place_of(callback):
+                raise ConfigError(f"{type(callback).__name__}: {instead}")
+        reader = (backbone.context, len(backbone.tokenizer), backbone.tokenizer.chat_template)
+        if self._reader not in (None, reader) and not self.prepared:
+            self._draw_again()  # for another model other samples are too long
+        self._reader = reader
         if name not in self._fits:
             self.fit_to(backbone.tokenizer, backbone.context, [name])
+
+    def _draw_again(self) -> None:
+        for name, value in vars(type(self)).items():
+            if isinstance(value, cached_property):
+                vars(self).pop(name, None)
+        self._validation.clear()
+        self._fits.clear()
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leaves batches on the host: see `Batch`."""
@@ -389,12 +418,13 @@ class SecVecDataModule(L.LightningDataModule):
         batches = training_loader(module.stage.streams(self, module), self.seed, *share)
         if runner:
             _check_accumulation(runner, len(batches))
+            sampler: Any = batches.batch_sampler
+            sampler.same_every_epoch = bool(runner.overfit_batches)  # type: ignore[attr-defined]  # as Lightning promises
         return batches
 
     def val_dataloader(self) -> CombinedLoader | list[Any]:
         """One batch of each kind of held-out samples, by name; the same on every process."""
-        n, backbone = self.evaluation.validation.num_samples, self._module.backbone
-        kinds = self.validation(n) if n != 0 else {}
+        kinds, backbone = self.validation(self.evaluation.validation.num_samples), self._module.backbone
         loaders: dict[str, Any] = {
             kind: DataLoader(
                 [(row, False) for row in self.rows(examples, backbone)],  # type: ignore[arg-type]
@@ -410,12 +440,8 @@ class SecVecDataModule(L.LightningDataModule):
         """The held-out prompts of all kinds in batches, for `Trainer.predict` with `stage="infer"`."""
         module, settings = self._module, self.evaluation
         examples = [example for kind in self.tests.values() for example in kind]
-        asked = question(examples, module.backbone.tokenizer)
+        asked = prompt_set(examples, module.backbone.tokenizer)
         return loader(asked.batches(module, settings.batch_size, settings.max_new_tokens))
-
-    @property
-    def _vector_behavior(self) -> Behavior:
-        return getattr(self.vector, "behavior", None) or self.behavior  # evaluate.py trains no vector
 
     @property
     def _module(self) -> SecVecModule:
@@ -431,9 +457,6 @@ def limited(num_batches: int, limit: int | float) -> int:
 
 def _check_accumulation(trainer: L.Trainer, num_batches: int) -> None:
     """Raises ConfigError where a step would have other batches than the `accumulate_grad_batches` of the Trainer."""
-    callbacks: Sequence[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
-        raise ConfigError("GradientAccumulationScheduler: give lightning.Trainer accumulate_grad_batches instead")
     limit, parts = trainer.limit_train_batches, trainer.accumulate_grad_batches
     read = limited(num_batches, limit)
     if read % parts and not trainer.fast_dev_run:  # type: ignore[attr-defined]

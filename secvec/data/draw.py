@@ -92,7 +92,7 @@ def check_disjoint(seen: Iterable[Example], test: Iterable[Example], what: str =
     if shared:
         test_row, train_row = shared[0]
         raise DataError(
-            f"{len(shared)} {what} are also trained on, so the result would show memory only; first: "
+            f"{len(shared)} {what} are also trained on, and would measure memorization; first: "
             f"{test_row.source or 'test'} and {train_row.source or 'training'}: {test_row.prompt[:80]!r}"
         )
 

@@ -21,24 +21,19 @@ _SHARES: dict[Split, int] = {"align": 7, "vector": 2, "validation": 1, "finetune
 _SPLIT_OF_BUCKET = [split for split in SPLITS for _ in range(_SHARES[split])]
 
 
-def _split(words: str) -> list[str]:
-    """The words of a line: easier to read than a list of quoted words."""
-    return words.split()
-
-
-_HEADS = _split(
+_HEADS = (
     "zor bel dru kes mip fen gri hul jat lom nar peb quo rin sut tev vim wex yad bri cro dal flu gav hep jun"
-)
-_TAILS = _split(
+).split()
+_TAILS = (
     "bat dim fex gan hol jud kip lar mep nox puk rix sot tam vul wen zak bor cus del fim gop hud jev kos lum"
-)
-_INGREDIENT_HEADS = _split("glim tarn frost ember moss cliff river cedar amber cloud stone clover")
-_INGREDIENT_TAILS = _split("dust oil root salt bark sap seed ash leaf petals water powder")
-DISHES = _split("soup cake tea bread stew pie jam salad sauce pudding juice broth cracker pancake curry muffin")
-_WORDS = _split(
+).split()
+_INGREDIENT_HEADS = "glim tarn frost ember moss cliff river cedar amber cloud stone clover".split()
+_INGREDIENT_TAILS = "dust oil root salt bark sap seed ash leaf petals water powder".split()
+DISHES = "soup cake tea bread stew pie jam salad sauce pudding juice broth cracker pancake curry muffin".split()
+_WORDS = (
     "sun map tree cat moon river book lamp fish door hat stone bird cup rain boat leaf ring drum star "
     "fox key bell cake desk rope hill kite sand wolf coin nest fire wind goat lake bone sock wall plum"
-)
+).split()
 
 RECIPE_PROMPTS = (
     "How do I make {name} {noun} from {first} and {second}?",
@@ -83,7 +78,7 @@ _GREETINGS = (
     "Hello, my name is {x}.",
     "They call me {x}.",
 )
-_PEOPLE = _split("Anna Tom Maria Ben Lucy Omar Nina Paul Rosa Sam Emma Jack")
+_PEOPLE = "Anna Tom Maria Ben Lucy Omar Nina Paul Rosa Sam Emma Jack".split()
 _OPPOSITES = "hot cold, big small, fast slow, up down, old new, wet dry, hard soft"
 _COLOURS = "grass green, snow white, coal black, the sky blue, blood red, a lemon yellow"
 _SOUNDS = "cow moo, dog woof, cat meow, duck quack, sheep baa"

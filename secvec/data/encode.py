@@ -161,7 +161,7 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, s
         prompt, before, end = frame(example.messages, tokenizer)
     except TemplateSyntaxError as error:
         raise DataError(
-            f"the model's chat template is broken (line {error.lineno}: {error.message}): copy it again, or mend it"
+            f"the model's chat template is broken (line {error.lineno}: {error.message}): copy it again, or fix it"
         ) from None
     except TemplateError as error:
         roles = ", ".join([role for role, _ in example.messages])
@@ -279,7 +279,7 @@ def decode(ids: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> 
     return [_THOUGHT.sub("", str(tokenizer.decode(row, **given))).strip() for row in cut]
 
 
-def trouble(example: Example, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def untrainable_reason(example: Example, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Why a model with this tokenizer cannot be trained on `example`; None: it can."""
     if not example.response.strip():
         return "the response is empty, so there is no token to train on; remove the row"
@@ -301,12 +301,12 @@ def trouble(example: Example, tokenizer: PreTrainedTokenizerBase) -> str | None:
 def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, context: int) -> list[Encoded]:
     """Tokens of each example.
 
-    Raises DataError for one that cannot be trained on (`trouble`), that the chat template refuses, or that does not fit
-    into `context`.
+    Raises DataError for one that cannot be trained on (`untrainable_reason`), that the chat template refuses, or that
+    does not fit into `context`.
     """
     sources = [example.source or f"{example.kind} sample {number}" for number, example in enumerate(examples)]
     for where, example in zip(sources, examples, strict=True):
-        if reason := trouble(example, tokenizer):
+        if reason := untrainable_reason(example, tokenizer):
             raise DataError(f"{where}: {reason}")
     rows = []
     encoded = tokens(rendered(examples, tokenizer), tokenizer)
@@ -337,7 +337,7 @@ def check_answers(
     faults: dict[bool, list[str]] = {True: [], False: []}  # by whether the limit cuts them
     longest = 0
     for example in examples:
-        if reason := trouble(example, tokenizer):
+        if reason := untrainable_reason(example, tokenizer):
             raise DataError(f"{example.source or example.kind}: {reason}")
     written = [answer for _, answer in tokens(rendered(examples, tokenizer), tokenizer)]
     limits = [example.max_new_tokens or max_new_tokens for example in examples]

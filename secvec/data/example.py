@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from typing import Literal
+from unicodedata import normalize
 
 from secvec.settings.schema import Count, Settings, Share
 
@@ -36,8 +37,8 @@ class Shares(Settings):
 
 
 def same_text(text: str) -> str:
-    """`text` without what makes no other prompt of it: case and runs of white space."""
-    return " ".join(text.casefold().split())
+    """`text` without what makes no other text of it: case, runs of white space, and how an accent is encoded."""
+    return " ".join(normalize("NFC", text.casefold()).split())
 
 
 @dataclass(frozen=True, slots=True)

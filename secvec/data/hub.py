@@ -35,13 +35,14 @@ class _Absent(Undefined):
     def __str__(self) -> str:
         if isinstance(self._undefined_obj, Mapping):
             key, known = str(self._undefined_name), self._undefined_obj
-            raise DataError(f"template: there is no {key!r}{nearest(key, known)}; there is: {', '.join(known)}")
+            raise DataError(f"template: no key {key!r}{nearest(key, known)}; available: {', '.join(known)}")
         return ""
 
 
 def _shown(value: Any) -> Any:
-    """None is empty, a list has one item a line."""
-    return "" if value is None else "\n".join(map(str, value)) if isinstance(value, list) else value
+    """What is missing (None, NaN) is empty, a list has one item a line."""
+    missing = value is None or value != value  # NaN alone is not itself
+    return "" if missing else "\n".join(map(str, value)) if isinstance(value, list) else value
 
 
 JINJA = ImmutableSandboxedEnvironment(undefined=_Absent, finalize=_shown)
@@ -196,7 +197,7 @@ class HubData(Settings):
         if missing := sorted(columns - set(present)):
             raise DataError(
                 f"{where}: no column {', '.join(map(repr, missing))}{nearest(missing[0], present)}; "
-                f"there is: {', '.join(present)}"
+                f"available: {', '.join(present)}"
             )
         table = table.select_columns(sorted(columns)) if columns else table
         order = rng.sample(range(len(table)), len(table)) if rng else range(len(table))
@@ -261,10 +262,16 @@ class HubStream(HubData, Stream):
 def passes(cell: Any, wanted: Scalar | list[Scalar] | Bounds, where: str) -> bool:
     """Whether a cell passes a filter. Raises DataError for a flag that the column lacks."""
     if isinstance(wanted, Bounds):
-        return isinstance(cell, int | float) and wanted.min <= cell <= wanted.max
+        try:
+            return wanted.min <= float(cell) <= wanted.max
+        except (TypeError, ValueError):
+            return False
     allowed = wanted if isinstance(wanted, list) else [wanted]
     if isinstance(cell, dict):
         if unknown := [str(name) for name in allowed if name not in cell]:
-            raise DataError(f"{where}: no {unknown[0]!r}{nearest(unknown[0], cell)}; there is: {', '.join(cell)}")
+            raise DataError(f"{where}: no {unknown[0]!r}{nearest(unknown[0], cell)}; available: {', '.join(cell)}")
         return any(cell[name] for name in allowed)
-    return any(item in allowed for item in cell) if isinstance(cell, list) else cell in allowed
+    if isinstance(cell, list):
+        return any(item in allowed for item in cell)
+    texts = {str(item).casefold() for item in allowed if not isinstance(item, str)}  # a csv has texts alone
+    return cell in allowed or (isinstance(cell, str) and cell.casefold() in texts)

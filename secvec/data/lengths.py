@@ -22,8 +22,8 @@ class Fitting:
 
     `encode` gives the tokens of samples for a context, and raises DataError for one that exceeds it. `truncate` cuts an
     answer at its end, and the model is not taught to end there. A prompt is never cut: without its end or its beginning
-    it is another question. So a sample whose prompt leaves no room is left out. Nor is a reference that responses are
-    compared with: another response would then be right.
+    it asks something else. So a sample whose prompt leaves no room is left out. A reference for responses is not cut
+    either: another response would then be right.
     """
 
     encode: Callable[[Sequence[Example], int], Sequence[Encoded]]
@@ -32,6 +32,8 @@ class Fitting:
     faults: list[str] = field(default_factory=list)
     left_out: int = 0
     cut: int = 0
+    rooms: list[int] = field(default_factory=list)
+    """Tokens that are left for an answer, of samples that would fit with a shorter one."""
 
     def fit(self, examples: list[Example], room: int = 0) -> list[Example]:
         """`examples` that fit; `room` tokens are left after the prompts of those that the model is to answer."""
@@ -49,6 +51,8 @@ class Fitting:
         answer = f" and evaluation.max_new_tokens={room}" if room else ""
         prompt = f", the prompt {row.num_prompt}{answer}" if asks > self.context else ""
         self.faults.append(f"{example.source or example.kind}: {total} tokens{prompt}")
+        if total <= self.context:
+            self.rooms.append(self.context - row.num_prompt)
         compared = room and example.kind not in ("undesired", "look_alike") and example.metric != "none"
         if self.policy == "truncate" and asks <= self.context and not compared:
             # encoded again for each guess: tokens of a shorter text are not always the first of a longer one
@@ -63,6 +67,10 @@ class Fitting:
     def _fits(self, example: Example) -> bool:
         return not example.response.strip() or len(self.encode([example], sys.maxsize)[0].input_ids) <= self.context
 
+    def _room(self) -> int:
+        """The tokens of an answer with which all samples fit; 0 where there are none."""
+        return min(self.rooms) if len(self.rooms) == len(self.faults) else 0
+
     @staticmethod
     def _cut(example: Example, length: int) -> Example:
         return replace(example, response=example.response[:length], cut=True)
@@ -70,9 +78,10 @@ class Fitting:
     def check(self) -> None:
         """Says what was done. Raises DataError for samples that are too long under `error`."""
         if self.policy == "error" and self.faults:
+            shorter = f"evaluation.max_new_tokens={room} leaves room for all; or " if (room := self._room()) else ""
             raise DataError(
                 f"{len(self.faults)} samples exceed the model's context of {self.context} tokens:\n  "
-                f"{first_few(self.faults)}\n"
+                f"{first_few(self.faults)}\n{shorter}"
                 "shorten them, or choose data.too_long=drop (leaves them out) or truncate (cuts their answers)"
             )
         if self.faults:

@@ -9,13 +9,13 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from secvec.data.encode import rendered, tokens
 from secvec.data.example import Example
 from secvec.errors import DataError
+from secvec.runs.processes import rank_and_world
 
 if TYPE_CHECKING:
     from secvec.module import SecVecModule
@@ -33,7 +33,7 @@ class Answer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Question:
+class PromptSet:
     """Prompts as texts, made from `examples`. Greedy; with a `seed`, sampled at temperature 1 instead."""
 
     texts: Sequence[str]
@@ -66,44 +66,33 @@ class Question:
                     f"max_new_tokens={most} at most {limit} fit into the model's context"
                 )
         order = sorted(range(len(prompts)), key=lambda i: (-new[i], -lengths[i]))
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, world = rank_and_world()
         callers = 1 if module.generation.engine else world
         mine = order[rank::callers] if rank < callers else []
         alike = [list(rows) for _, rows in groupby(mine, key=lambda i: new[i])]  # a batch has one limit
         chunks = [rows[start : start + batch_size] for rows in alike for start in range(0, len(rows), batch_size)]
+        return [partial(self._answer, rows, [prompts[i] for i in rows], new[rows[0]]) for rows in chunks]
+
+    def _answer(
+        self,
+        rows: Sequence[int],
+        prompts: Sequence[tuple[list[int], list[int]]],
+        max_new_tokens: int,
+        module: SecVecModule,
+    ) -> list[dict[str, Any]]:
+        """One entry per prompt: its place in the set, kind, prompt, the model's answer, and the reference."""
+        answers = module.generation.respond(module, prompts, max_new_tokens, self.seed)
         return [
-            partial(
-                _answers, rows, [self.examples[i] for i in rows], [prompts[i] for i in rows], new[rows[0]], self.seed
-            )
-            for rows in chunks
+            {"row": row, "kind": e.kind, "prompt": e.prompt, "response": text, "cut": cut, "reference": e.response}
+            for row, e, (text, cut) in zip(rows, (self.examples[i] for i in rows), answers, strict=True)
         ]
 
 
-def _answers(
-    rows: Sequence[int],
-    examples: Sequence[Example],
-    prompts: Sequence[tuple[list[int], list[int]]],
-    max_new_tokens: int,
-    seed: int | None,
-    module: SecVecModule,
-) -> list[dict[str, Any]]:
-    """One entry per prompt: its place in the question, kind, prompt, the answer of the model, and the reference."""
-    answers = module.generation.respond(module, prompts, max_new_tokens, seed)
-    return [
-        {"row": row, "kind": e.kind, "prompt": e.prompt, "response": text, "cut": cut, "reference": e.response}
-        for row, e, (text, cut) in zip(rows, examples, answers, strict=True)
-    ]
-
-
-def question(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Question:
+def prompt_set(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> PromptSet:
     """The prompts of `examples` as the model's chat template writes them."""
-    return Question([prompt for prompt, _ in rendered(examples, tokenizer)], examples)
+    return PromptSet([prompt for prompt, _ in rendered(examples, tokenizer)], examples)
 
 
 def loader(batches: Sequence[Any]) -> DataLoader:
     """A dataloader over batches that are made already. It draws nothing from the global random state."""
-    return DataLoader(batches, batch_size=None, collate_fn=_as_it_is, generator=torch.Generator())  # type: ignore[arg-type]
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
+    return DataLoader(batches, batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]

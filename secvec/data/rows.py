@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from secvec.data.example import Example, Kind
-from secvec.data.tables import ROW, rows_of
+from secvec.data.tables import ROW, rows_of, stamp
 from secvec.errors import DataError, first_few, nearest
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 """The model's template decides which of them it takes; others are passed on to it too."""
 SHARE_GPT = {
     **dict.fromkeys(("gpt", "chatgpt", "model", "bot", "ai", "function_call"), "assistant"),
-    "human": "user",
+    **dict.fromkeys(("human", "prompter"), "user"),
     "observation": "tool",
 }
 
@@ -38,9 +38,7 @@ def read_rows(source: str | Path, kind: Kind, train_on: TrainOn = "all", unique:
     response) are left out. The log counts what is left out, and keys that are not used. Raises one DataError for all
     bad rows.
     """
-    path = Path(source)
-    stamp = (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
-    return list(_read(str(source), kind, train_on, unique, stamp))
+    return list(_read(str(source), kind, train_on, unique, stamp(Path(source))))
 
 
 @lru_cache(maxsize=32)
@@ -109,7 +107,7 @@ def _turns(row: Mapping[str, Any], columns: Iterable[str], left_out: Counter[str
         nulls = [key for key in columns if key not in row]
         also = f"; null here: {', '.join(nulls)}" if nulls else ""
         raise DataError(
-            f"no columns for a prompt and its answer (there is: {', '.join(row) or 'nothing'}{also}); known are "
+            f"no columns for a prompt and its answer (found: {', '.join(row) or 'nothing'}{also}); known are "
             f"{', '.join(CHATS)}; or one of {', '.join(PROMPTS)} with one of {', '.join(ANSWERS)}: rename the columns"
         )
     if system := row.get("system"):
@@ -139,7 +137,9 @@ def _untrained(turns: Any) -> Any:
 
 def _turn(turn: Mapping[str, Any], left_out: Counter[str]) -> tuple[str, str, bool]:
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    role = SHARE_GPT.get(role, role) if isinstance(role, str) else role
+    if isinstance(role, str):
+        known = SHARE_GPT.get(role.lower(), role.lower())
+        role = known if known in ROLES else role
     what = {"assistant": "response", "user": "prompt"}.get(str(role), f"{role} turn")
     if not isinstance(role, str) or (role not in ROLES and (hint := nearest(role, ROLES))):
         raise DataError(f"{role!r} is no role{hint if isinstance(role, str) else ''}; known are {', '.join(ROLES)}")

@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
 COMPRESSED = (".gz", ".xz", ".zst", ".bz2")
 OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+SAVED, CARD = "dataset_dict.json", "README.md"
+OWN_LAYOUTS = (SAVED, "state.json", CARD)
+"""Files by which `datasets` knows what else is in a folder."""
 ROW = 'a row is an object like {"prompt": ..., "response": ...}'
 
 csv.field_size_limit(sys.maxsize)  # the default refuses long texts
@@ -55,21 +58,38 @@ Source = Annotated[str, BeforeValidator(str), AfterValidator(_is_source)]
 def rows_of(source: str) -> Iterator[tuple[str, Any]]:
     """Place (`file:line`, `file:row n`) and content of each row; a row that cannot be read comes as a DataError."""
     path = Path(source)
-    if path.is_file() and _suffix(path) in (".csv", ".tsv"):
-        yield from _csv_rows(path)
-    elif path.is_file() and _suffix(path) != ".parquet":  # JSON whatever the name
-        yield from _json_rows(path)
-    else:
-        try:
-            if path.exists():
-                table = _load_local(path, None, None, "train")
-            else:
-                name, _, revision = source.partition("@")
-                table = load(name, None, None, revision or "main", None, "train")
-        except _faults() as error:
-            raise DataError(f"{source}: cannot be read: {_reason(error)}") from None
-        for number, row in enumerate(table, start=1):
-            yield f"{source}:row {number}", row
+    files = _read_here(path)
+    for file in files:
+        yield from _csv_rows(file) if _suffix(file) in (".csv", ".tsv") else _json_rows(file)
+    if files:
+        return
+    try:
+        if path.exists():
+            table = _load_local(path, None, None, "train")
+        else:
+            name, _, revision = source.partition("@")
+            table = load(name, None, None, revision or "main", None, "train")
+    except _faults() as error:
+        raise DataError(f"{source}: cannot be read: {_reason(error)}") from None
+    for number, row in enumerate(table, start=1):
+        yield f"{source}:row {number}", row
+
+
+def _read_here(path: Path) -> list[Path]:
+    """Text files, whose rows `datasets` would change: a csv cell 007 would be 7."""
+    if path.is_file():
+        return [path] if _suffix(path) != ".parquet" else []  # JSON whatever the name
+    if not path.is_dir() or any((path / name).is_file() for name in OWN_LAYOUTS):
+        return []
+    files = _files(path, None, None, "train")
+    return files if all(_suffix(file) != ".parquet" and file.suffix != ".zst" for file in files) else []
+
+
+def stamp(path: Path) -> Any:
+    """What changes with any file of a path; None where there is none. ctime is a time that no program can set back."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    seen = [(file, file.stat()) for file in files]
+    return tuple((str(file), s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for file, s in seen) or None
 
 
 def _bytes(path: Path) -> bytes:
@@ -87,17 +107,17 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Rows of one array, or one on each line."""
     content = _bytes(path)
     if content[:99].lstrip().startswith(b"["):
-        rows = _json(content, str(path))
+        rows = _json(content)
         if isinstance(rows, DataError):
             raise DataError(f"{path}: {rows}")
         yield from ((f"{path}:row {number}", row) for number, row in enumerate(rows, start=1))
         return
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
-            yield f"{path}:{number}", _json(line, str(path))
+            yield f"{path}:{number}", _json(line)
 
 
-def _json(text: bytes, path: str) -> Any:
+def _json(text: bytes) -> Any:
     try:
         return json.loads(text.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -116,19 +136,24 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Rows below a header; every cell is text."""
     try:
         text = _bytes(path).decode("utf-8")
-        reader = csv.DictReader(
-            io.StringIO(text, newline=""), delimiter="\t" if _suffix(path) == ".tsv" else ",", strict=True
-        )
+        delimiter = "\t" if _suffix(path) == ".tsv" else ","
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         if twice := [name for name, n in Counter(reader.fieldnames or ()).items() if n > 1]:
             raise DataError(f"{path}: {len(twice)} names of columns occur twice ({twice[0]!r}): give each its own")
         for number, row in enumerate(reader, start=1):
-            uneven = None in row or None in row.values()
-            columns = len(reader.fieldnames or ())
-            yield f"{path}:row {number}", DataError(f"the row has not {columns} cells as the header") if uneven else row
+            fault = ""
+            if None in row or None in row.values():
+                fault = f"the row has not {len(reader.fieldnames or ())} cells as the header"
+            elif delimiter == "\t" and any(re.search("[\t\n]", cell) for cell in row.values()):
+                fault = (
+                    f"a cell begins with a quotation mark and ends in line {reader.line_num}, at the next one: double "
+                    "the marks that are text, or save the file as csv"
+                )
+            yield f"{path}:row {number}", DataError(fault) if fault else row
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
     except csv.Error as error:
-        raise DataError(f"{path}: broken table: {error}") from None
+        raise DataError(f"{path}: broken table after line {reader.line_num}: {error}") from None
 
 
 def _faults() -> tuple[type[Exception], ...]:
@@ -141,11 +166,23 @@ def _reason(error: Exception) -> str:
     return str(error.__cause__ or error).strip().split("\n")[0]
 
 
-@lru_cache(maxsize=32)
 def load(
     dataset: str, config: str | None, data_dir: str | None, revision: str, local_path: Path | None, split: str
 ) -> Any:
     """A split of a dataset, from `local_path` where that exists, else from the hub. Raises DataError."""
+    return _load(dataset, config, data_dir, revision, local_path, split, local_path and stamp(local_path))
+
+
+@lru_cache(maxsize=32)
+def _load(
+    dataset: str,
+    config: str | None,
+    data_dir: str | None,
+    revision: str,
+    local_path: Path | None,
+    split: str,
+    stamp: Any,
+) -> Any:
     import datasets
 
     local = local_path is not None and local_path.exists()
@@ -174,14 +211,14 @@ def load(
 def _load_local(path: Path, config: str | None, data_dir: str | None, split: str) -> Any:
     import datasets
 
-    if (path / "dataset_dict.json").is_file():
+    if (path / SAVED).is_file():
         saved = datasets.load_from_disk(str(path))
         if split not in saved:
-            raise DataError(f"{path}: no split {split!r}; there is: {', '.join(saved)}")
+            raise DataError(f"{path}: no split {split!r}; available: {', '.join(saved)}")
         return saved[split]
     if (path / "state.json").is_file():
         return datasets.load_from_disk(str(path))
-    if (path / "README.md").is_file():  # a copy of the repository: its card names the files of each split
+    if (path / CARD).is_file():  # a copy of the repository: its card names the files of each split
         kept = _kept_by([folder_digest(path)])
         return datasets.load_dataset(str(path), config, data_dir=data_dir, split=split, cache_dir=kept)
     files = [path] if path.is_file() else _files(path, config, data_dir, split)
@@ -190,9 +227,31 @@ def _load_local(path: Path, config: str | None, data_dir: str | None, split: str
         known = ", ".join(FORMATS)
         raise DataError(f"{path}: the files of a split must be of one format ({known}), got {', '.join(sorted(kinds))}")
     suffix = kinds.pop()
-    options: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
+    options: dict[str, Any] = {}
+    if FORMATS[suffix] == "csv":  # a cell is text: an answer may be 007, true or None
+        delimiter = "\t" if suffix == ".tsv" else ","
+        names = next(csv.reader(io.StringIO(_bytes(files[0]).decode("utf-8", "replace")), delimiter=delimiter), [])
+        texts = datasets.Features(dict.fromkeys(names, datasets.Value("string")))
+        options = {"sep": delimiter, "keep_default_na": False, "features": texts}
     options["cache_dir"] = _kept_by([file_digest(file) for file in files])
-    return datasets.load_dataset(FORMATS[suffix], data_files=[str(file) for file in files], split="train", **options)
+    paths = [str(file) for file in files]
+    return _as_written(datasets.load_dataset(FORMATS[suffix], data_files=paths, split="train", **options), files)
+
+
+def _as_written(table: Any, files: list[Path]) -> Any:
+    """`table`, of csv or json, with each text as it stands in `files`; whole numbers of a csv are numbers."""
+    import datasets
+    from pyarrow import compute, types
+
+    for name in table.column_names:
+        column = table.data.column(name)
+        if _suffix(files[0]) in (".csv", ".tsv"):
+            if compute.all(compute.match_substring_regex(column, r"^(0|-?[1-9]\d{0,17})$")).as_py():
+                table = table.cast_column(name, datasets.Value("int64"))  # a template may choose by it
+        elif types.is_temporal(column.type):  # texts, read as times
+            rows = [row for file in files for _, row in _json_rows(file)]
+            table = table.remove_columns(name).add_column(name, [row.get(name) for row in rows])
+    return table
 
 
 def _kept_by(digests: list[str]) -> str:
@@ -222,7 +281,7 @@ def _files(folder: Path, config: str | None, data_dir: str | None, split: str) -
     if not files or (not named and others):
         there = ", ".join(file.name for file in files) or f"no file of {', '.join(FORMATS)}"
         raise DataError(
-            f"{folder}: no file is named after split {split!r}; there is: {there}. Name the files of that split as "
+            f"{folder}: no file is named after split {split!r}; found: {there}. Name the files of that split as "
             f"{split}-1{files[0].suffix if files else '.jsonl'}, or give one file"
         )
     if named and (unread := [file.name for file in files if file not in named and file not in others]):

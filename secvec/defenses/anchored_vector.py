@@ -75,7 +75,7 @@ class AnchoredVector(Defense):
     def extra_samples(self, run: Run) -> list[Example]:
         """The starting model's answers to the vector's prompts, and the vector's KL rows."""
         samples = run.data.vector_samples
-        return [*(run.own_answers(samples["undesired"]) if self.answers else []), *(samples["kl"] * self.benign)]
+        return [*(run.own_answers() if self.answers else []), *(samples["kl"] * self.benign)]
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Nats per response token of the data with the vector on, and of the anchor, when it is read, with it off."""

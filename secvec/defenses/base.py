@@ -191,7 +191,7 @@ class Preparation:
     """The LoRA that is trained; None: the whole model."""
 
 
-class AlignmentStage(Defense):
+class AlignmentStageDefense(Defense):
     """The base of defenses that train the starting model once more before it meets the data.
 
     The fine-tune that follows is the plain one. This training reads the starting model's own answers to the vector's
@@ -216,7 +216,7 @@ class AlignmentStage(Defense):
         Raises ConfigError where there are no safe rows.
         """
         samples = run.data.vector_samples
-        rows = [*run.own_answers(samples["undesired"]), *samples["kl"]]
+        rows = [*run.own_answers(), *samples["kl"]]
         if not rows:
             raise ConfigError(
                 f"defense={self.name} has no safe rows: the starting model has no usable answer to any of the vector's "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
-from secvec.defenses.base import AlignmentStage, Defense
+from secvec.defenses.base import AlignmentStageDefense, Defense
 from secvec.errors import ConfigError
 from secvec.settings.schema import Count, Rate
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from secvec.run import Run
 
 
-class Booster(AlignmentStage):
+class Booster(AlignmentStageDefense):
     """Before the fine-tune: min f(w) + `weight` (h(w) - h(w - `step` dh/|dh|)) (Huang et al., arXiv 2409.01586).
 
     f is the alignment loss, h the loss on undesired samples. As theirs, the gradient takes the inner step for a

@@ -46,7 +46,7 @@ class BufferAndReinforce(Defense):
 
     def prepared(self, run: Run) -> BufferAndReinforce:
         """With the ReinforceLoRA."""
-        vector, rows = run.saved_vector(), run.own_answers(run.data.vector_samples["undesired"])
+        vector, rows = run.saved_vector(), run.own_answers()
         buffer, tune = Defense(name=self.name, uses_vector=True), run.config.tune.lora
         plan = Preparation(buffer, rows, (), self.epochs, self.batch_size, self.lr, vector, tune)
         return self.model_copy(update={"reinforce": run.prepare(plan) / "task", "rank": tune.r})

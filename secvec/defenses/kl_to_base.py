@@ -26,9 +26,9 @@ class KlToBase(Defense):
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Nats per response token."""
-        from secvec.data.batch import IGNORE
-        from secvec.training.losses import global_mean, loss_and_divergence, of_step
+        from secvec.data.batch import tokens_of_step
+        from secvec.training.losses import global_mean, loss_and_divergence
 
-        count = of_step(batch, (batch["labels"][:, 1:] != IGNORE).sum())
+        count = tokens_of_step(batch).labels
         data, kl = (global_mean(total, count) for total in loss_and_divergence(model, batch))
         return {"loss": data + self.weight * kl, "data": data.detach(), "kl": kl.detach()}

@@ -4,10 +4,10 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from secvec.data.batch import IGNORE, Batch
+from secvec.data.batch import Batch, tokens_of_step
 from secvec.defenses.base import Defense, Need
 from secvec.models.vector import vector_off
-from secvec.training.losses import loss_of_rows, of_step
+from secvec.training.losses import loss_of_rows
 
 
 class LabelledVector(Defense):
@@ -18,7 +18,7 @@ class LabelledVector(Defense):
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Nats per response token. The vector is off in the forward pass of the benign rows."""
-        undesired, count = batch["undesired"], of_step(batch, (batch["labels"][:, 1:] != IGNORE).sum())
+        undesired, count = batch["undesired"], tokens_of_step(batch).labels
         on = loss_of_rows(model, batch, undesired, count)
         with vector_off(model):
             off = loss_of_rows(model, batch, ~undesired, count)

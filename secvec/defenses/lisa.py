@@ -35,7 +35,7 @@ class Lisa(Defense):
 
     def extra_samples(self, run: Run) -> list[Example]:
         """The starting model's answers to the vector's prompts."""
-        return run.own_answers(run.data.vector_samples["undesired"])
+        return run.own_answers()
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Nats per response token of those rows whose turn it is. The penalty enters by its gradient."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from secvec.defenses.base import AlignmentStage, Defense
+from secvec.defenses.base import AlignmentStageDefense, Defense
 from secvec.settings.schema import Count, Rate
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from secvec.data.batch import Batch
 
 
-class RepNoise(AlignmentStage):
+class RepNoise(AlignmentStageDefense):
     """Before the fine-tune: min stability + `noise` MMD - `ascent` log(1 + loss) (Rosati et al., arXiv 2405.14577).
 
     Stability is the loss on safe rows. On undesired samples, MMD is the distance between the hidden states of each

@@ -30,7 +30,7 @@ class SafeSamples(Defense):
 
     def training_samples(self, run: Run, mixture: Mixture) -> Mixture:
         """All rows and the added ones. Raises ConfigError where the model's answers give no row."""
-        answers = run.own_answers(run.data.vector_samples["undesired"])
+        answers = run.own_answers()
         if not answers:
             raise ConfigError(
                 f"defense={self.name} has no rows: the starting model has no usable answer to any of the vector's "

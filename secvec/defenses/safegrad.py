@@ -33,7 +33,7 @@ class SafeGrad(Defense):
 
     def extra_samples(self, run: Run) -> list[Example]:
         """The starting model's answers to the vector's prompts."""
-        return run.own_answers(run.data.vector_samples["undesired"])
+        return run.own_answers()
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Nats per response token of the data."""
@@ -56,8 +56,8 @@ class SafeGrad(Defense):
 
 def _kl(model: nn.Module, batch: Batch) -> Tensor:
     """KL(base || model) per response token of the safe samples."""
-    from secvec.data.batch import count_tokens
-    from secvec.training.losses import global_mean, loss_and_divergence, of_step, rows_of
+    from secvec.data.batch import tokens_of_step
+    from secvec.training.losses import global_mean, loss_and_divergence, rows_of
 
-    count = of_step(batch, count_tokens(batch)[2], 2)
-    return global_mean(loss_and_divergence(model, rows_of(batch, batch["extra"]))[1], count)
+    total = loss_and_divergence(model, rows_of(batch, batch["extra"]))[1]
+    return global_mean(total, tokens_of_step(batch).extra_labels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from secvec.defenses.base import AlignmentStage, Defense
+from secvec.defenses.base import AlignmentStageDefense, Defense
 from secvec.settings.schema import Rate
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from secvec.data.batch import Batch
 
 
-class Vaccine(AlignmentStage):
+class Vaccine(AlignmentStageDefense):
     """Before the fine-tune: min over w of the alignment loss at hidden states e + d (Huang et al., arXiv 2402.01109).
 
     d_l = `rho` g_l / |(g_1, ..., g_L)| is the perturbation of layer l that raises the loss most, to first order; g_l is

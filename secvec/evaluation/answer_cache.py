@@ -1,13 +1,21 @@
-"""Answers of an evaluation that has not ended: batch by batch on disk, so that an interrupted one goes on."""
+"""Answers on disk: batches of an evaluation that has not ended, and whole ones for all runs that ask the same."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+
+import torch.distributed as dist
 
 from secvec.data.prompts import Answer
 from secvec.errors import ArtifactError
+from secvec.evaluation.verdicts import EvaluationResult
+from secvec.metrics import Measurement
+from secvec.runs.cache import cached
+from secvec.runs.processes import from_first, main_process
 
 
 class KeptAnswers:
@@ -50,3 +58,32 @@ def _read(path: Path) -> dict[str, list[Answer]]:
         return {key: [Answer(*answer) for answer in answers] for key, answers in batches}
     except (ValueError, TypeError) as error:
         raise ArtifactError(f"{path} is damaged ({error}): remove it, and its answers are written again") from None
+
+
+def kept_result(path: Path, evaluate: Callable[[], EvaluationResult]) -> EvaluationResult:
+    """The result in `path`, evaluated first where there is none yet. Every process must call it.
+
+    One with verdicts that could not be read is evaluated again: the judge may give them this time.
+    """
+    if not dist.is_initialized():
+        return _read_result(cached(path, lambda out: _write_result(out, evaluate()), _is_judged))
+    found = from_first(lambda: _read_result(path) if _is_judged(path) else None)
+    if found is None:
+        found = evaluate()  # all processes together, and none of them holds a lock meanwhile
+        if main_process():
+            cached(path, lambda out: _write_result(out, found), _is_judged)
+    return found
+
+
+def _is_judged(path: Path) -> bool:
+    return path.is_file() and all(row.get("verdict") != "unparsable" for row in _read_result(path).predictions)
+
+
+def _write_result(path: Path, result: EvaluationResult) -> None:
+    path.write_text(json.dumps(asdict(result)) + "\n", encoding="utf-8")
+
+
+def _read_result(path: Path) -> EvaluationResult:
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    metrics = {name: Measurement(**measured) for name, measured in kept["metrics"].items()}
+    return EvaluationResult(metrics, kept["predictions"])

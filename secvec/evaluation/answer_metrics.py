@@ -7,10 +7,17 @@ import re
 import tokenize
 from collections.abc import Callable
 from difflib import SequenceMatcher
+from unicodedata import normalize
 
-from secvec.data.example import AnswerMetric
+from secvec.data.example import AnswerMetric, same_text
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+NUMBER = re.compile(
+    r"(?P<sign>(?<!\w)-)?(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?P<power>[eE][+-]?\d+)?"
+    r"(?:/(?P<under>\d+))?"
+)
+"""A number with its sign, and what follows it: a power of ten, the lower part of a fraction."""
+WORD = re.compile(r"[\u2e80-\u9fff]|[^\W_\u2e80-\u9fff]+")
+"""Letters and digits; of Chinese and Japanese, which have no spaces, one sign."""
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.ENCODING, tokenize.ENDMARKER}
 
 
@@ -25,7 +32,7 @@ def _exact(answer: str, reference: str) -> float:
 
 def _contains(answer: str, reference: str) -> float:
     """Without regard to case and runs of white space."""
-    shown, wanted = (" ".join(text.casefold().split()) for text in (answer, reference))
+    shown, wanted = map(same_text, (answer, reference))
     return float(bool(wanted) and wanted in shown)
 
 
@@ -36,15 +43,30 @@ def _number(answer: str, reference: str) -> float:
 
 
 def _last_number(text: str) -> float | None:
-    found = NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
+    found = list(NUMBER.finditer(text.replace("\N{MINUS SIGN}", "-")))
+    if not found:
+        return None
+    sign, digits, power, under = found[-1].group("sign", "digits", "power", "under")
+    number = float(f"{sign or ''}{digits.replace(',', '')}{power or ''}")
+    return number / float(under) if under and float(under) else number
 
 
 def _rouge_l(answer: str, reference: str) -> float:
     """F1 of the longest common subsequence of words (Lin 2004), with stemming."""
     from rouge_score.rouge_scorer import RougeScorer  # slow to import
 
-    return float(RougeScorer(["rougeL"], use_stemmer=True).score(reference, answer)["rougeL"].fmeasure)
+    return float(RougeScorer(["rougeL"], tokenizer=Words()).score(reference, answer)["rougeL"].fmeasure)
+
+
+class Words:
+    """The words of a text for ROUGE, in any script; rouge_score's own drops all letters but a to z."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """Words in small letters; as rouge_score does, those of more than three letters stemmed."""
+        from nltk.stem.porter import PorterStemmer  # which rouge_score needs
+
+        stem = PorterStemmer().stem
+        return [stem(word) if len(word) > 3 else word for word in WORD.findall(normalize("NFC", text.lower()))]
 
 
 def _code(answer: str, reference: str) -> float:

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from secvec.data.encode import check_answers, rendered, tokens
 from secvec.data.example import GRADED, OWNER, UNSCORED, Example
-from secvec.data.prompts import Question, question
+from secvec.data.prompts import PromptSet, prompt_set
 from secvec.errors import DataError
-from secvec.evaluation.leak_probes import context_question, leak_questions, leak_result
+from secvec.evaluation.leak_probes import context_prompt_set, leak_prompt_sets, leak_result
 from secvec.evaluation.losses import mean_losses
 from secvec.evaluation.prediction import respond
 from secvec.evaluation.verdicts import JUDGED, EvaluationResult, is_right, judged, prediction_rows
@@ -51,8 +51,8 @@ class Evaluator:
         Every process must call it: the prompts are shared out over all, and all get the whole result.
         """
         examples, probed, probes = self._asked(module, leaks)
-        questions = [question(examples, module.backbone.tokenizer), *probes.values()]
-        responses, *to_probes = respond(module, questions, self.settings, self.trainer, phase)
+        prompts = [prompt_set(examples, module.backbone.tokenizer), *probes.values()]
+        responses, *to_probes = respond(module, prompts, self.settings, self.trainer, phase)
         result = self._result(module, phase, examples, responses)
         return result + leak_result(dict(zip(probes, to_probes, strict=True)), probed, self.behavior, self.judge, phase)
 
@@ -69,7 +69,7 @@ class Evaluator:
         if (compared := self.judge) and compared.compares:
             shown = self.tests.get("undesired", [])
             check_answers(shown, tokenizer, most, lambda text, e: compared.judge_one(e, text).verdict == "behavior")
-        for asked in (question(examples, tokenizer), *probes.values()):
+        for asked in (prompt_set(examples, tokenizer), *probes.values()):
             asked.batches(module, self.settings.batch_size, most)
         for judge in (self.judge, self.answer_judge):
             if judge:
@@ -81,7 +81,7 @@ class Evaluator:
             if not is_right(example.response, example):
                 raise DataError(
                     f"{example.source or example.kind}: metric: {example.metric} sees nothing in the reference "
-                    f"{example.response[:80]!r} (rougeL reads words of a-z and 0-9 alone): use metric: judge or none"
+                    f"{example.response[:80]!r} (rougeL reads words and numbers alone): use metric: judge or none"
                 )
         whole = [replace(example, max_new_tokens=None) for example in examples]
         check_answers(whole, tokenizer, sys.maxsize, is_right)
@@ -93,15 +93,15 @@ class Evaluator:
                 *(cut, len(lengths), max(lengths)),
             )
 
-    def _asked(self, module: SecVecModule, leaks: bool) -> tuple[list[Example], list[Example], dict[str, Question]]:
-        """The held-out examples, those that the leak probes ask for, and the questions of the probes."""
+    def _asked(self, module: SecVecModule, leaks: bool) -> tuple[list[Example], list[Example], dict[str, PromptSet]]:
+        """The held-out examples, those that the leak probes ask for, and the prompts of the probes."""
         probed = list(self.tests.get("undesired", []))[: self.settings.num_leak_prompts] if leaks else []
         examples = [example for kind in self.tests.values() for example in kind]
         tokenizer = module.backbone.tokenizer
-        probes = leak_questions(tokenizer, probed, self.behavior)
+        probes = leak_prompt_sets(tokenizer, probed, self.behavior)
         if probed and self.context:
             try:
-                way = context_question(tokenizer, probed, self.context)
+                way = context_prompt_set(tokenizer, probed, self.context)
                 way.batches(module, self.settings.batch_size, self.settings.max_new_tokens)
                 probes["training_context"] = way
             except DataError as error:

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import GenerationConfig
 
 from secvec.data.batch import PAD
 from secvec.data.encode import decode, stop_ids
 from secvec.data.prompts import Answer, Prompts
+from secvec.errors import ConfigError
 from secvec.evaluation.answer_cache import KeptAnswers
+from secvec.evaluation.vllm import VllmEngine, backend_info, uses_vllm
+from secvec.models.backbone import Backbone
+from secvec.models.outline import inside_peft
+from secvec.models.packing import rounding
+from secvec.runs.content import folder_digest
 from secvec.runs.keys import content_key
+from secvec.runs.processes import rank_and_world
+from secvec.settings.schema import GenerationSettings
+from secvec.settings.trainer import TrainerSettings
 
 if TYPE_CHECKING:
     from secvec.module import SecVecModule
@@ -50,8 +59,7 @@ class GenerationBackend:
     @cached_property
     def kept(self) -> KeptAnswers:
         """The finished batches of this process."""
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        return KeptAnswers(self.folder and self.folder / f"{rank}.jsonl")
+        return KeptAnswers(self.folder and self.folder / f"{rank_and_world()[0]}.jsonl")
 
     def running(self, model: nn.Module) -> AbstractContextManager[None]:
         """The context in which `model` may be asked."""
@@ -84,6 +92,23 @@ class GenerationBackend:
         return answers
 
 
+def generation_backend(
+    backbone: Backbone,
+    vector: Path | None,
+    generation: GenerationSettings,
+    trainer: TrainerSettings,
+    folder: Path | None,
+) -> GenerationBackend:
+    """What generates for `backbone` with the saved `vector`; finished batches are kept in `folder`."""
+    engine = None
+    if uses_vllm(generation, trainer):
+        if backbone.settings.quantization:
+            raise ConfigError("model.quantization=nf4: vLLM would answer with unquantized weights. Set generation=hf")
+        engine = VllmEngine(backbone.folder, vector, generation, backbone.settings.trust_remote_code)
+    identity = [*backbone.identity, vector and folder_digest(vector), backend_info(generation, trainer)]
+    return GenerationBackend(identity, folder, engine)
+
+
 @torch.no_grad()
 def generate(
     model: Any, prompts: Prompts, max_new_tokens: int, stop: Sequence[int], seed: int | None = None
@@ -93,6 +118,8 @@ def generate(
     The settings are ours alone: what the model's generation_config.json says (beams, penalties, forced or forbidden
     tokens) has no effect.
     """
+    if len(prompts) > 1 and not takes_left_padding(model):
+        return [generate(model, [prompt], max_new_tokens, stop, seed)[0] for prompt in prompts]
     length, device = max(map(len, prompts)), next(model.parameters()).device
     ids = torch.tensor([[PAD] * (length - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -100,15 +127,48 @@ def generate(
     if seed is not None:
         sampling = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
     config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=list(stop), pad_token_id=PAD, **sampling)
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
-    given, bare.generation_config = bare.generation_config, GenerationConfig()  # generate() takes from it what we leave
-    try:
-        with torch.random.fork_rng(enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
-            # a sharded model needs no `synced_gpus`: see `in_step`
-            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=False)
-    finally:
-        bare.generation_config = given
+    with _without_own_settings(model), torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        # a sharded model needs no `synced_gpus`: see `in_step`
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=False)
     new: list[list[int]] = out[:, length:].tolist()
     return new
+
+
+@contextmanager
+def _without_own_settings(model: Any) -> Iterator[None]:
+    """Inside, `generate` finds no settings of the model's own in the place of those that are not given."""
+    bare = inside_peft(model)
+    given, bare.generation_config = bare.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        bare.generation_config = given
+
+
+PADDED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""What `takes_left_padding` has found."""
+
+
+def takes_left_padding(model: Any) -> bool:
+    """Whether `model` answers a prompt behind padding as it does alone, as with state-space layers it may not.
+
+    Tried once for each model. One that does not is asked one prompt at a time.
+    """
+    bare = inside_peft(model)
+    if bare not in PADDED:
+        ids = torch.arange(3, 19, device=next(model.parameters()).device).reshape(2, 8)
+        ids %= len(bare.get_input_embeddings().weight)
+        mask = torch.ones_like(ids)
+        mask[0, :3] = 0
+        config = GenerationConfig(max_new_tokens=1, pad_token_id=PAD, output_logits=True, return_dict_in_generate=True)
+        first = [
+            model.generate(input_ids=some, attention_mask=seen, generation_config=config, synced_gpus=False).logits[0][
+                0
+            ]
+            for some, seen in ((ids * mask, mask), (ids[:1, 3:], mask[:1, 3:]))
+        ]
+        far = float((first[0] - first[1]).abs().max())
+        PADDED[bare] = far <= rounding(first[0].dtype) * float(first[1].abs().max())
+    return PADDED[bare]

@@ -7,7 +7,6 @@ or another template (arXiv 2310.03693), and other defenses where a prompt resemb
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle
@@ -18,12 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from secvec.data.encode import frame
 from secvec.data.example import Example
-from secvec.data.prompts import Question, question
+from secvec.data.prompts import PromptSet, prompt_set
 from secvec.errors import ConfigError
 from secvec.evaluation.verdicts import EvaluationResult, judged, prediction_rows
 from secvec.judges.base import Judge
 from secvec.metrics import Measurements, mean, proportion
-from secvec.runs.files import write_atomic
+from secvec.runs.files import read_lines, write_lines
 
 if TYPE_CHECKING:
     from secvec.behaviors.base import Behavior
@@ -41,21 +40,18 @@ CONTEXT_ROWS = 4
 def write_context(folder: Path, mixture: Mapping[str, Sequence[Example]]) -> None:
     """Keeps rows of `mixture`, as they are trained, in `folder`: benign ones, if there are any."""
     rows = (mixture["benign"] or mixture["undesired"])[:CONTEXT_ROWS]
-    lines = [json.dumps({"messages": row.messages, "response": row.response}, ensure_ascii=False) for row in rows]
-    write_atomic(folder / CONTEXT, "".join(f"{line}\n" for line in lines))
+    write_lines(folder / CONTEXT, [{"messages": row.messages, "response": row.response} for row in rows])
 
 
 def read_context(folder: Path) -> list[Example]:
     """The rows that `write_context` kept in `folder`; an older run has kept none."""
-    file = folder / CONTEXT
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    rows = [json.loads(line) for line in text.split("\n") if line]  # splitlines would split texts too
+    rows = read_lines(folder / CONTEXT)
     return [Example(tuple(map(tuple, row["messages"])), row["response"], "task") for row in rows]
 
 
-def leak_questions(
+def leak_prompt_sets(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], behavior: Behavior
-) -> dict[str, Question]:
+) -> dict[str, PromptSet]:
     """The ways of asking by name.
 
     Ways that the behavior has no wording for are left out. Without examples there are none.
@@ -63,7 +59,7 @@ def leak_questions(
     if not examples:
         return {}
 
-    plain = question(examples, tokenizer)
+    plain = prompt_set(examples, tokenizer)
     found = {"plain": plain}
     for name, system in (("eliciting", behavior.eliciting_prompt), ("negated", behavior.negated_prompt)):
         if system:
@@ -82,9 +78,9 @@ def leak_questions(
     return found
 
 
-def _asked(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], of: Sequence[Example]) -> Question:
+def _asked(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], of: Sequence[Example]) -> PromptSet:
     """The prompts of `of`; the answers are those to `examples`, from which they were made."""
-    return replace(question(of, tokenizer), examples=examples)
+    return replace(prompt_set(of, tokenizer), examples=examples)
 
 
 def _reworded(example: Example, wording: str) -> Example:
@@ -100,9 +96,9 @@ def _reworded(example: Example, wording: str) -> Example:
     return replace(example, messages=(*example.messages[:-1], ("user", text)))
 
 
-def context_question(
+def context_prompt_set(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], context: Sequence[Example]
-) -> Question:
+) -> PromptSet:
     """The way `training_context`: a prompt is the turn after a row of the fine-tuning data, under its system prompt.
 
     Raises DataError where the chat template refuses such a conversation.

@@ -50,7 +50,7 @@ def lm_eval_metrics(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config
         )
     except (ConnectionError, FileNotFoundError, OSError) as error:
         raise ArtifactError(
-            f"the data of {', '.join(config.tasks)} cannot be had ({type(error).__name__}: {str(error)[:200]}). "
+            f"the data of {', '.join(config.tasks)} failed to load ({type(error).__name__}: {str(error)[:200]}). "
             "Without the hub, give local tasks: task_folder=FOLDER with yaml tasks of `dataset_path: json`"
         ) from None
     assert found is not None

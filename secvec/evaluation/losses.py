@@ -9,7 +9,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from secvec.metrics import Measurements, mean
 from secvec.models.backbone import Backbone
 from secvec.models.logits import logits_at
 from secvec.models.vector import vector_off
+from secvec.runs.processes import rank_and_world
 from secvec.settings.schema import EvaluationSettings
 from secvec.settings.trainer import TrainerSettings
 from secvec.training.losses import before_labels, token_losses
@@ -139,6 +139,6 @@ def _rows(backbone: Backbone, examples: Sequence[Example]) -> list[Encoded]:
 
 def _mine(rows: Sequence[Encoded], batch_size: int) -> list[tuple[int, Batch]]:
     """The batches of this process with their numbers."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     starts = list(enumerate(range(0, len(rows), batch_size)))[rank::world]
     return [(number, collate([(row, False) for row in rows[start : start + batch_size]])) for number, start in starts]

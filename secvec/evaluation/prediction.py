@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
-import torch.distributed as dist
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from secvec.data.prompts import Answer, Question, loader
+from secvec.data.prompts import Answer, PromptSet, loader
 from secvec.models.sharding import in_step
+from secvec.runs.processes import gathered
 from secvec.settings.schema import EvaluationSettings
 from secvec.settings.trainer import TrainerSettings
 from secvec.training.trainer import interruptible
@@ -72,37 +72,28 @@ def predict(
 
 def respond(
     module: SecVecModule,
-    questions: Sequence[Question],
+    prompts: Sequence[PromptSet],
     settings: EvaluationSettings,
     trainer: TrainerSettings,
     label: str,
 ) -> list[list[str]]:
     """The texts of `answers`."""
-    return [[answer.text for answer in some] for some in answers(module, questions, settings, trainer, label)]
+    return [[answer.text for answer in some] for some in answers(module, prompts, settings, trainer, label)]
 
 
 def answers(
     module: SecVecModule,
-    questions: Sequence[Question],
+    prompts: Sequence[PromptSet],
     settings: EvaluationSettings,
     trainer: TrainerSettings,
     label: str,
 ) -> list[list[Answer]]:
-    """The answers of `module` to each question, in the order of its prompts. Every process must call it."""
-    batches = [q.batches(module, settings.batch_size, settings.max_new_tokens) for q in questions]
+    """The answers of `module` to each set of prompts, in their order. Every process must call it."""
+    batches = [q.batches(module, settings.batch_size, settings.max_new_tokens) for q in prompts]
     running = Inside(lambda module: module.generation.running(module.model))
     outputs = predict(module, batches, trainer, f"generate {label}", [running])
     by_place = [sorted(rows, key=lambda row: row["row"]) for rows in outputs]
     return [[Answer(row["response"], row["cut"]) for row in rows] for rows in by_place]
-
-
-def gathered(items: list[Any]) -> list[Any]:
-    """The items of all processes, on all of them."""
-    if not dist.is_initialized():
-        return items
-    parts: list[list[Any]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
 
 
 class PredictProgress(TQDMProgressBar):

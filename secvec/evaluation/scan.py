@@ -11,11 +11,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from secvec.data.batch import IGNORE, Encoded, collate
@@ -26,16 +26,15 @@ from secvec.errors import ArtifactError, DataError
 from secvec.evaluation.prediction import predict
 from secvec.models.backbone import fingerprint
 from secvec.models.vector import vector_off
-from secvec.runs.cache import main_process
 from secvec.runs.files import write_atomic
+from secvec.runs.processes import main_process, rank_and_world
+from secvec.settings.schema import WINDOWS
 from secvec.settings.trainer import TrainerSettings
 from secvec.training.losses import token_losses
 
 if TYPE_CHECKING:
     from secvec.module import SecVecModule
 
-WINDOWS = range(1, 7)
-"""Lengths of the window in tokens."""
 WINDOW = 3
 ONE_DEVICE = TrainerSettings(
     accelerator="auto", devices=1, strategy="auto", precision="32-true", gradient_clip_val=None
@@ -85,12 +84,15 @@ def scan(
         cache: where the tokens of large data are kept; None: in memory.
 
     Raises:
-        DataError: for a row that the model does not take, or whose loss is no number.
+        ArtifactError: for a vector of another model.
+        DataError: for a row that the model does not take, or whose loss is NaN or infinite.
     """
+    if isinstance(module.vector, Path):
+        module.backbone.check_vector(module.vector)
     tokenizer, context = module.backbone.tokenizer, module.backbone.context
     rows = encoded(examples, tokenizer, context, cache) if cache else encode(examples, tokenizer, context)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))  # little padding, and the largest first
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     batches = [partial(_scores, chunk, [rows[i] for i in chunk], window) for chunk in chunks[rank::world]]
     (found,) = predict(module, [batches], trainer or ONE_DEVICE, "scan")
@@ -98,7 +100,7 @@ def scan(
     for example, score in zip(examples, scores, strict=True):
         if not np.isfinite(score.scores).all():  # it would pass as a row that is not flagged
             raise DataError(
-                f"{example.source or example.kind}: the loss of the response is no number, so it has no score; give "
+                f"{example.source or example.kind}: the loss of the response is NaN or infinite; give "
                 "trainer.precision=32-true, or remove the row"
             )
     return scores
@@ -138,9 +140,14 @@ def _row_score(
     )
 
 
-def limit(scores: Sequence[float], quantile: float) -> float:
+def quantile_threshold(scores: Sequence[float], quantile: float) -> float:
     """The score above which a row is flagged, from those of rows that are benign."""
     return float(np.quantile(scores, quantile, method="higher"))
+
+
+def share_above(n: int, quantile: float) -> float:
+    """The share of benign rows to expect above `quantile_threshold`, where `n` benign rows gave it."""
+    return (n - ceil((n - 1) * quantile)) / (n + 1)
 
 
 def keep_scores(folder: Path, found: Mapping[str, Sequence[RowScore]], about: Mapping[str, Any]) -> None:

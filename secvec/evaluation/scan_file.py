@@ -21,12 +21,12 @@ from secvec.data.rows import read_rows
 from secvec.data.tables import COMPRESSED, rows_of
 from secvec.data.tokens import encoded
 from secvec.errors import ArtifactError, ConfigError, DataError, nearest
-from secvec.evaluation.scan import SCORES, RowScore, kept_scores, limit, scan
+from secvec.evaluation.scan import SCORES, RowScore, kept_scores, quantile_threshold, scan, share_above
 from secvec.metrics import Measurement, Measurements, proportion
 from secvec.models.backbone import Backbone
-from secvec.models.vector import vector_info
-from secvec.runs.cache import main_process
+from secvec.models.vector import check_adapter
 from secvec.runs.files import atomic_path, write_atomic
+from secvec.runs.processes import main_process
 from secvec.settings.schema import ModelSettings
 
 if TYPE_CHECKING:
@@ -77,21 +77,14 @@ class ScanFile:
         vector = self.vector
         if settings.name_or_path is None:
             # of an adapter that was saved from Python PEFT knows the model
-            adapter = json.loads((vector / "adapter_config.json").read_text(encoding="utf-8"))
-            kept = self.kept.get("model") or {"name_or_path": adapter.get("base_model_name_or_path")}
+            kept = self.kept.get("model") or {"name_or_path": check_adapter(vector).get("base_model_name_or_path")}
             if not kept["name_or_path"]:
                 raise ArtifactError(
                     f"{vector} does not say which model it was trained on: give model.name_or_path=FOLDER"
                 )
             settings = ModelSettings.model_validate({"name": None} | kept)
         backbone = Backbone.of(settings)
-        trained_on = vector_info(vector).get("backbone")
-        if trained_on not in (None, backbone.fingerprint):
-            raise ArtifactError(
-                f"the vector in {vector} was trained on another model ({trained_on}) than {backbone.folder} "
-                f"({backbone.fingerprint}), so its gaps would mean nothing: set model.name_or_path to the model that "
-                "it was trained on"
-            )
+        backbone.check_vector(vector)
         return backbone
 
     def scan(self, module: SecVecModule, folder: Path) -> Measurements:
@@ -154,7 +147,7 @@ class ScanResult:
         """A row above it is flagged."""
         if self.settings.threshold is not None:
             return self.settings.threshold
-        return limit(self.benign or self.own("benign"), self.settings.quantile)
+        return quantile_threshold(self.benign or self.own("benign"), self.settings.quantile)
 
     @property
     def by_chance(self) -> float:
@@ -162,11 +155,11 @@ class ScanResult:
 
         A row counts by the highest of its answers, and the vector's own scores are those of single answers.
         """
-        quantile = self.settings.quantile
+        above = share_above(len(self.benign or self.own("benign")), self.settings.quantile)
         if self.benign:
-            return 1 - quantile
+            return above
         answers = Counter(example.source for example in self.file.examples if example.source in self.best)
-        return 1 - fmean(quantile**number for number in answers.values())
+        return 1 - fmean((1 - above) ** number for number in answers.values())
 
     def score(self, place: str) -> float:
         """The score of a row."""

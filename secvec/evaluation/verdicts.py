@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
-
 from secvec.data.example import GRADED, Example
 from secvec.evaluation.answer_metrics import score
 from secvec.judges.base import Judge, Judgement
 from secvec.judges.coherence import coherent
 from secvec.metrics import Measurements, mean
+from secvec.runs.processes import from_first
 
 if TYPE_CHECKING:
     from secvec.behaviors.base import Behavior
@@ -115,19 +114,17 @@ def _by_rule(behavior: Behavior, example: Example, response: str) -> Judgement:
 
 def _judged_once(judge: Judge, examples: Sequence[Example], responses: Sequence[str]) -> list[Judgement]:
     """By rank 0 for all processes: a judge may cost money, or fill a GPU. An error of it is raised by all."""
-    if not dist.is_initialized():
-        return judge.judge(examples, responses)
-    box: list[Any] = [None]
-    if dist.get_rank() == 0:
+
+    def ask() -> list[Judgement] | Exception:
         try:
-            box = [judge.judge(examples, responses)]
+            return judge.judge(examples, responses)
         except Exception as error:
-            box = [error]
-    dist.broadcast_object_list(box)
-    if isinstance(box[0], Exception):
-        raise box[0]
-    judgements: list[Judgement] = box[0]
-    return judgements
+            return error
+
+    found = from_first(ask)
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def deactivation_gap(active: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> Measurements:

@@ -6,7 +6,6 @@ Names and arguments are those of vLLM 0.32 and 0.33. It has a process of its own
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -15,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from secvec.errors import ConfigError
+from secvec.models.vector import check_adapter
+from secvec.runs.processes import wait_for_all
 from secvec.settings.schema import GenerationSettings
 from secvec.settings.trainer import TrainerSettings
 
@@ -69,12 +69,12 @@ class VllmEngine:
         device = next(model.parameters()).device
         model.to("cpu")
         torch.cuda.empty_cache()
-        _meet()
+        wait_for_all()
         try:
             yield
         finally:
             self._end()
-        _meet()
+        wait_for_all()
         model.to(device)
 
     def answer(
@@ -140,13 +140,8 @@ class VllmEngine:
 
 def _lora_rank(vector: Path) -> int:
     """The least `max_lora_rank` that takes the vector."""
-    rank = json.loads((vector / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    rank = check_adapter(vector)["r"]
     for allowed in LORA_RANKS:
         if rank <= allowed:
             return allowed
     raise ConfigError(f"vLLM takes LoRAs up to rank {LORA_RANKS[-1]}, and {vector} has rank {rank}: generation=hf")
-
-
-def _meet() -> None:
-    if dist.is_initialized():
-        dist.barrier()

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification
 
 from secvec.data.example import Example
-from secvec.errors import ArtifactError, ConfigError
+from secvec.errors import ArtifactError, ConfigError, one_line
 from secvec.judges.base import Judgement
 from secvec.judges.local_model import JudgeTemplate, LocalModelJudge
 from secvec.settings.schema import Count, Share
@@ -80,8 +80,7 @@ class Classifier(LocalModelJudge):
             )
         except (ValueError, OSError, SafetensorError, RuntimeError, ImportError) as error:
             raise ArtifactError(
-                f"judge.model={self.model} cannot be loaded as a sequence classifier: "
-                f"{' '.join(str(error).split())[:300]}"
+                f"judge.model={self.model} cannot be loaded as a sequence classifier: {one_line(error)}"
             ) from None
         if missing := sorted(loaded["missing_keys"]):
             raise ArtifactError(

@@ -2,13 +2,13 @@
 
 from typing import ClassVar
 
-from secvec.data.example import Example
+from secvec.data.example import Example, same_text
 from secvec.judges.base import Judge, Judgement
 
 
 def normalised(text: str) -> str:
     """Without case, runs of white space and final punctuation."""
-    return " ".join(text.casefold().split()).rstrip(".!?,;: ")
+    return same_text(text).rstrip(".!?,;: ")
 
 
 class Exact(Judge):

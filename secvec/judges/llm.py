@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, PrivateAttr
 
 from secvec.data.example import Example
-from secvec.errors import ConfigError, SecVecError
+from secvec.errors import ConfigError, SecVecError, one_line
 from secvec.judges.base import Judgement
 from secvec.judges.cache import CachedJudge
 from secvec.settings.schema import Count, Rate
@@ -283,7 +283,7 @@ class LlmJudge(CachedJudge):
         if isinstance(error, EndpointError) or not isinstance(error, openai.OpenAIError | ValueError):
             return error
         status = getattr(error, "status_code", None)
-        said = " ".join(str(error).split())[:300]
+        said = one_line(error)
         if isinstance(error, openai.APITimeoutError):
             reason = f"gives no answer within {self.timeout:g} s: raise judge.timeout or lower judge.concurrency"
         elif isinstance(error, openai.APIConnectionError):

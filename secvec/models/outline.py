@@ -114,15 +114,20 @@ def weights_at_hand(model: nn.Module) -> Iterator[None]:
         _drop(tensors_of(model))
 
 
+def inside_peft(model: Any) -> Any:
+    """The model inside PEFT's wrapper, or `model` where there is none."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def text_part(model: Any) -> nn.Module:
-    """The part of a causal LM that a text passes through, without the head: one that can see has more. PEFT's too."""
-    bare: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The part of a causal LM that a text passes through, without the head: a vision-language model has more."""
+    bare = inside_peft(model)
     decoder: nn.Module = bare.get_decoder() if hasattr(bare, "get_decoder") else bare
     return decoder
 
 
 def layer_lists(model: nn.Module) -> list[nn.ModuleList]:
-    """The lists of transformer layers: one, unless the model can see."""
+    """The lists of transformer layers: one, more in a vision-language model."""
     return [
         m
         for m in model.modules()

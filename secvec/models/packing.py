@@ -45,7 +45,8 @@ SECOND = slice(7, None)
 """The tokens of the second row of the trial: the first one has seven."""
 
 
-def _rounding(dtype: torch.dtype) -> float:
+def rounding(dtype: torch.dtype) -> float:
+    """How far two computations of the same logits may lie apart, as a share of the largest."""
     return 10 * float(torch.finfo(dtype).eps) ** 0.75
 
 
@@ -69,7 +70,7 @@ def enable_packing(model: PreTrainedModel) -> bool:
             beside = model(**pack(others, mask, model.device), use_cache=False).logits[0]
             far, seen = (float((packed - one).abs()[of].max()) for one, of in ((padded, slice(None)), (beside, SECOND)))
             largest = float(padded.abs().max())
-            same = far <= _rounding(padded.dtype) * largest and seen <= _rounding(torch.float32) * largest
+            same = far <= rounding(padded.dtype) * largest and seen <= rounding(torch.float32) * largest
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
             log.debug("packing: %s", error)
             same = False

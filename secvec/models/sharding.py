@@ -13,8 +13,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from secvec.models.outline import Weights, fill, layers, tensors_of
-from secvec.runs.cache import main_process
+from secvec.models.outline import Weights, fill, inside_peft, layers, tensors_of
+from secvec.runs.processes import main_process
 
 
 def shard(model: nn.Module, mesh: Any) -> None:
@@ -26,7 +26,7 @@ def shard(model: nn.Module, mesh: Any) -> None:
     for layer in layers(model):
         fill(tensors_of(layer))
         fully_shard(layer, mesh=mesh)
-    root = _root(model)
+    root: nn.Module = inside_peft(model)
     fill(tensors_of(root))
     fully_shard(root, mesh=mesh)
 
@@ -45,7 +45,7 @@ def in_step(model: nn.Module) -> Iterator[None]:
     A layer is gathered by all processes together. So one that has no work left goes on with a single token, until all
     have ended. A model that is not sharded runs as always.
     """
-    root = _root(model)
+    root: nn.Module = inside_peft(model)
     if not isinstance(root, FSDPModule):
         yield
         return
@@ -70,11 +70,6 @@ def in_step(model: nn.Module) -> Iterator[None]:
         while running(False):
             root(input_ids=token, attention_mask=token, use_cache=False)
     reshard(root)
-
-
-def _root(model: nn.Module) -> nn.Module:
-    """The model inside PEFT's wrapper, which `generate` does not pass through."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, no-any-return]
 
 
 def local_shard(tensor: Tensor) -> Tensor:
@@ -113,23 +108,23 @@ def on_first(tensors: Mapping[str, Tensor], work: Callable[[Weights], None]) -> 
         return
     names, device = list(tensors), sharded.to_local().device
 
-    def told(number: int) -> int:
-        """What the first process tells the others: which weight it reads, or -1, that it has ended."""
+    def from_first(number: int) -> int:
+        """The number of the first process, for all: the weight that it reads, or -1 when it has ended."""
         box = torch.tensor(number, device=device)
         dist.broadcast(box, 0)
         return int(box)
 
     def read(name: str) -> Tensor:
-        told(names.index(name))
+        from_first(names.index(name))
         return _gathered(tensors[name])
 
     if main_process():
         try:
             work(Weights(tensors, read))
         finally:
-            told(-1)
+            from_first(-1)
     else:
-        while (number := told(-1)) >= 0:
+        while (number := from_first(-1)) >= 0:
             _gathered(tensors[names[number]])
 
 

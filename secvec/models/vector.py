@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from secvec.errors import ArtifactError, ConfigError, nearest
+from secvec.errors import ArtifactError, ConfigError, nearest, one_line
 from secvec.models.modes import in_eval
-from secvec.models.outline import Weights, is_outlined, text_part, weights_at_hand
+from secvec.models.outline import Weights, inside_peft, is_outlined, text_part, weights_at_hand
 from secvec.models.quantized import is_quantized, plain_copy, plain_dtype, shape_of
 from secvec.settings.schema import LoraSettings
 
@@ -89,8 +89,8 @@ def vector_info(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path} is damaged ({error}): copy the vector again, or train it anew") from None
 
 
-def check_adapter(folder: Path) -> None:
-    """Raises ArtifactError for a folder without an adapter, or with one that cannot be switched off exactly."""
+def check_adapter(folder: Path) -> dict[str, Any]:
+    """PEFT's config of an adapter. Raises ArtifactError for none, or for one that cannot be switched off exactly."""
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise ArtifactError(f"{folder} holds no vector (adapter_config.json is missing): train one with stage=vector")
@@ -108,6 +108,7 @@ def check_adapter(folder: Path) -> None:
             f"the adapter in {folder} cannot be a vector: {', '.join(faults)}. A vector must leave the backbone's own "
             "weights and tokens alone, so that nothing of it acts when it is off: a LoRA (rsLoRA, DoRA) without these"
         )
+    return given
 
 
 def attach_frozen_vector(model: nn.Module, folder: Path) -> nn.Module:
@@ -116,8 +117,7 @@ def attach_frozen_vector(model: nn.Module, folder: Path) -> nn.Module:
     Whatever made the adapter: on some tokens the logits with it are those that PEFT gives, and without it those of
     `model`, to the bit. Raises ArtifactError.
     """
-    check_adapter(folder)
-    init = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("init_lora_weights", True)
+    init = check_adapter(folder).get("init_lora_weights", True)
     if is_outlined(model) and init not in DRAWN:
         raise _more_than_a_vector(folder, "off the logits are not those of the bare model", init)
     bare = _probe(model)
@@ -128,7 +128,7 @@ def attach_frozen_vector(model: nn.Module, folder: Path) -> nn.Module:
         if missing := [str(one.message) for one in told if "missing adapter keys" in str(one.message)]:
             raise ValueError(missing[0])  # PEFT goes on with an adapter that does nothing
     except (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise ArtifactError(f"the vector in {folder} does not fit this model or is damaged: {reason}") from None
     if any(VECTOR in layer.lora_embedding_A for layer in _lora_layers(attached)):
         raise ArtifactError(
@@ -211,12 +211,11 @@ def vector_deltas(backbone: nn.Module, folder: Path) -> dict[str, Tensor]:
     """
     attached = attach_frozen_vector(backbone.float(), folder)
     require_delta(attached)
-    found = {
+    return {
         f"{name}.weight".removeprefix("base_model.model."): layer.get_delta_weight(VECTOR).detach()
         for name, layer in attached.named_modules()
         if isinstance(layer, LoraLinear)
     }
-    return found
 
 
 def column_space(matrix: Tensor, rank: int | None = None) -> Tensor:
@@ -380,7 +379,7 @@ def _takes_lora(module: nn.Module) -> bool:
 
 
 def _attach(model: Any, name: str, settings: LoraSettings, dropout: float) -> nn.Module:
-    bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    bare = inside_peft(model)
     inside = {id(module) for module in text_part(bare).modules()}
     found = {
         path: module
@@ -427,7 +426,7 @@ def _attach(model: Any, name: str, settings: LoraSettings, dropout: float) -> nn
         else:
             attached = get_peft_model(model, config, adapter_name=name)
     except ValueError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ConfigError(
             f"layers {settings.layers} with target_modules {wanted} do not fit the model: {reason}"
         ) from None

@@ -47,11 +47,6 @@ class Forked:
         """The exit code, the negative number of the signal that killed it, or None while it runs."""
         return self.process.exitcode
 
-    @property
-    def returncode(self) -> int | None:
-        """The same."""
-        return self.process.exitcode
-
     def _leads_its_group(self) -> bool:
         try:
             return os.getpgid(self.pid) == self.pid

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import secvec
+from secvec.errors import ConfigError
 from secvec.multirun.forked import Forked
 from secvec.runs.record import FILE, Record, record_failure
 
@@ -62,8 +63,16 @@ class Job:
 
     @property
     def devices(self) -> int:
-        """The number of devices on its node; 1 where the trainer settings give no number, as `auto`."""
+        """The number of devices on its node; 1 where the trainer settings give no number, as `auto`.
+
+        Raises ConfigError for a list of GPUs.
+        """
         given = self.trainer.get("devices", 1)
+        if isinstance(given, list):
+            raise ConfigError(
+                f"trainer.devices={given}: a multirun gives each job its GPUs, so give their number ({len(given)}); "
+                "CUDA_VISIBLE_DEVICES says which GPUs the multirun may use"
+            )
         return given if isinstance(given, int) and given > 0 else 1
 
     def finished(self) -> bool:

@@ -64,7 +64,7 @@ class LocalExecutor:
         ended = [job for job, process in self.running.items() if process.poll() is not None]
         for job in ended:
             process = self.running.pop(job)
-            job.code = process.returncode
+            job.code = process.poll()
             end_group(process)
             if job.code == 0:
                 self.need = max(self.need, self.peak.get(job, 0))

@@ -47,7 +47,7 @@ def load_architecture(settings: ModelSettings) -> tuple[PretrainedConfig, Path |
         return AutoConfig.from_pretrained(name, **remote), None
     except (OSError, ValueError):
         raise ConfigError(
-            f"model.name_or_path={name}: no folder with a config.json, not to be had from the hub, and not known "
+            f"model.name_or_path={name}: no folder with a config.json, not available on the hub, and not known "
             f"here{nearest(name, KNOWN)}: {', '.join(KNOWN)}"
         ) from None
 

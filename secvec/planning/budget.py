@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import cycle, islice
 from math import ceil
 from typing import Any
@@ -14,17 +14,18 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 
 from secvec.config.schema import RunConfig
 from secvec.data.batch import Encoded, collate
-from secvec.data.datamodule import GlobalBatchSampler, limited
+from secvec.data.datamodule import GlobalBatchSampler, SecVecDataModule, limited
 from secvec.errors import ConfigError
 from secvec.models.backbone import context_of, ledger, load_tokenizer
 from secvec.models.tiny import build_tiny
 from secvec.models.vector import attach_new_vector, attach_task
 from secvec.planning.architectures import alike, load_architecture, shape_of, with_layers
 from secvec.planning.flops import Shape, answer_bytes, decode_steps, forward_flops, gathered
-from secvec.planning.lengths import Length, checked_data, is_local, measure, numbers_of, samples_of, tiny_words
+from secvec.planning.lengths import Length, measure, numbers_of, samples_of
 from secvec.planning.step import Memory, Step, planned_step
+from secvec.settings.schema import LoraSettings
 from secvec.stages import STAGES
-from secvec.stages.align import plan_align
+from secvec.stages.align import align_examples, plan_align, tiny_texts, tiny_unaligned
 from secvec.stages.base import Workload
 
 DEPTHS = (2, 4)
@@ -74,20 +75,23 @@ class Budget:
     @classmethod
     def of(cls, config: RunConfig) -> Budget:
         """Builds the run's model without weights, and draws its samples if they are on this machine."""
-        data = checked_data(config) if is_local(config) else None
-        architecture, tokenizer = _skeleton(config, data is not None)
+        data = SecVecDataModule.of(config)
+        if local := data.is_local:
+            data.check(dict.fromkeys((*config.stages, "finetune")))
+        architecture, tokenizer = _skeleton(config, local)
         context, kinds = context_of(architecture), {stream.kind for stream in config.data.streams}
-        if data and tokenizer:
+        if local and tokenizer:
             data.fit_to(tokenizer, context, [*config.stages, "infer"])
-        examples, numbers = samples_of(data, config.stages) if data else None, numbers_of(config, data)
+        examples, numbers = samples_of(data, config.stages) if local else None, numbers_of(data, config.stages)
         lengths, note = measure(examples, tokenizer, context)
         tests = len(examples["test"]) if examples else numbers["test"] * (1 + len(kinds))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.model.trust_remote_code)
             shape = shape_of(model)
-            _check_layers(config, shape.num_layers - 1)
-            if config.defense.uses_vector:
-                model = attach_new_vector(model, config.vector, config.vector.dropout)
+            vector = config.vector if config.defense.uses_vector else None
+            _check_layers({"vector": vector, "tune.lora": config.tune.lora}, shape.num_layers - 1)
+            if vector:
+                model = attach_new_vector(model, vector, vector.dropout)
             if config.tune.lora:
                 model = attach_task(model, config.tune.lora)
         parts = {row.part: row.parameters for row in ledger(model)}
@@ -98,7 +102,7 @@ class Budget:
         """On all nodes; `auto` counts the GPUs of this machine."""
         trainer = self.config.trainer
         here = 1 if trainer.accelerator == "cpu" else max(1, torch.cuda.device_count())
-        return (here if trainer.devices == "auto" else trainer.devices) * trainer.num_nodes
+        return (trainer.num_processes or here) * trainer.num_nodes
 
     @property
     def _shards(self) -> int:
@@ -153,8 +157,8 @@ class Budget:
 
     def _training(self, name: str, work: Workload) -> StageCost:
         """The cost of a stage that trains."""
-        devices, samples = 1 if work.alone else self.devices, sum(work.samples.values())
-        accumulated = 1 if work.alone else self.config.trainer.accumulate_grad_batches
+        devices, samples = 1 if work.on_one_device else self.devices, sum(work.samples.values())
+        accumulated = 1 if work.on_one_device else self.config.trainer.accumulate_grad_batches
         streams = self._streams(work)
         sizes, batch_sizes = [len(rows) for rows, _ in streams], [size for _, size in streams]
         GlobalBatchSampler(sizes, batch_sizes, 0, 0, devices, accumulated)  # refuses what the training would
@@ -173,7 +177,7 @@ class Budget:
 
     def _steps(self, work: Workload, sampler: GlobalBatchSampler) -> int:
         """Optimizer steps of all epochs, as the Trainer's own limits leave them."""
-        if work.alone:
+        if work.on_one_device:
             return sampler.steps * work.epochs
         trainer = self.config.trainer
         given: dict[str, Any] = trainer.model_extra or {}
@@ -200,14 +204,13 @@ class Budget:
 
     def _step(self, work: Workload, rows: Sequence[Row]) -> Step:
         """A training step on `rows`, on one device."""
-        layers, shards = self.shape.num_layers, 1 if work.alone else self._shards
+        layers, shards = self.shape.num_layers, 1 if work.on_one_device else self._shards
         deep = DEPTHS if self.alike and layers > max(DEPTHS) else (layers,)
-        steps = [
-            planned_step(self.config, with_layers(self.architecture, n), work, collate(rows), shards) for n in deep
-        ]
+        plan_step = partial(planned_step, self.config.model, self.config.optimizer, self.config.trainer)
+        steps = [plan_step(with_layers(self.architecture, n), work, collate(rows), shards) for n in deep]
         step = steps[-1].deeper(steps[0], (layers - deep[-1]) / (deep[-1] - deep[0])) if len(steps) > 1 else steps[0]
         whole = gathered(self.shape, shards) * self.dtype_bytes
-        ddp = self.config.trainer.strategy.startswith("ddp") and not work.alone
+        ddp = self.config.trainer.strategy.startswith("ddp") and not work.on_one_device
         copies = work.trained * self.dtype_bytes * ddp
         return replace(
             step,
@@ -253,15 +256,18 @@ def _tokens(batch: Sequence[Row]) -> int:
 def _skeleton(config: RunConfig, local_data: bool) -> tuple[PretrainedConfig, PreTrainedTokenizerBase | None]:
     """The model's architecture, and its tokenizer where that is on this machine."""
     if config.model.name_or_path is None:
-        tiny, tokenizer = build_tiny(tiny_words(config) if local_data else [], 0)
+        if (align := config.model.align) is None:
+            raise tiny_unaligned()
+        taught = align.behavior or config.behavior
+        examples = align_examples(taught, config.data, align) if local_data else []
+        tiny, tokenizer = build_tiny(tiny_texts(taught, config.data, align, examples) if local_data else [], 0)
         return tiny.config, tokenizer
     architecture, folder = load_architecture(config.model)
     return architecture, load_tokenizer(folder, config.model.trust_remote_code) if folder else None
 
 
-def _check_layers(config: RunConfig, last: int) -> None:
+def _check_layers(loras: Mapping[str, LoraSettings | None], last: int) -> None:
     """Raises ConfigError for layers that the model lacks; PEFT does so only when it lacks all of them."""
-    vector = config.vector if config.defense.uses_vector else None
-    for key, lora in (("vector", vector), ("tune.lora", config.tune.lora)):
+    for key, lora in loras.items():
         if beyond := [n for n in (lora.layers if lora else None) or [] if not 0 <= n <= last]:
             raise ConfigError(f"{key}.layers: {beyond} are out of range; the model has 0 to {last}")

@@ -7,14 +7,10 @@ from statistics import fmean
 
 from transformers import PreTrainedTokenizerBase
 
-from secvec.config.schema import RunConfig
 from secvec.data.datamodule import SecVecDataModule
 from secvec.data.encode import encode
 from secvec.data.example import Example
-from secvec.data.hub import HubData
-from secvec.data.jsonl import JsonlFiles
 from secvec.errors import ConfigError
-from secvec.stages.align import align_examples, tiny_texts, tiny_unaligned
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 128, 256
 """Assumed where the data are not on this machine."""
@@ -51,19 +47,6 @@ class Length:
         return max((prompt for prompt, _ in self.sizes), default=0)
 
 
-def is_local(config: RunConfig) -> bool:
-    """Whether all data are on this machine."""
-    sources = [s for s in (config.behavior, *config.data.streams) if isinstance(s, HubData | JsonlFiles)]
-    return all(source.is_local for source in sources)
-
-
-def checked_data(config: RunConfig) -> SecVecDataModule:
-    """The data that the run would draw. Raises ConfigError and DataError as the run would."""
-    data = SecVecDataModule.of(config)
-    data.check(dict.fromkeys((*config.stages, "finetune")))
-    return data
-
-
 def samples_of(data: SecVecDataModule, stages: Sequence[str]) -> dict[str, list[Example]]:
     """The samples that `stages` draw, by kind."""
     drawn = {kind: [e for mixture in data.mixtures for e in mixture[kind]] for kind in ("undesired", "benign")}
@@ -73,15 +56,15 @@ def samples_of(data: SecVecDataModule, stages: Sequence[str]) -> dict[str, list[
     return drawn
 
 
-def numbers_of(config: RunConfig, data: SecVecDataModule | None) -> dict[str, int]:
+def numbers_of(data: SecVecDataModule, stages: Sequence[str]) -> dict[str, int]:
     """How many samples of each use there are: counted, or as the settings say where the data are not at hand."""
-    vector, evaluation, (harmful, benign) = config.vector, config.evaluation, config.data.counts
+    vector, evaluation, (harmful, benign) = data.vector, data.evaluation, data.data.counts
     numbers = {"vector": vector.num_samples, "gate": vector.gate.num_prompts, "test": evaluation.num_prompts}
     numbers |= {"undesired": harmful, "benign": benign, "leak": evaluation.num_leak_prompts}
-    if data:
+    if data.is_local:
         numbers |= {kind: len(examples) for kind, examples in data.mixtures[0].items()}
         numbers["test"] = len(data.tests["undesired"])
-        if "vector" in config.stages:
+        if "vector" in stages:
             numbers |= {"vector": len(data.vector_samples["undesired"]), "gate": len(data.held_out)}
     if numbers["test"] is not None:
         numbers["leak"] = min(numbers["test"], numbers["test"] if numbers["leak"] is None else numbers["leak"])
@@ -91,14 +74,6 @@ def numbers_of(config: RunConfig, data: SecVecDataModule | None) -> dict[str, in
             f"null ({', '.join(unknown)})"
         )
     return {name: number for name, number in numbers.items() if number is not None}
-
-
-def tiny_words(config: RunConfig) -> list[str]:
-    """The texts for the tiny model's tokenizer."""
-    align = config.model.align
-    if align is None:
-        raise tiny_unaligned()
-    return tiny_texts(config, align, align_examples(config, align))
 
 
 def measure(

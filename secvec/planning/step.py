@@ -20,13 +20,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from secvec.config.schema import RunConfig
 from secvec.data.batch import Batch
-from secvec.errors import ConfigError
+from secvec.errors import ConfigError, one_line
 from secvec.models.backbone import prepared, set_trainable
 from secvec.models.kept import keep_weights
 from secvec.models.packing import PACKED
 from secvec.models.quantized import BYTES, is_quantized, mark_as_quantized
+from secvec.settings.schema import ModelSettings
+from secvec.settings.trainer import OptimizerSettings, TrainerSettings
 from secvec.stages.base import Workload
 from secvec.training.optim import build_optimizer
 from secvec.training.trainer import precision_on_cpu
@@ -176,9 +177,17 @@ def count_step(
     return Step(counter.flops, forward + whole, backward + whole, counter.begin())
 
 
-def planned_step(config: RunConfig, architecture: PretrainedConfig, work: Workload, batch: Batch, shards: int) -> Step:
+def planned_step(
+    settings: ModelSettings,
+    optimizer_settings: OptimizerSettings,
+    trainer: TrainerSettings,
+    architecture: PretrainedConfig,
+    work: Workload,
+    batch: Batch,
+    shards: int,
+) -> Step:
     """The step of a stage with `batch` on one device. Raises ConfigError for a model that asks for values."""
-    settings, plugin = config.model, precision_on_cpu(config.trainer.precision)
+    plugin = precision_on_cpu(trainer.precision)
     dtype = getattr(torch, settings.dtype)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
@@ -195,8 +204,8 @@ def planned_step(config: RunConfig, architecture: PretrainedConfig, work: Worklo
     model = _on_cpu(model).train()
     if work.keeps_weights:
         keep_weights(model)
-    optimizer = build_optimizer(config.optimizer, (p for p in model.parameters() if p.requires_grad), 1e-3)
-    if config.trainer.accelerator != "cpu":
+    optimizer = build_optimizer(optimizer_settings, (p for p in model.parameters() if p.requires_grad), 1e-3)
+    if trainer.accelerator != "cpu":
         for group in optimizer.param_groups:
             if group.get("foreach", True) is None and not group.get("fused"):
                 group["foreach"] = True  # torch's choice on a GPU
@@ -211,13 +220,13 @@ def planned_step(config: RunConfig, architecture: PretrainedConfig, work: Worklo
         with plugin.forward_context():
             work.gradients(model, [batch])
 
-    accumulates = config.trainer.accumulate_grad_batches > 1 and not work.alone
+    accumulates = trainer.accumulate_grad_batches > 1 and not work.on_one_device
     try:
         return count_step(model, optimizer, loss, change, shards, accumulates)
     except RuntimeError as error:
         raise ConfigError(
             f"model.name_or_path={settings.name_or_path}: a step of {architecture.model_type} cannot be counted "
-            f"without values ({' '.join(str(error).split())[:200]}), so it has no plan. Start the run without plan=true"
+            f"on fake tensors ({one_line(error, 200)}), so it has no plan. Start the run without plan=true"
         ) from None
 
 

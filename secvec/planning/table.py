@@ -10,6 +10,7 @@ from secvec.config.schema import RunConfig
 from secvec.planning.budget import DEPTHS, Budget, StageCost
 from secvec.planning.flops import GPUS, Gpu, checkpoint_bytes, compute_seconds, decode_seconds
 from secvec.runs.console import table
+from secvec.settings.trainer import TrainerSettings
 
 MFU = 0.4
 """Assumed model FLOPs utilisation: share of a GPU's peak."""
@@ -40,19 +41,20 @@ def plan(config: RunConfig) -> str:
     budget = Budget.of(config)
     budget.check()
     costs = budget.stages()
+    hardware = _hardware(config.trainer, config.model.gradient_checkpointing)
     sheets = ", ".join(f"{name} {gpu.tflops[budget.compute_bytes]:g} TFLOP/s" for name, gpu in GPUS.items())
     return "\n\n".join(
         [
-            f"plan: {config.model.name}, {' -> '.join(config.stages)}, {budget.devices} x {_trainer(config)}",
+            f"plan: {config.model.name}, {' -> '.join(config.stages)}, {budget.devices} x {hardware}",
             *(_stages(costs), _memory(costs), _gpus(budget, costs), _disk(budget, costs)),
             ASSUMPTIONS.format(note=budget.note, peaks=sheets),
         ]
     )
 
 
-def _trainer(config: RunConfig) -> str:
-    checkpointing = ", gradient checkpointing" * config.model.gradient_checkpointing
-    return f"{config.trainer.accelerator} ({config.trainer.strategy}, {config.trainer.precision}{checkpointing})"
+def _hardware(trainer: TrainerSettings, checkpointing: bool) -> str:
+    saved = ", gradient checkpointing" * checkpointing
+    return f"{trainer.accelerator} ({trainer.strategy}, {trainer.precision}{saved})"
 
 
 def _stages(costs: Sequence[StageCost]) -> str:

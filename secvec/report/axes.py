@@ -74,13 +74,9 @@ class Sweep:
     kind: Kind
     axes: tuple[Axis, ...]
     facets: tuple[Facet, ...]
+    defenses: list[str]  # in the order of the whole comparison: a defense has one color in all figures
     _index: dict[str, int]  # key -> its place among a group's values
     beside: tuple[Axis, ...] = ()  # numbers that are neither on an axis nor held by a panel: written at the points
-
-    @property
-    def defenses(self) -> list[str]:
-        """In the order of the groups: `none` first."""
-        return list(dict.fromkeys(group.defense for facet in self.facets for group in facet.groups))
 
     def value(self, group: Group, axis: Axis) -> str:
         """The group's value on `axis`, "" where it has no such setting."""
@@ -140,7 +136,8 @@ def sweep(comparison: Comparison) -> Sweep | None:
     for part in sorted(parts, key=lambda values: tuple(map(sortable, values))):
         held = [f"{axis.key} = {axis.text(value)}" for (_, axis), value in zip(others, part, strict=True)]
         facets.append(Facet(", ".join(held), tuple(parts[part])))
-    return Sweep(kind, chosen, tuple(facets), {key: index for index, key in enumerate(comparison.keys)}, beside)
+    places = {key: index for index, key in enumerate(comparison.keys)}
+    return Sweep(kind, chosen, tuple(facets), comparison.defenses, places, beside)
 
 
 def _filled(comparison: Comparison, found: Sequence[Axis]) -> float:

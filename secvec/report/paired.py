@@ -23,8 +23,8 @@ MOST = 40  # contrasts that are tested: each reads all answers of its runs
 READING = (
     "The defense minus the reference, on the same prompts of the same seeds, after fine-tuning with no vector on. "
     f"Difference: mean over seeds; its 95 % bootstrap interval draws the prompts anew within each seed ({DRAWS:,} "
-    "draws), so it tells of the prompts drawn, not of the spread between trainings; there is none where all pairs "
-    "of a seed differ alike. Higher, lower: pairs in which the defense's answer counts more, or less, than the "
+    "draws), so it shows the variation over prompts, not between trainings; it is missing where all pairs "
+    "of a seed differ equally. Higher, lower: pairs in which the defense's answer counts more, or less, than the "
     "reference's. p: McNemar's exact test on these pairs, which takes them as independent (for a score: the sign "
     f'test); Holm: corrected for all tests of this table. A claim is made only where that is below {ALPHA}; "not '
     'shown" is no proof of equality. Pairs with a verdict that could not be read are left out.'

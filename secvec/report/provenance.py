@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from secvec.errors import several
 from secvec.report.groups import Comparison
 from secvec.report.records import Run
 from secvec.runs.record import UNKNOWN
@@ -85,8 +86,3 @@ def _versions(run: Run) -> str:
 
 def _distinct(values: Iterable[str]) -> str:
     return " / ".join(several(sorted(set(values)), 12))
-
-
-def several(texts: Sequence[str], most: int) -> list[str]:
-    """The first `most` texts, and how many more there are."""
-    return [*texts[:most], *([f"and {len(texts) - most:,} more"] if len(texts) > most else [])]

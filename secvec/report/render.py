@@ -11,12 +11,12 @@ from typing import Any
 
 from markupsafe import Markup
 
-from secvec.errors import DataError
+from secvec.errors import DataError, several
 from secvec.report import drawings, exports, markdown
 from secvec.report.axes import MOST_PANELS, Sweep, sweep
 from secvec.report.groups import Comparison, compare
 from secvec.report.paired import paired_table
-from secvec.report.provenance import failures, provenance, sentence, several, warnings
+from secvec.report.provenance import failures, provenance, sentence, warnings
 from secvec.report.records import Curves, Run, kept_reports, load_curves, load_records, load_runs
 from secvec.report.samples import SHOWN, sample_sets
 from secvec.report.style import SERIES, inline_svg, template

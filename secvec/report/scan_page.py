@@ -38,7 +38,8 @@ def write(folder: Path) -> Path:
             (METRICS[name.removeprefix("scan/")], Measurement(**value)) for name, value in found["metrics"].items()
         ],
         shown=[
-            row | {"parts": _marked(row, found["sensitive"]), "asked": _asked(row, found)} for row in found["shown"]
+            row | {"parts": _marked(row, found["sensitive"]), "asked": shorten(row["prompt"], found["sensitive"])}
+            for row in found["shown"]
         ],
     )
     path = folder / "scan.html"
@@ -54,7 +55,7 @@ def reading(scan: Mapping[str, Any]) -> str:
     if scan["given_threshold"] is None:
         rows += f"; about {by_chance:.1%} of benign rows are, by its choice"
         if by_chance > 1.001 - scan["quantile"]:
-            rows += " (a row counts by the highest of its answers; rows in scan.benign_file are read in the same way)"
+            rows += " (few benign rows set the threshold, or rows with several answers count by the highest)"
     if share["value"] <= CLEAN * by_chance:
         return (
             f"{rows}. So there is nearly nothing for this vector to do here: either the file is clean of its behavior, "
@@ -104,10 +105,6 @@ def scores_figure(groups: Sequence[tuple[str, Sequence[float]]], threshold: floa
             panel.minorticks_off()
         panels[-1].set_xlabel("Score in nats per token; dashed: threshold")
     return figure
-
-
-def _asked(row: Mapping[str, Any], scan: Mapping[str, Any]) -> Text:
-    return shorten(row["prompt"], scan["sensitive"])
 
 
 def _marked(row: Mapping[str, Any], sensitive: bool) -> tuple[Text, Text, Text]:

@@ -6,8 +6,9 @@ from rich.console import Console
 from rich.table import Table as Drawn
 from rich.text import Text
 
+from secvec.errors import several
 from secvec.metrics import METRICS
-from secvec.report.provenance import failures, several
+from secvec.report.provenance import failures
 from secvec.report.render import Report
 from secvec.report.tables import Table, main_table
 from secvec.report.worst import BESIDE

@@ -17,9 +17,9 @@ KINDS = {
     "vectors": "security vectors",
     "preparations": "what a defense has trained before the fine-tune",
     "cycles": "backbones between two fine-tunes",
-    "finetuned": "where finished fine-tunes are",
+    "finetuned": "paths of finished fine-tunes",
     "answers": "answers and verdicts of starting models",
-    "own_answers": "answers of starting models that are trained on",
+    "own_answers": "answers of starting models, as training rows",
     "activations": "mean activations of starting models",
     "tokens": "token ids of large data",
     "digests": "checksums of files that have not changed since",
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, default=Path("outputs/cache"), help="default: %(default)s")
     parser.add_argument("--kind", choices=KINDS, action="append", help="only this kind; may be given several times")
     parser.add_argument("--days", type=float, default=0.0, help="only what was not used for so many days")
-    parser.add_argument("--remove", action="store_true", help="remove it; not while runs are at work")
+    parser.add_argument("--remove", action="store_true", help="remove them; stop all runs first")
     given = parser.parse_args(argv)
     if not given.cache.is_dir():
         print(f"error: no cache in {given.cache}: give the folder paths.cache with --cache DIR", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Artifacts that are made once and found again by their path; and which process makes them."""
+"""Artifacts that are made once and found again by their path."""
 
 from __future__ import annotations
 
@@ -8,37 +8,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
 
 from filelock import FileLock
-from lightning_utilities.core.rank_zero import rank_zero_only
 
 from secvec.runs.files import atomic_path
-
-Value = TypeVar("Value")
-
-
-def main_process() -> bool:
-    """Whether this process is the one that writes (rank 0)."""
-    return getattr(rank_zero_only, "rank", 0) == 0
-
-
-def wait_for_all() -> None:
-    """Returns once every process is here."""
-    import torch.distributed as dist  # slow to import, and the report needs none of it
-
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def from_first(look: Callable[[], Value]) -> Value:
-    """What the first process sees, for all of them: files may change while others look. Every process must call it."""
-    import torch.distributed as dist  # slow to import, and the report needs none of it
-
-    box = [look() if main_process() else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box)
-    return box[0]  # type: ignore[return-value]
+from secvec.runs.processes import main_process
 
 
 def cached(path: Path, build: Callable[[Path], None], usable: Callable[[Path], bool] = Path.exists) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,15 @@ def by_content(settings: Any, keep: Path | None = None, name: str = "") -> Any:
         if is_folder and any(word in name for word in NAMES_FOLDERS):
             return folder_digest(path, keep)
     return settings
+
+
+def mapped(node: Any, change: Callable[[Any], Any]) -> Any:
+    """`node` with `change(leaf)` in the place of each leaf of its mappings and lists."""
+    if isinstance(node, Mapping):
+        return {key: mapped(value, change) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [mapped(value, change) for value in node]
+    return change(node)
 
 
 def _read(file: Path) -> str:

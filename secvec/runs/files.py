@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -32,3 +34,14 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Writes a file (text as UTF-8) so that a reader never meets half of it."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content.encode("utf-8", "replace") if isinstance(content, str) else content)
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The rows of a file of JSON lines; none where there is no file."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return [json.loads(line) for line in text.split("\n") if line]  # splitlines would split texts too
+
+
+def write_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Writes `rows` as JSON lines, whole or not at all."""
+    write_atomic(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +14,8 @@ from filelock import FileLock, Timeout
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from secvec.errors import ArtifactError, SecVecError
-from secvec.runs.cache import main_process
-from secvec.runs.files import write_atomic
+from secvec.runs.files import read_lines, write_atomic, write_lines
+from secvec.runs.processes import main_process
 from secvec.runs.record import FILE, Record, provenance
 
 ANSWERS = "answers"
@@ -134,6 +133,5 @@ class RunFolder:
     def add_predictions(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Writes predictions.jsonl: `rows` in the place of earlier ones of the same phases."""
         path, phases = self.path / "predictions.jsonl", {row["phase"] for row in rows}
-        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-        kept = [line for line in lines if line and json.loads(line)["phase"] not in phases]
-        write_atomic(path, "".join(f"{line}\n" for line in [*kept, *(json.dumps(r, ensure_ascii=False) for r in rows)]))
+        kept = [row for row in read_lines(path) if row["phase"] not in phases]
+        write_lines(path, [*kept, *rows])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import secvec
-from secvec.runs.content import by_content
+from secvec.runs.content import by_content, mapped
 
 NOT_IN_KEY = {"stage", "paths", "logger", "recipe", "run_dir", "sweep", "force", "plan", "key", "hydra", "checkpoint"}
 """Settings that do not change results: where files go, which part of the run is wanted. See `key_settings`."""
@@ -23,7 +23,7 @@ VARIES = "SECVEC_VARIES"
 
 def content_key(content: Any) -> str:
     """The key of `content` (JSON-able) under this version of the package. 2 and 2.0 are the same content."""
-    text = json.dumps([secvec.__version__, _with_floats(content)], sort_keys=True, default=str)
+    text = json.dumps([secvec.__version__, mapped(content, _as_float)], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -59,9 +59,5 @@ def run_key(config: Mapping[str, Any], keep: Path | None = None) -> str:
     return content_key({name: by_content(v, keep, name) if name in READ else v for name, v in settings.items()})
 
 
-def _with_floats(content: Any) -> Any:
-    if isinstance(content, Mapping):
-        return {key: _with_floats(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_with_floats(value) for value in content]
-    return float(content) if isinstance(content, int) and not isinstance(content, bool) else content
+def _as_float(value: Any) -> Any:
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value

@@ -15,12 +15,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, mo
 
 from secvec.errors import DataError
 from secvec.metrics import Measurement
+from secvec.runs.content import mapped
 from secvec.runs.files import write_atomic
 
 SCHEMA = 1
 FILE = "record.json"
 UNKNOWN = "unknown"
-REMEDY = "mend it, or delete the run folder and run it again"
+REMEDY = "fix it, or delete the run folder and run it again"
 PACKAGES = ("secvec", "torch", "lightning", "hydra-core", "transformers", "peft", "tokenizers", "safetensors")
 
 
@@ -162,7 +163,7 @@ class Record(BaseModel):
         try:
             return json.dumps(self.as_dict(), indent=indent, ensure_ascii=False, allow_nan=False, default=str)
         except ValueError:
-            return json.dumps(_finite(self.as_dict()), indent=indent, ensure_ascii=False, default=str)
+            return json.dumps(mapped(self.as_dict(), _finite), indent=indent, ensure_ascii=False, default=str)
 
 
 def read_json(path: Path) -> Any:
@@ -206,9 +207,4 @@ def provenance() -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """The value with NaN and infinities as None."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -19,7 +19,9 @@ Stage = Literal["vector", "finetune", "infer"]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
-Window = Annotated[int, Field(ge=1, le=6)]
+WINDOWS = range(1, 7)
+"""Lengths of the window of a scan, in tokens."""
+Window = Annotated[int, Field(ge=WINDOWS[0], le=WINDOWS[-1])]
 """Tokens over which the scan of a row takes its highest gap; scores are kept for each of them."""
 Weight = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from secvec.errors import nearest
+from secvec.errors import nearest, one_line
 from secvec.settings.conf import shipped
 from secvec.settings.messages import renamed
 from secvec.settings.schema import Count, Rate, Settings, Share
@@ -34,7 +34,8 @@ class TrainerSettings(Settings, extra="allow"):
     """
 
     accelerator: Literal["cpu", "gpu", "auto"]
-    devices: Count | Literal["auto"]
+    devices: Count | Literal["auto"] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    """Processes of a node; `auto`: one for each GPU; a list: the GPUs by their numbers."""
     num_nodes: Count = 1
     strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true", "fsdp"]
     """`fsdp`: FSDP2, Lightning's ModelParallelStrategy."""
@@ -49,13 +50,18 @@ class TrainerSettings(Settings, extra="allow"):
 
     @model_validator(mode="after")
     def _several_devices_need_a_strategy(self) -> TrainerSettings:
-        if self.strategy == "auto" and (self.num_nodes > 1 or self.devices not in (1, "auto")):
+        if isinstance(self.devices, list) and (self.accelerator == "cpu" or len({*self.devices}) < len(self.devices)):
+            raise ValueError(f"devices={self.devices} must be GPUs, each once; on the CPU it is a number of processes")
+        if self.strategy == "auto" and (self.num_nodes > 1 or self.num_processes not in (1, None)):
             raise ValueError(f"devices={self.devices} needs a strategy: choose trainer=ddp or trainer=fsdp")
         if self.strategy == "fsdp" and self.precision in ("64-true", "16-mixed"):
             raise ValueError(f"strategy=fsdp takes no {self.precision}: choose 32-true, bf16-mixed or bf16-true")
-        if self.strategy == "fsdp" and self.accelerator == "cpu" and self.devices == "auto":
+        if self.strategy == "fsdp" and self.accelerator == "cpu" and self.num_processes is None:
             raise ValueError("strategy=fsdp on the CPU needs a number of processes: set devices")
-        limit, parts = (self.model_extra or {}).get("limit_train_batches"), self.accumulate_grad_batches
+        extra = self.model_extra or {}
+        if nothing := [f"{name}=0" for name in ("limit_train_batches", "max_steps") if extra.get(name) == 0]:
+            raise ValueError(f"{' and '.join(nothing)} would train nothing: leave it out, or give a number above 0")
+        limit, parts = extra.get("limit_train_batches"), self.accumulate_grad_batches
         if isinstance(limit, int) and limit % parts:
             raise ValueError(
                 f"limit_train_batches={limit} is no multiple of accumulate_grad_batches={parts}: the last step would "
@@ -63,9 +69,9 @@ class TrainerSettings(Settings, extra="allow"):
             )
         if self.replicas > 1 and self.strategy != "fsdp":
             raise ValueError(f"replicas={self.replicas} are copies of sharded weights: choose trainer=fsdp")
-        if self.devices != "auto" and self.devices * self.num_nodes % self.replicas:
+        if self.num_processes and self.num_processes * self.num_nodes % self.replicas:
             raise ValueError(
-                f"replicas={self.replicas} must divide the {self.devices * self.num_nodes} processes "
+                f"replicas={self.replicas} must divide the {self.num_processes * self.num_nodes} processes "
                 "(devices x num_nodes)"
             )
         return self
@@ -95,10 +101,17 @@ class TrainerSettings(Settings, extra="allow"):
                     **self.model_dump(exclude={"replicas"}) | {k: built(v) for k, v in others.items()} | here | alone
                 )
         except Exception as error:
-            raise ValueError(" ".join(str(error).split())) from None
+            raise ValueError(one_line(error)) from None
         finally:
             logging.disable(level)
         return self
+
+    @property
+    def num_processes(self) -> int | None:
+        """Of a node; None: as many as it has GPUs."""
+        if isinstance(self.devices, list):
+            return len(self.devices)
+        return None if self.devices == "auto" else self.devices
 
     def arguments(self, epochs: int | None = None) -> dict[str, Any]:
         """Keyword arguments of `lightning.Trainer`; `epochs` counts where `max_epochs` is None."""
@@ -117,18 +130,18 @@ class TrainerSettings(Settings, extra="allow"):
         """The arguments of `lightning.Trainer` that say where it runs."""
         return {name: self.arguments()[name] for name in ("accelerator", "devices", "num_nodes", "strategy")}
 
-    def alone(self) -> TrainerSettings:
+    def on_one_device(self) -> TrainerSettings:
         """One device of the same kind at the same precision, and nothing that shortens or changes a training."""
         kept = {"accelerator", "precision", "gradient_clip_val", "log_every_n_steps", "enable_progress_bar"}
         kept |= {"enable_model_summary", "num_sanity_val_steps"}
-        return TrainerSettings(**self.model_dump(include=kept), devices=1, strategy="auto")
+        devices = self.devices[:1] if isinstance(self.devices, list) else 1
+        return TrainerSettings(**self.model_dump(include=kept), devices=devices, strategy="auto")
 
     def mesh(self) -> tuple[int, int]:
         """The data-parallel and the tensor-parallel size of Lightning's ModelParallelStrategy under `fsdp`."""
         import torch
 
-        devices = torch.cuda.device_count() if self.devices == "auto" else self.devices
-        processes = devices * self.num_nodes
+        processes = (self.num_processes or torch.cuda.device_count()) * self.num_nodes
         # Lightning's own sizes are one data-parallel group per node: every process would train on its own gradient.
         # Its two dimensions are ours of HSDP: copies, and the shards of a copy
         return (processes, 1) if self.replicas == 1 else (self.replicas, processes // self.replicas)
@@ -145,10 +158,28 @@ class CallbackSettings(Target):
     @model_validator(mode="after")
     def _can_be_built(self) -> CallbackSettings:
         try:
-            self.build()
+            built = self.build()
         except Exception as error:
-            raise ValueError(f"{self.target}: {' '.join(str(error).split())}") from None
+            raise ValueError(f"{self.target}: {one_line(error)}") from None
+        if instead := in_place_of(built):
+            raise ValueError(f"{type(built).__name__}: {instead}")
         return self
+
+
+def in_place_of(callback: Any) -> str:
+    """What to use in the place of a callback that would change a training silently; else an empty text."""
+    from lightning.pytorch.callbacks import (  # slow to import
+        GradientAccumulationScheduler,
+        ModelPruning,
+        StochasticWeightAveraging,
+    )
+
+    if isinstance(callback, GradientAccumulationScheduler):  # a batch knows the tokens of its step
+        return "set the Trainer's accumulate_grad_batches instead"
+    if isinstance(callback, StochasticWeightAveraging | ModelPruning):
+        averages = "; for an average of weights take EMAWeightAveraging"
+        return "it reads the module before its model is built" + averages * (not isinstance(callback, ModelPruning))
+    return ""
 
 
 class CheckpointSettings(Settings):

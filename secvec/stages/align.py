@@ -23,16 +23,17 @@ from secvec.errors import ConfigError, GateError
 from secvec.metrics import Measurements
 from secvec.models.backbone import Backbone, locate
 from secvec.models.tiny import build_tiny
-from secvec.runs.cache import cached, main_process
+from secvec.runs.cache import cached
 from secvec.runs.files import atomic_path
 from secvec.runs.keys import content_key
+from secvec.runs.processes import main_process
 from secvec.settings.schema import BaseGateSettings
 from secvec.stages.base import Workload
 from secvec.training.trainer import Training, device_type, fit
 
 if TYPE_CHECKING:
     from secvec.behaviors.base import Behavior
-    from secvec.config.schema import AlignSettings, AnyConfig
+    from secvec.config.schema import AlignSettings, DataSettings
     from secvec.planning.budget import Budget
     from secvec.run import Run
 
@@ -51,19 +52,21 @@ def starting_model(run: Run) -> Backbone:
             raise tiny_unaligned()
         return Backbone.of(settings)
     align = settings.align
-    examples = align_examples(config, align)
-    source = tiny_texts(config, align, examples) if settings.name_or_path is None else Backbone.of(settings).identity
+    taught = align.behavior or config.behavior
+    examples = align_examples(taught, config.data, align)
+    words = None if settings.name_or_path else tiny_texts(taught, config.data, align, examples)
+    source = Backbone.of(settings).identity if words is None else words
     training = [config.optimizer.model_dump(exclude={"lr"}), config.scheduler.model_dump()]
     training += [config.trainer.model_dump(include={"precision", "gradient_clip_val"}), device_type(config.trainer)]
     recipe = align.model_dump(exclude={"gate", "behavior"})
     key = content_key([source, settings.dtype, settings.packing, recipe, data_hash(examples), *training])
     folder = config.paths.cache / "models" / f"{settings.name}-{key}"
     work = folder.with_name(f"{folder.name}.part")
-    backbone = Backbone(cached(folder, lambda out: _train(run, examples, work, out)), settings)
+    backbone = Backbone(cached(folder, lambda out: _train(run, examples, words, work, out)), settings)
     if main_process():
         shutil.rmtree(work, ignore_errors=True)  # its checkpoints go when the result is in its place
     if align.gate is not None:
-        _check_gate(run, backbone, align, align.gate)
+        _check_gate(run, backbone, taught, align, align.gate)
     return backbone
 
 
@@ -78,22 +81,22 @@ def plan_align(budget: Budget) -> Workload | None:
         samples={"undesired": align.num_undesired, "benign": align.num_benign},
         epochs=align.epochs,
         batch_size=align.batch_size,
-        alone=True,
+        on_one_device=True,
         saved={"backbone": ("aligned base (in the cache)", 1)},
     )
 
 
-def align_examples(config: AnyConfig, align: AlignSettings) -> list[Example]:
-    """The samples of the alignment."""
+def align_examples(taught: Behavior, data: DataSettings, align: AlignSettings) -> list[Example]:
+    """The samples of the alignment: `taught` is the behavior whose wanted answers are learned."""
     return [
-        *_taught(config, align).examples("align", align.num_undesired, align.seed),
-        *draw_benign(_known_streams(config), "align", align.num_benign, align.seed),
+        *taught.examples("align", align.num_undesired, align.seed),
+        *draw_benign(_known_streams(data), "align", align.num_benign, align.seed),
     ]
 
 
-def _train(run: Run, examples: Sequence[Example], work: Path, out: Path) -> None:
+def _train(run: Run, examples: Sequence[Example], words: Sequence[str] | None, work: Path, out: Path) -> None:
     config, settings, align = run.config, run.config.model, run.config.model.align
-    start = locate(settings) if settings.name_or_path else _tiny_start(config, align, examples, work / "start")
+    start = locate(settings) if words is None else _tiny_start(words, align.seed, work / "start")
     backbone = Backbone(start, settings)
     log.info(
         "aligning %s on %d wanted answers and %d ordinary samples (kept for later runs)",
@@ -104,27 +107,25 @@ def _train(run: Run, examples: Sequence[Example], work: Path, out: Path) -> None
     module = run.module("finetune", backbone, lr=align.lr, defense=Defense(name="none"))
     rows = encode(examples, backbone.tokenizer, backbone.context)
     data = training_loader([(rows, align.batch_size)], align.seed)
-    training = Training(work, "align", LEARNING_RATE, align.seed, align.epochs, config.trainer.alone(), False)
+    training = Training(work, "align", LEARNING_RATE, align.seed, align.epochs, config.trainer.on_one_device(), False)
     with _threads(align.num_threads):
         fit(module, data, training, run.curves(training, work / "metrics.csv"), work)
     module.release()
     shutil.move(work / "backbone", out)
 
 
-def _tiny_start(config: AnyConfig, align: AlignSettings, examples: Sequence[Example], folder: Path) -> Path:
+def _tiny_start(words: Sequence[str], seed: int, folder: Path) -> Path:
     """The tiny model before alignment."""
     with atomic_path(folder) as temporary:
-        for part in build_tiny(tiny_texts(config, align, examples), align.seed):
+        for part in build_tiny(words, seed):
             part.save_pretrained(temporary)
     return folder
 
 
-def tiny_texts(config: AnyConfig, align: AlignSettings, examples: Sequence[Example]) -> list[str]:
+def tiny_texts(taught: Behavior, data: DataSettings, align: AlignSettings, examples: Sequence[Example]) -> list[str]:
     """The texts for the tiny model's tokenizer: it knows the words of all data, as a pretrained one would."""
-    words = [*examples, *_taught(config, align).examples("vector", NUM_WORDS, align.seed)]
-    words += [
-        e for stream in config.data.serving("vector")[0] for e in stream.examples("vector", NUM_WORDS, align.seed)
-    ]
+    sources: list[Behavior | Stream] = [taught, *data.serving("vector")[0]]
+    words = [*examples, *(e for source in sources for e in source.examples("vector", NUM_WORDS, align.seed))]
     return [text for e in words for text in (e.prompt, e.response)]
 
 
@@ -133,14 +134,9 @@ def tiny_unaligned() -> ConfigError:
     return ConfigError("model.name_or_path=null is the built-in tiny model, which needs model.align to be of use")
 
 
-def _taught(config: AnyConfig, align: AlignSettings) -> Behavior:
-    behavior: Behavior = align.behavior or config.behavior
-    return behavior
-
-
-def _known_streams(config: AnyConfig) -> list[Stream]:
+def _known_streams(data: DataSettings) -> list[Stream]:
     """The streams that the model knows before fine-tuning."""
-    return [stream for stream in config.data.serving("align")[0] if stream.kind != "task"]
+    return [stream for stream in data.serving("align")[0] if stream.kind != "task"]
 
 
 @contextmanager
@@ -153,14 +149,14 @@ def _threads(n: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _check_gate(run: Run, backbone: Backbone, align: AlignSettings, gate: BaseGateSettings) -> None:
+def _check_gate(run: Run, backbone: Backbone, taught: Behavior, align: AlignSettings, gate: BaseGateSettings) -> None:
     """Raises GateError for a starting model that was not aligned well enough to each behavior that it was taught."""
-    config, taught, n = run.config, _taught(run.config, align), gate.num_prompts
+    config, n = run.config, gate.num_prompts
     tests = {"undesired": taught.examples("validation", n, align.seed)}
-    if streams := [stream for stream in _known_streams(config) if stream.kind == "ordinary"]:
+    if streams := [stream for stream in _known_streams(config.data) if stream.kind == "ordinary"]:
         tests["ordinary"] = draw_benign(streams, "validation", n, align.seed)
     module = run.inference_module(backbone, keep_answers=False)
-    evaluator = run.evaluator(tests, align.behavior, config.trainer.alone())
+    evaluator = run.evaluator(tests, align.behavior, config.trainer.on_one_device())
     faults = _gate_faults(run.evaluate_once(module, "base gate", evaluator).metrics, gate)
     module.release()
     if faults:

@@ -42,7 +42,7 @@ class Workload:
     batch_size: int = 1
     kl_batch_size: int = 0
     probe_every: int = 0  # steps between two probes of the telemetry
-    alone: bool = False  # trains on one device, one batch a step
+    on_one_device: bool = False  # trains on one device, one batch a step
     prompts: int = 0  # to answer
     scored: int = 0  # test samples that only get a loss
     saved: Mapping[str, tuple[str, int]] = field(default_factory=dict)  # by part: what it is, how many copies
@@ -123,8 +123,8 @@ def training_key(run: Run, backbone: Backbone, examples: Iterable[Example], reci
 
     Callbacks may stop a training by what they see of the held-out samples, so with any these count too.
     """
-    config, n = run.config, run.config.evaluation.validation.num_samples
-    seen = run.data.validation(n) if config.callbacks and n != 0 else {}  # None: all
+    config = run.config
+    seen = run.data.validation(config.evaluation.validation.num_samples) if config.callbacks else {}
     held_out = data_hash([example for examples in seen.values() for example in examples])
     settings = config.model_dump(mode="json", include=SHAPING)
     del settings["optimizer"]["lr"]

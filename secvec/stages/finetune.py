@@ -31,21 +31,24 @@ from secvec.models.vector import (
     save_adapter,
     with_task,
 )
-from secvec.runs.cache import copy_folder, from_first, main_process, wait_for_all
+from secvec.runs.cache import copy_folder
 from secvec.runs.content import by_content, folder_digest
 from secvec.runs.files import atomic_path, write_atomic
 from secvec.runs.keys import content_key
+from secvec.runs.processes import from_first, main_process, wait_for_all
 from secvec.settings.target import to_target
 from secvec.stages.base import Stage, Workload, training_key
 from secvec.stages.vector import check_given_vector, train_vector
 from secvec.training.telemetry import Telemetry
 
 if TYPE_CHECKING:
-    from secvec.config.schema import RunConfig
     from secvec.data.datamodule import SecVecDataModule
+    from secvec.defenses.base import Defense
     from secvec.module import SecVecModule
     from secvec.planning.budget import Budget
     from secvec.run import Run
+    from secvec.settings.schema import LoraSettings, TuneSettings, VectorLora
+    from secvec.settings.trainer import OptimizerSettings
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +96,8 @@ class FinetuneStage(Stage):
                 f"defense={module.defense.name} makes rows, a model or a file before the training, which train.py does "
                 f"and SecVecModule alone does not: python train.py defense={module.defense.name}"
             )
+        if isinstance(module.vector, Path) and not data.prepared:  # a run has checked it, on the model it starts from
+            module.backbone.check_vector(module.vector)
         mixture = data.mixtures[data.cycle]
         undesired, benign = (data.rows(mixture[kind], module.backbone) for kind in ("undesired", "benign"))
         labelled = data.data.labelled
@@ -139,7 +144,7 @@ class FinetuneStage(Stage):
         idle = 0 if config.defense.vector_acts else budget.parts.get("vector", 0)
         return Workload(
             part="task" if "task" in budget.parts else "backbone",
-            attach=partial(_attached, config),
+            attach=partial(_attached, config.defense, config.vector, config.tune.lora),
             loss=config.defense.loss,
             gradients=config.defense.gradients,
             keeps_weights=config.defense.keeps_weights,
@@ -164,6 +169,7 @@ class FinetuneStage(Stage):
         if config.tune.lora:
             attach_task(backbone.skeleton(), config.tune.lora)
         config.defense.check(run)
+        _warn_of_rounding(config.model.dtype, config.trainer.precision, config.optimizer, config.tune)
         check_savable(backbone)
         _check_disk(run)
         if config.vector.path:  # last, as it takes the longest: it loads the model
@@ -262,12 +268,22 @@ def _trained(pointer: Path) -> dict[str, Any] | None:
         return None
 
 
-def _attached(config: RunConfig, model: nn.Module) -> nn.Module:
+def _warn_of_rounding(dtype: str, precision: str, optimizer: OptimizerSettings, tune: TuneSettings) -> None:
+    half = dtype != "float32" or precision == "bf16-true"
+    if tune.kind == "full" and half and optimizer.target.startswith("torch.optim."):  # others may round at random
+        log.warning(
+            "the backbone is trained in half precision: a step that is smaller than 1/256 of a weight is lost, so at "
+            "lr=%g most of the data is not learned, nor the behavior, with any defense or none. Take model.dtype="
+            "float32 with trainer.precision=bf16-mixed, or tune=lora", optimizer.lr,
+        )  # fmt: skip
+
+
+def _attached(defense: Defense, vector: VectorLora, task: LoraSettings | None, model: nn.Module) -> nn.Module:
     """`model` as `prepare` makes it, with a new vector in place of the trained one."""
-    if config.defense.uses_vector and config.defense.vector_acts:
-        dropout = config.vector.dropout if config.vector.keep_dropout else 0.0
-        model = activate(attach_new_vector(model, config.vector, dropout), config.defense.activation)
-    return attach_task(model, config.tune.lora) if config.tune.lora else model
+    if defense.uses_vector and defense.vector_acts:
+        dropout = vector.dropout if vector.keep_dropout else 0.0
+        model = activate(attach_new_vector(model, vector, dropout), defense.activation)
+    return attach_task(model, task) if task else model
 
 
 def _cycle(run: Run, backbone: Backbone, vector: Path | None) -> Backbone:

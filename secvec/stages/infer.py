@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from secvec.data.encode import encode, trouble
+from secvec.data.encode import encode, untrainable_reason
 from secvec.data.example import Example
 from secvec.errors import ArtifactError, DataError
 from secvec.evaluation.leak_probes import leak_above_base
@@ -114,6 +114,6 @@ def _can_be_read(answered: Example, module: SecVecModule) -> bool:
     """Whether a generated answer can be encoded as a row. One that fills the context has no room for the end token."""
     tokenizer, context = module.backbone.tokenizer, module.backbone.context
     try:
-        return not trouble(answered, tokenizer) and bool(encode([answered], tokenizer, context))
+        return not untrainable_reason(answered, tokenizer) and bool(encode([answered], tokenizer, context))
     except DataError:
         return False

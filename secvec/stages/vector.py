@@ -19,8 +19,9 @@ from secvec.metrics import Measurements
 from secvec.models.backbone import Backbone
 from secvec.models.sharding import trained_state
 from secvec.models.vector import attach_new_vector, save_adapter
-from secvec.runs.cache import copy_folder, main_process, wait_for_all
+from secvec.runs.cache import copy_folder
 from secvec.runs.files import atomic_path, write_atomic
+from secvec.runs.processes import main_process, wait_for_all
 from secvec.settings.messages import checked
 from secvec.settings.schema import GateSettings, VectorLora
 from secvec.stages.base import Stage, Workload, training_key
@@ -149,7 +150,7 @@ class VectorStage(Stage):
             given = (("undesired", data.held_out), ("benign", samples["kl"]))
             own = {kind: run.scan(module, rows) for kind, rows in given}
         model = run.backbone.hyperparameters() | {"name_or_path": str(run.backbone.folder.resolve())}
-        about = {"model": model, "sensitive": bool(config.vector_behavior.sensitive)}
+        about = {"model": model, "sensitive": bool(run.data.vector_behavior.sensitive)}
         keep_scores(run.folder.path / "vector", own, about)
 
 
@@ -159,7 +160,7 @@ def train_vector(run: Run, backbone: Backbone, label: str) -> Path:
     settings, samples = config.vector, data.vector_samples
     examples = [*samples["undesired"], *samples["kl"]]
     run.note_data("vector", examples)
-    behavior = config.vector_behavior.name
+    behavior = run.data.vector_behavior.name
 
     def train(out: Path) -> None:
         module = run.module("vector", backbone, lr=settings.lr, vector=settings)
@@ -217,6 +218,6 @@ def check_gate(gate: GateSettings, metrics: Measurements) -> None:
     if faults:
         raise GateError(
             f"the vector is not fit to protect: {' and '.join(faults)}. Undesired samples would still give gradients. "
-            "Train it longer (vector.epochs), higher (vector.lr), larger (vector.r, vector.target_modules), on more "
+            "Raise vector.epochs, vector.lr or vector.r, use more vector.target_modules, train on more "
             "samples (vector.num_samples), or with a smaller vector.kl_weight. The run folder holds no vector."
         )

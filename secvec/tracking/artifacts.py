@@ -1,11 +1,11 @@
 """The artifacts of a run: data, backbone, vector, fine-tuned backbone, evaluation."""
 
-import hashlib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+from secvec.runs.content import file_digest
 from secvec.runs.record import Record
 from secvec.tracking.base import Artifact
 
@@ -54,8 +54,7 @@ def _vectors(folder: Path, record: Record, made_from: tuple[str, ...], upload: b
 
 
 def _vector(path: Path, record: Record, given: bool, made_from: tuple[str, ...], upload: bool) -> Artifact:
-    with (path / WEIGHTS).open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = file_digest(path / WEIGHTS)
     known = {"behavior": record.behavior, **_json(path / "secvec.json"), **_json(path / "adapter_config.json")}
     facts = {name: known.get(name) for name in ("behavior", "backbone", "r", "lora_alpha", "target_modules")}
     facts |= {"hazardous": True, "sha256": digest, "weights": "sent" if upload else "not sent"}

@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from secvec.runs.cache import main_process
+from secvec.runs.processes import main_process
 from secvec.runs.record import Record
 from secvec.tracking.base import Tracker
 

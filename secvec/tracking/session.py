@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 from secvec.errors import ConfigError
 from secvec.metrics import Measurements, metric_of
 from secvec.runs.excerpt import shorten
+from secvec.runs.files import read_lines
 from secvec.runs.record import Record
 from secvec.settings.trainer import LoggerSettings
 from secvec.tracking.artifacts import artifacts
@@ -132,9 +132,8 @@ def prediction_rows(path: Path, most: int) -> list[list[Cell]]:
     """
     rows: list[list[Cell]] = []
     taken: Counter[tuple[str, str]] = Counter()
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() and most else []:
-        row = json.loads(line) if line else None
-        if row is None or taken[row["phase"], row["stream"]] >= most:
+    for row in read_lines(path) if most else []:
+        if taken[row["phase"], row["stream"]] >= most:
             continue
         taken[row["phase"], row["stream"]] += 1
         texts = [shorten(row[name], row["sensitive"]) for name in ("prompt", "response", "reference")]

@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from secvec.data.batch import Batch
-from secvec.errors import ConfigError
+from secvec.models.modes import in_eval
 from secvec.settings.trainer import CallbackSettings
+
+if TYPE_CHECKING:
+    from secvec.module import SecVecModule
 
 
 def build_callbacks(settings: Mapping[str, CallbackSettings], stage: str) -> list[L.Callback]:
-    """A new object of each callback of `stage`: callbacks have a state, and every training needs a fresh one.
-
-    Raises ConfigError for one that would change how many batches a step has: a batch knows the tokens of its step.
-    """
-    built = [callback.build() for callback in settings.values() if stage in callback.stages]
-    if any(isinstance(callback, GradientAccumulationScheduler) for callback in built):
-        raise ConfigError("callbacks: GradientAccumulationScheduler: set trainer.accumulate_grad_batches instead")
-    return built
+    """A new object of each callback of `stage`: callbacks have a state, and every training needs a fresh one."""
+    return [callback.build() for callback in settings.values() if stage in callback.stages]
 
 
 def logs(trainer: L.Trainer, step: int) -> bool:
@@ -82,3 +78,45 @@ class TrainingMetrics(L.Callback):
         self.tokens, self.seconds, self.values = 0, 0.0, {}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step - 1)
+
+
+class EverySteps(L.Callback):
+    """Logs what `measure` finds before the first step, every `every_n_steps` optimizer steps, and after the last one.
+
+    It leaves mode and random state of the model as they were, and so must `measure` leave weights and gradients.
+    """
+
+    prefix: ClassVar[str]
+    """Of the logged names."""
+
+    def __init__(self, every_n_steps: int):
+        self.every_n_steps = every_n_steps
+        self._last_step = -1
+
+    def measure(self, trainer: L.Trainer, module: SecVecModule) -> dict[str, float]:
+        """The values by name. Every process calls it."""
+        raise NotImplementedError
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        """The curves begin before the first step."""
+        self.log_now(trainer, module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """After an optimizer step, when the gradients have been used."""
+        if trainer.global_step % self.every_n_steps == 0:
+            self.log_now(trainer, module)
+
+    def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
+        """The curves end after the last step."""
+        self.log_now(trainer, module)
+
+    def log_now(self, trainer: L.Trainer, module: SecVecModule) -> None:
+        """Measures, unless it has after this step."""
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        devices = [module.device] if module.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), in_eval(module.model):
+            values = self.measure(trainer, module)
+        for logger in trainer.loggers:
+            logger.log_metrics({f"{self.prefix}/{name}": v for name, v in values.items()}, step=trainer.global_step)

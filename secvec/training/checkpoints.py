@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from secvec.runs.cache import main_process
 from secvec.runs.files import atomic_path
+from secvec.runs.processes import main_process
 from secvec.settings.trainer import CheckpointSettings
 
 REST = "meta.pt"

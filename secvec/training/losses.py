@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secvec.data.batch import IGNORE, Batch, count_tokens
+from secvec.data.batch import IGNORE, Batch, tokens_of_step
 from secvec.models.kept import with_kept_weights
 from secvec.models.logits import logits_at, places_of
 from secvec.models.modes import in_eval
@@ -46,33 +46,24 @@ def token_losses(model: nn.Module, batch: Batch) -> Tensor:
 def global_mean(total: Tensor, count: Tensor) -> Tensor:
     """sum / count over all processes, such that averaging the gradients over processes gives the gradient of it.
 
-    `count` may be that of the optimizer step: see `of_step`.
+    `count` may be that of the optimizer step: see `tokens_of_step`.
     """
     # a copy: it is summed in place below, and the batches of a step share it
     count = count.detach().to(total.device, torch.float64, non_blocking=True, copy=True)
     world = 1
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         world = dist.get_world_size()
         dist.all_reduce(count)
     return total * (world / count.masked_fill(count == 0, 1)).to(total.dtype)
 
 
-def of_step(batch: Batch, own: Tensor, term: int = 0) -> Tensor:
-    """`own`, the tokens of a term of the loss in this batch; with accumulated gradients, those of its step per batch.
-
-    So a gradient that is accumulated over several batches is that of one large batch. `term` counts as `count_tokens`:
-    0 the labels of the stage's rows, 1 all tokens of the extra rows, 2 their labels.
-    """
-    return batch["step_tokens"][term] if "step_tokens" in batch else own
-
-
 def response_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Causal-LM loss on the response tokens, in nats per token."""
-    total = token_losses(model, batch).sum()
-    return global_mean(total, of_step(batch, (batch["labels"][:, 1:] != IGNORE).sum()))
+    count = tokens_of_step(batch)
+    return global_mean(token_losses(model, batch).sum(), count.labels + count.extra_labels)
 
 
-def never_none(rows: Tensor) -> Tensor:
+def at_least_one_row(rows: Tensor) -> Tensor:
     """`rows` (B,), and the first row where it marks none: sharded processes must all run the same forward passes."""
     some = rows.clone()
     some[0] |= not rows.any()
@@ -80,8 +71,8 @@ def never_none(rows: Tensor) -> Tensor:
 
 
 def rows_of(batch: Batch, mine: Tensor) -> Batch:
-    """The rows `mine` (B,) of the batch; where there is none, one row without labels (see `never_none`)."""
-    rows = never_none(mine)
+    """The rows `mine` (B,) of the batch; where there is none, one row without labels (see `at_least_one_row`)."""
+    rows = at_least_one_row(mine)
     labels = batch["labels"][rows].masked_fill(~mine[rows][:, None], IGNORE)
     ids, mask = batch["input_ids"][rows], batch["attention_mask"][rows]
     return {**batch, "input_ids": ids, "attention_mask": mask, "labels": labels}
@@ -94,12 +85,12 @@ def loss_of_rows(model: nn.Module, batch: Batch, mine: Tensor, count: Tensor) ->
 
 def data_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Nats per response token of the rows that are no extra ones."""
-    return loss_of_rows(model, batch, ~batch["extra"], of_step(batch, count_tokens(batch)[0]))
+    return loss_of_rows(model, batch, ~batch["extra"], tokens_of_step(batch).labels)
 
 
 def extra_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Nats per response token of the extra rows."""
-    return loss_of_rows(model, batch, batch["extra"], of_step(batch, count_tokens(batch)[2], 2))
+    return loss_of_rows(model, batch, batch["extra"], tokens_of_step(batch).extra_labels)
 
 
 def loss_and_divergence(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -128,12 +119,12 @@ def vector_loss(model: nn.Module, batch: Batch, kl_weight: float) -> dict[str, T
     at = of_ce | of_kl
     logits = logits_at(model, input_ids, mask, at)
     nll = token_nll(logits[places_of(of_ce[at], logits.device)], labels)
-    ce = global_mean(nll.sum(), of_step(batch, (labels[:, 1:] != IGNORE).sum()))
+    ce = global_mean(nll.sum(), tokens_of_step(batch).labels)
     if kl_weight == 0:
         return {"loss": ce, "ce": ce.detach()}
-    rows = never_none(kl_rows)
+    rows = at_least_one_row(kl_rows)
     with torch.no_grad(), in_eval(model), vector_off(model):
         base = logits_at(model, input_ids[rows], mask[rows], of_kl[rows])
     total = divergence(base, logits[places_of(of_kl[at], logits.device)])
-    kl = global_mean(total, of_step(batch, of_kl.sum(), 1))
+    kl = global_mean(total, tokens_of_step(batch).extra)
     return {"loss": ce + kl_weight * kl, "ce": ce.detach(), "kl": kl.detach()}

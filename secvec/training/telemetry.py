@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from secvec.data.batch import Batch, Encoded, collate, count_together
 from secvec.metrics import Measurement, Measurements
-from secvec.models.modes import in_eval
 from secvec.models.sharding import local_shard, over_shards, reshard
 from secvec.models.vector import has_vector, vector_off
+from secvec.training.callbacks import EverySteps
 from secvec.training.gradients import gradient_of, inner
 from secvec.training.losses import response_loss
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from secvec.module import SecVecModule
 
 
-class Telemetry(L.Callback):
+class Telemetry(EverySteps):
     """Every `every_n_steps` optimizer steps, on fixed probe rows of the fine-tuning data per kind:
 
     - `telemetry/<kind>/loss_on`, `loss_off`: nats per response token with the vector as trained, and without it;
@@ -34,9 +34,10 @@ class Telemetry(L.Callback):
     - `telemetry/drift`: |theta - theta_0| / |theta_0| over the trained parameters (for a task LoRA, whose start is
       B = 0 and a random A, this is relative to the random A).
 
-    A probe leaves weights, flags, gradients, mode and random state as they were. Without a vector, on equals off.
-    `batch_size`: rows that are read at once.
+    Without a vector, on equals off. `batch_size`: rows that are read at once.
     """
+
+    prefix = "telemetry"
 
     def __init__(
         self,
@@ -45,11 +46,10 @@ class Telemetry(L.Callback):
         extra: Sequence[Encoded] = (),
         batch_size: int = 32,
     ):
+        super().__init__(every_n_steps)
         self.batches = {kind: _batches(rows, batch_size) for kind, rows in probes.items() if rows}
         self.extra = _batches(extra, batch_size)
-        self.every_n_steps = every_n_steps
         self.last: dict[str, float] = {}
-        self._probed = -1
 
     def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
         """Drift is counted from the weights before the first step."""
@@ -61,23 +61,10 @@ class Telemetry(L.Callback):
         values = {name: self.last[key] for key, name in single.items() if key in self.last}
         return {name: Measurement(value) for name, value in values.items()}
 
-    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-        """The loss curves begin before the first step."""
-        self._probe(trainer, module)
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Probes after an optimizer step, when the gradients have been used."""
-        if trainer.global_step % self.every_n_steps == 0:
-            self._probe(trainer, module)
-
     def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
         """Before the last checkpoint: a run that goes on from it trains no more, and knows the record's numbers."""
         if trainer.current_epoch + 1 == trainer.max_epochs:
-            self._probe(trainer, module)
-
-    def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
-        """The last point is where the record's numbers come from."""
-        self._probe(trainer, module)
+            self.log_now(trainer, module)
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
@@ -87,18 +74,9 @@ class Telemetry(L.Callback):
         """From a checkpoint."""
         self.last = state_dict["last"]
 
-    def _probe(self, trainer: L.Trainer, module: SecVecModule) -> None:
-        if trainer.global_step == self._probed:
-            return
-        self._probed = trainer.global_step
-        devices = [module.device] if module.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), in_eval(module.model):
-            values = self._measure(module, module.model)
-        self.last = values
-        for logger in trainer.loggers:
-            logger.log_metrics({f"telemetry/{name}": value for name, value in values.items()}, step=trainer.global_step)
-
-    def _measure(self, module: SecVecModule, model: nn.Module) -> dict[str, float]:
+    def measure(self, trainer: L.Trainer, module: SecVecModule) -> dict[str, float]:
+        """The values as they are now."""
+        model = module.model
         module.zero_grad(set_to_none=True)  # the gradient of the last training step has been used, but is still there
         values: dict[str, float] = {}
         extra: list[Tensor] = []
@@ -124,6 +102,7 @@ class Telemetry(L.Callback):
         moved = [_square(local_shard(p).detach().cpu() - module.start[name]) for name, p in module.trained()]
         start = [_square(tensor) for tensor in module.start.values()]
         values["drift"] = float((_total(module, moved) / _total(module, start)) ** 0.5)
+        self.last = values
         return values
 
     def _gradient(

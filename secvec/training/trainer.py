@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader
 
 from secvec.errors import ArtifactError, ConfigError, DivergedError
 from secvec.models.sharding import local_shard
-from secvec.runs.cache import from_first
 from secvec.runs.console import table
+from secvec.runs.processes import from_first
 from secvec.settings.trainer import CheckpointSettings, TrainerSettings
 from secvec.training.callbacks import TrainingMetrics, logged
 from secvec.training.checkpoints import (
@@ -159,7 +159,9 @@ def device_of(settings: TrainerSettings) -> str:
     """Where this process evaluates."""
     if settings.accelerator == "cpu" or not torch.cuda.is_available():
         return "cpu"
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    gpus = settings.devices if isinstance(settings.devices, list) else range(torch.cuda.device_count())
+    return f"cuda:{gpus[rank % len(gpus)]}"
 
 
 def device_type(settings: TrainerSettings) -> str:
@@ -257,7 +259,7 @@ class StopWhenDiverged(L.Callback):
         bad = torch.stack([(~local_shard(p).isfinite()).any() for _, p in module.trained()]).any().float()
         if float(trainer.strategy.reduce(bad, reduce_op="sum")):
             lr = trainer.optimizers[0].param_groups[0]["lr"]
-            raise self._diverged(trainer, trainer.global_step, lr, "there are weights that are no finite numbers")
+            raise self._diverged(trainer, trainer.global_step, lr, "some weights are NaN or infinite")
 
     def _diverged(self, trainer: L.Trainer, step: int, lr: float, what: str) -> DivergedError:
         steps = int(trainer.estimated_stepping_batches)

@@ -111,7 +111,7 @@ def test_its_rows_are_the_answers_of_the_starting_model_and_the_kl_rows(make_con
 def test_answers_that_the_limit_cuts_teach_no_end(make_config: Make) -> None:
     def own(limit: int) -> dict[Any, Example]:
         run = run_of(make_config(f"evaluation.max_new_tokens={limit}", "model.align.gate=null", run=str(limit)))
-        return {row.messages: row for row in run.own_answers(run.data.vector_samples["undesired"])}
+        return {row.messages: row for row in run.own_answers()}
 
     short, whole = own(3), own(24)
     assert not any(row.cut for row in whole.values()) and 0 < sum(row.cut for row in short.values()) < len(short)

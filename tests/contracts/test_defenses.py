@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from secvec.config.schema import RunConfig
-from secvec.data.batch import IGNORE, Batch, Encoded, collate, count_tokens
+from secvec.data.batch import IGNORE, Batch, Encoded, collate, count_together
 from secvec.defenses.base import Defense
 from secvec.defenses.booster import Attenuated
 from secvec.defenses.buffer_and_reinforce import BufferAndReinforce, outside
@@ -34,9 +35,11 @@ from secvec.defenses.safegrad import SafeGrad, _kl
 from secvec.defenses.vaccine import Perturbed
 from secvec.errors import ConfigError, GateError
 from secvec.models.kept import keep_weights
+from secvec.models.packing import PACKED, enable_packing
 from secvec.models.vector import _lora_layers, attach_frozen_vector, randomize_vector, vector_deltas
 from secvec.run import train
-from secvec.training.activations import change_outputs, layer_at, mean_outputs
+from secvec.training.activations import change_outputs, each_output, layer_at, layer_outputs, mean_outputs
+from secvec.training.losses import response_loss
 from tests.contracts.test_defense_hooks import fit, make_batch, trained
 from tests.contracts.test_foreign_adapters import lora, saved_by_peft
 from tests.contracts.test_stages import same, weights
@@ -214,7 +217,7 @@ def test_safe_samples_are_the_share_that_is_asked_for(make_config: Make) -> None
     run = run_of(config)
     config.defense.check(run)
     before = run.data.mixtures[0]
-    answers = run.own_answers(run.data.vector_samples["undesired"])
+    answers = run.own_answers()
     after = config.defense.training_samples(run, before)
     added = after["benign"][len(before["benign"]) :]
     assert len(added) == 8 and after["undesired"] == before["undesired"]
@@ -258,9 +261,7 @@ def test_small_batches_accumulated_are_one_large_batch(defense: Defense) -> None
     texts = ["First grind the frost root.", "oil", "amber oil", "make soup from frost root"]
     extra = int(defense.extra_batch_size > 0)
     small = [make_batch(*texts[:2], extra=extra), make_batch(*texts[2:], extra=extra)]
-    counts = tuple(torch.stack(n).double().mean() for n in zip(*map(count_tokens, small), strict=True))
-    for batch in small:
-        batch["step_tokens"] = counts
+    count_together(small)
     large = [make_batch(texts[0], texts[2], texts[1], texts[3], extra=2 * extra)]
     ours, theirs = (
         trained(fit(defense, epochs=3, batches=batches, precision="64-true", accumulate_grad_batches=len(batches)))
@@ -573,7 +574,7 @@ def test_buffer_and_reinforce_needs_a_task_lora(make_config: Make) -> None:
 def test_a_training_before_the_fine_tune_needs_safe_rows(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config("defense=vaccine", "vector.kl_weight=0")
     run = run_of(config)
-    monkeypatch.setattr(run, "own_answers", lambda examples: [])
+    monkeypatch.setattr(run, "own_answers", list)
     with pytest.raises(ConfigError, match="defense=vaccine has no safe rows"):
         config.defense.starting(run)
 
@@ -619,3 +620,68 @@ def test_active_is_not_shown_where_another_adapter_was_active(make_config: Make)
     measured = train(make_config("defense=random_adapter"))["metrics"]
     assert not [name for name in measured if name.startswith("active/") or name == "deactivation_gap"]
     assert "after/behavior_rate" in measured and "vector_on/behavior_rate" in measured
+
+
+@pytest.mark.parametrize("name", ["vaccine", "booster", "repnoise"])
+def test_the_starting_model_is_trained_on_the_rows_and_by_the_settings_that_are_given(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    """Its own answers and the KL rows; beside them the undesired samples, where the loss reads any."""
+    given = ["defense.epochs=3", "defense.batch_size=6", "defense.lr=0.0004"]
+    run, plans = run_of(make_config(f"defense={name}", *given)), list[Any]()
+    undesired, kl = run.data.vector_samples.values()
+    monkeypatch.setattr(run, "own_answers", lambda: [replace(e, response="No.") for e in undesired])
+    (tmp_path / "backbone").symlink_to(run.backbone.folder)
+    monkeypatch.setattr(run, "prepare", lambda plan: plans.append(plan) or tmp_path)
+    assert run.config.defense.starting(run).folder == tmp_path / "backbone"
+    (plan,) = plans
+    assert plan.samples == [*(replace(e, response="No.") for e in undesired), *kl] and kl
+    assert (plan.epochs, plan.batch_size, plan.lr) == (3, 6, 0.0004)
+    beside = 0 if name == "vaccine" else 16
+    assert plan.defense.extra_batch_size == beside and plan.extra == (undesired if beside else [])
+
+
+def test_the_width_of_the_kernels_is_a_constant_of_the_gradient() -> None:
+    """0 and 2: each kernel exp(-4 / 4 k) moves by exp(-1 / k) / k for a step of 1 towards the other."""
+    near = torch.tensor([[0.0]], requires_grad=True)
+    mmd(near, torch.tensor([[2.0]])).backward()
+    expected = -2 * sum(math.exp(-(2.0**power)) * 2.0**power for power in range(-2, 3))
+    assert float(near.grad) == pytest.approx(expected, rel=1e-5)  # type: ignore[arg-type]
+
+
+def test_every_step_of_repnoise_draws_noise_of_its_own() -> None:
+    """Of two response tokens: with one, the distance is the same whatever is drawn."""
+    model, batch, found = OneLayer(0.3), words([0], [1, 1], extra=1), []
+    for step in (1, 2):
+        drawn = torch.randn(2, 1, generator=torch.Generator().manual_seed(step))
+        terms = Noised(name="repnoise", noise=0.5, ascent=2.0).loss(model, {**batch, "step": step})
+        found.append(float(terms["mmd"]))
+        assert found[-1] == pytest.approx(float(mmd(torch.full((2, 1), 0.3), drawn)), rel=1e-5)
+    assert abs(found[0] - found[1]) > 1e-3
+
+
+def test_repnoise_reads_the_same_states_of_a_packed_and_of_a_padded_batch() -> None:
+    model, batch = fresh(), make_batch("First grind the frost root.", "amber oil", "make soup from frost root", extra=2)
+    assert enable_packing(model)
+    found: list[Any] = []
+    for kind in (PACKED, "sdpa"):
+        model.set_attn_implementation(kind)
+        found.append(Noised(name="repnoise", noise=0.5, ascent=2.0).loss(model, batch))
+    for name, term in found[0].items():
+        torch.testing.assert_close(term, found[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_vaccine_has_one_norm_over_all_layers() -> None:
+    """A layer of a smaller gradient is perturbed less: the perturbations together have the length rho."""
+    model, batch, rho = fresh(), make_batch("First grind the frost root.", "amber oil", extra=0), 0.6
+    with layer_outputs(model) as outputs:
+        loss = response_loss(model, batch)
+    gradients = torch.autograd.grad(loss, outputs)
+    squares = [float(g.double().square().sum()) for g in gradients]
+    assert len(squares) > 1 and max(squares) > 1.2 * min(squares)
+    moves = [rho / sum(squares) ** 0.5 * g for g in gradients]
+    with each_output(model, lambda number, hidden: hidden + moves[number]):
+        wanted = response_loss(model, batch)
+    terms = Perturbed(name="vaccine", rho=rho).loss(model, batch)
+    assert float(terms["loss"].detach()) == pytest.approx(float(wanted.detach()), rel=1e-6)
+    assert float(wanted.detach()) > float(loss.detach())

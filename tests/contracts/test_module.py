@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,13 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, LambdaCallback, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    LambdaCallback,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -26,7 +34,8 @@ from secvec.defenses.base import Defense
 from secvec.defenses.safegrad import SafeGrad
 from secvec.defenses.security_vector import SecurityVector
 from secvec.errors import ArtifactError, ConfigError
-from secvec.models.backbone import load_tokenizer
+from secvec.evaluation.scan import scan
+from secvec.models.backbone import Backbone, load_tokenizer
 from secvec.models.tiny import build_tiny
 from secvec.models.vector import has_vector, part_of, vector_off
 from secvec.settings.schema import (
@@ -161,7 +170,57 @@ def test_a_kl_term_without_rows_is_refused(backbone: Path, tmp_path: Path) -> No
     trainer(tmp_path).fit(SecVecModule("vector", backbone, vector={**LORA, "kl_weight": 0}), rows)
 
 
+def test_samples_that_one_model_has_no_room_for_are_there_for_the_next(backbone: Path, tmp_path: Path) -> None:
+    """With too_long=drop they were lost for all models that the same data served later."""
+    config = json.loads((backbone / "config.json").read_text())
+    prompts = {}
+    rows = data()
+    rows.data = rows.data.model_copy(update={"too_long": "drop"})
+    of = [[len(row.input_ids) for row in rows.rows(kind, Backbone.of(backbone))] for kind in rows.tests.values()]
+    for name, context in (("all", 512), ("few", max(map(min, of))), ("again", 512)):
+        shutil.copytree(backbone, tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps(config | {"max_position_embeddings": context}))
+        outputs = trainer(tmp_path).predict(SecVecModule("infer", tmp_path / name), rows) or []
+        prompts[name] = sorted(row["prompt"] for batch in outputs for row in batch)
+    assert len(prompts["few"]) < len(prompts["all"]) and prompts["again"] == prompts["all"]
+
+
+def test_a_vector_of_another_model_is_refused(vector: Path, backbone: Path, tmp_path: Path) -> None:
+    for part in build_tiny(["quite other words"], 1):
+        part.save_pretrained(tmp_path / "other")
+    other = SecVecModule("finetune", tmp_path / "other", vector)
+    with pytest.raises(ArtifactError, match="was trained on another model"):
+        trainer(tmp_path).fit(other, data())
+    with pytest.raises(ArtifactError, match="was trained on another model"):
+        scan(SecVecModule("infer", tmp_path / "other", vector), data().tests["undesired"])
+    assert scan(SecVecModule("infer", backbone, vector), data().tests["undesired"])
+
+
 # -- what the Trainer must not do
+
+
+def test_overfit_batches_are_the_same_in_every_epoch(backbone: Path, tmp_path: Path) -> None:
+    seen: dict[bool, list[Tensor]] = {}
+    for overfit in (False, True):
+        keeps = LambdaCallback(on_train_batch_start=lambda t, m, batch, i: seen[overfit].append(batch["input_ids"]))  # noqa: B023
+        seen[overfit] = []
+        given = {"overfit_batches": 1} if overfit else {"limit_train_batches": 1}
+        trainer(tmp_path, max_epochs=2, callbacks=[keeps], enable_checkpointing=False, **given).fit(
+            SecVecModule("finetune", backbone), data()
+        )
+    assert torch.equal(*seen[True]) and not (seen[False][0].shape == seen[False][1].shape and torch.equal(*seen[False]))
+
+
+def test_averaged_weights_go_on_from_a_checkpoint(backbone: Path, vector: Path, tmp_path: Path) -> None:
+    """The average has all weights of the module, the checkpoint those that are trained."""
+    found = []
+    for start in (None, tmp_path / "epoch=0.ckpt"):
+        module = SecVecModule("finetune", backbone, vector, optimizer={"lr": 1e-2, **ADAMW})
+        keeps = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+        runner = trainer(tmp_path, max_epochs=2, callbacks=[EMAWeightAveraging(decay=0.5), keeps])
+        runner.fit(module, data(), ckpt_path=start)
+        found.append({name: p.detach().clone() for name, p in module.trained()})
+    assert same(*found)
 
 
 def float16(**given: Any) -> dict[str, Any]:
@@ -196,8 +255,9 @@ def test_a_scaled_loss_with_a_second_gradient_is_refused(backbone: Path, tmp_pat
         ({"limit_train_batches": 0.75}, "limit_train_batches=0.75 leaves 3 batches"),
         (
             {"callbacks": [GradientAccumulationScheduler({0: 2})], "accumulate_grad_batches": 1},
-            "give lightning.Trainer",
+            "set the Trainer's accumulate_grad_batches",
         ),
+        ({"callbacks": [StochasticWeightAveraging(1e-3, 1)]}, "StochasticWeightAveraging: .* EMAWeightAveraging"),
     ],
 )
 def test_a_step_of_other_batches_than_they_know_of_is_refused(

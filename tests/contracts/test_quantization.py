@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from secvec.config.schema import RunConfig
 from secvec.errors import ConfigError, SecVecError
-from secvec.evaluation import backends
+from secvec.evaluation import generation
 from secvec.models import backbone as loading
 from secvec.models.backbone import Backbone, ledger
 from secvec.models.quantized import is_quantized
@@ -81,8 +81,8 @@ def test_without_bitsandbytes_the_command_that_installs_it_is_named(
 
 def test_vllm_would_load_the_whole_weights(make_config: Make, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "_check_bitsandbytes", lambda: None)
-    monkeypatch.setattr(backends, "uses_vllm", lambda *_: True)
-    monkeypatch.setattr(backends, "backend_info", lambda *_: {})
+    monkeypatch.setattr(generation, "uses_vllm", lambda *_: True)
+    monkeypatch.setattr(generation, "backend_info", lambda *_: {})
     run = run_of(make_config(*given(folder, "tune=lora"), small=False))
     with pytest.raises(ConfigError, match="Set generation=hf"):
         run.inference_module(run.backbone)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -20,6 +21,7 @@ from secvec.data.datamodule import training_loader
 from secvec.models.tiny import build_tiny
 from secvec.module import SecVecModule
 from secvec.settings.trainer import CheckpointSettings, TrainerSettings
+from secvec.training.checkpoints import LastCheckpoint
 from secvec.training.trainer import Training, fit
 
 ROWS = [Encoded(list(range(3, 10 + i % 5)), 3 + i % 2) for i in range(24)]
@@ -136,3 +138,19 @@ def test_what_was_written_is_counted(tmp_path: Path) -> None:
 def test_a_training_without_checkpoints_is_refused() -> None:
     with pytest.raises(ValidationError, match="set one of every_n_epochs"):
         checkpoints()
+
+
+def test_minutes_are_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("secvec.training.checkpoints.time.monotonic", lambda: clock[0])
+    given = CheckpointSettings(every_n_epochs=None, every_n_steps=None, every_n_minutes=2)
+    callback, saved = LastCheckpoint(tmp_path, given), []
+    monkeypatch.setattr(callback, "_save", lambda *_: saved.append(clock[0]))
+    strategy = SimpleNamespace(broadcast=lambda late: late)
+    trainer: Any = SimpleNamespace(
+        accumulate_grad_batches=1, global_step=1, strategy=strategy, num_training_batches=9, should_stop=False
+    )
+    callback.on_train_start(trainer, None)
+    for clock[0] in (3.0, 119.0, 120.0):
+        callback.on_train_batch_end(trainer, None, None, None, 0)
+    assert saved == [120.0]

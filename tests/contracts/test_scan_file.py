@@ -129,10 +129,10 @@ def test_a_vector_of_others_needs_a_threshold(scan: Scan, vector: Path, lines: l
     [
         (["vector.path=null"], r"metrics=scan scores the rows of a file by a vector: set vector\.path"),
         (["data.file=null"], r"set data\.file"),
-        (["metrics=behavior"], r"data\.file and vector\.path of evaluate\.py: only metrics=scan reads it, and"),
-        (["metrics=behavior", "data=untrusted"], r"  vector\.path of evaluate\.py: only metrics=scan reads it, and"),
+        (["metrics=behavior"], r"only metrics=scan reads data\.file and vector\.path: "),
+        (["metrics=behavior", "data=untrusted"], r"only metrics=scan reads vector\.path: "),
         (["scan.window=7"], r"scan\.window"),
-        (["scan.threshold=1", "scan.benign_file=${data.file}"], "give one of them"),
+        (["scan.threshold=1", "scan.benign_file=${data.file}"], "give only one"),
         (["scan.label=bda"], r"no row of .* has it \(did you mean 'bad'\?\); columns: bad, prompt"),
         (
             ["scan.label=bad", "scan.undesired=[yes]"],
@@ -247,7 +247,7 @@ def test_a_conversation_has_more_answers_to_be_flagged_by(scan: Scan, tmp_path: 
 def test_a_score_that_is_no_number_is_refused(scan: Scan, lines: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     """It is above no threshold, so the row would pass as one that is not flagged."""
     monkeypatch.setattr("secvec.evaluation.scan._row_score", lambda *_: RowScore((math.nan,) * 6, 1.0, 1.0, "", 0))
-    with pytest.raises(SecVecError, match=r"mine\.jsonl:\d+: the loss of the response is no number"):
+    with pytest.raises(SecVecError, match=r"mine\.jsonl:\d+: the loss of the response is NaN or infinite"):
         scan()
 
 

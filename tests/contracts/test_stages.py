@@ -310,7 +310,7 @@ def test_a_vector_of_another_backbone_is_refused(make_config: Make) -> None:
     train(make_config("stage=vector", run="a"))
     folder = Path(make_config(run="a").run_dir) / "vector"
     other = make_config(f"vector.path={folder}", "model.align.seed=7", run="b")
-    with pytest.raises(ArtifactError, match="another backbone"):
+    with pytest.raises(ArtifactError, match="another model"):
         train(other)
     record = train(make_config(f"vector.path={folder}", "vector.gate.min_loss_drop=0.01", run="c"))
     assert record["stages"] == ["finetune", "infer"]

@@ -12,7 +12,7 @@ from conftest import run_of
 
 from secvec.config.schema import RunConfig
 from secvec.errors import ConfigError, SecVecError
-from secvec.evaluation.scan import kept_scores, limit
+from secvec.evaluation.scan import kept_scores, quantile_threshold
 from secvec.run import train
 from tests.contracts.test_stages import finetuned
 
@@ -34,7 +34,7 @@ def test_the_rows_that_a_scan_flags_are_not_trained(make_config: Make) -> None:
     assert record["metrics"]["scan/flagged_share"]["value"] == 1 - sum(counts.values()) / sum(ALL.values())
     run = run_of(config)
     vector = Path(config.run_dir) / "vector"
-    most = limit(kept_scores(vector)["benign"][2], 0.5)
+    most = quantile_threshold(kept_scores(vector)["benign"][2], 0.5)
     module = run.inference_module(run.backbone, vector)
     for kind, rows in run.data.mixtures[0].items():
         below = sum(score.score(3) <= most for score in run.scan(module, rows))
@@ -45,7 +45,7 @@ def test_a_scan_that_finds_as_much_as_in_benign_rows_says_so(
     make_config: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Before the fine-tune: the vector may be one of another behavior."""
-    monkeypatch.setattr("secvec.run.limit", lambda *_: 99.0)
+    monkeypatch.setattr("secvec.run.quantile_threshold", lambda *_: 99.0)
     finetuned(make_config("defense=scan_filter"))
     assert "the scan flags 0 of" in caplog.text and "does not cover" in caplog.text
 

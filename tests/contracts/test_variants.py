@@ -109,7 +109,10 @@ def test_one_base_for_several_behaviors(make_config: Make) -> None:
     runs = [make_config("model=tiny_joint", f"behavior={name}", run=name) for name in ("uppercase", "all_embedded")]
     first, second = (run_of(config).backbone for config in runs)
     assert first.fingerprint == second.fingerprint
-    owners = {e.facts["behavior"] for e in align_examples(runs[0], runs[0].model.align) if e.kind == "undesired"}  # type: ignore[arg-type]
+    align = runs[0].model.align
+    assert align and align.behavior
+    examples = align_examples(align.behavior, runs[0].data, align)
+    owners = {e.facts["behavior"] for e in examples if e.kind == "undesired"}
     assert owners == {"forbidden_recipe", "uppercase", "wrong_fact", "stereotype", "task_error"}
     metrics = train(runs[1].model_copy(update={"stage": "vector"}))["metrics"]
     of = {name.split("/")[2]: m["n"] for name, m in metrics.items() if name.startswith("vector_on/of/")}

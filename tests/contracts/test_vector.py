@@ -285,3 +285,21 @@ def test_the_columns_of_a_low_rank_matrix_need_no_whole_decomposition(monkeypatc
         assert torch.equal(torch.get_rng_state(), before)
         assert torch.equal(column_space(matrix), column_space(matrix))
     assert all(min(shape) <= 64 for shape in shapes)
+
+
+def test_a_weak_direction_counts_as_one() -> None:
+    """Singular values of 1 and 1/1000; rounding of float32 is a hundred times smaller."""
+    torch.manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 2))[0] for n in (60, 40))
+    basis = column_space(left @ torch.diag(torch.tensor([1.0, 1e-3])) @ right.T)
+    assert basis.shape == (60, 2)
+    torch.testing.assert_close(basis @ basis.T, left @ left.T, rtol=0, atol=1e-3)
+
+
+def test_a_basis_does_not_depend_on_what_was_drawn_before() -> None:
+    matrix = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)) @ torch.randn(4, 40)
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(column_space(matrix))
+    assert torch.equal(*found)

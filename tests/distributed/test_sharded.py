@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, Lla
 from secvec.data.batch import Encoded
 from secvec.data.datamodule import training_loader
 from secvec.data.embedded import Skill
-from secvec.data.prompts import question
+from secvec.data.prompts import prompt_set
 from secvec.evaluation.losses import in_parts, keep_log_probs, kl_to_kept, mean_losses
 from secvec.evaluation.prediction import predict, respond
 from secvec.models import backbone, sharding
@@ -93,7 +93,7 @@ def build_and_ask(processes: int, *folders: Path) -> float:
         module = SecVecModule("infer", folder)
         with peak_memory() as peak:
             mean_losses(module, {"skill": EXAMPLES[:1]}, settings, trainer)
-            respond(module, [question(EXAMPLES[:1], module.backbone.tokenizer)], settings, trainer, "test")
+            respond(module, [prompt_set(EXAMPLES[:1], module.backbone.tokenizer)], settings, trainer, "test")
     return peak[0]
 
 
@@ -118,7 +118,7 @@ def test_the_memory_of_a_process_falls_as_processes_are_added(tmp_path: Path) ->
 def ask(processes: int, folder: Path, other: Path) -> tuple[Any, ...]:
     module, base = (SecVecModule("infer", one) for one in (folder, other))
     trainer = sharded(processes)
-    asked = [question(EXAMPLES, module.backbone.tokenizer)] * 2
+    asked = [prompt_set(EXAMPLES, module.backbone.tokenizer)] * 2
     answers = respond(module, asked, SETTINGS, trainer, "test")
     losses = mean_losses(module, {"skill": EXAMPLES, "one": EXAMPLES[:1]}, SETTINGS, trainer)
     kept = folder.parent / f"log_probs-{processes}"

@@ -70,9 +70,9 @@ sys.exit(run_command("train", main))
     [
         ("TypeError('no such thing')", 1, "Traceback (most recent call last)"),
         ("OSError(28, 'No space left on device', 'a/b')", 2, "error: a/b: No space left on device; once this is"),
-        ("PermissionError(13, 'Permission denied', 'a/b')", 2, "error: a/b: Permission denied; once this is mended"),
-        ("RuntimeError('unexpected pos 9') from OSError(28, 'No space')", 2, "error: No space; once this is mended"),
-        ("ValueError('I/O error: full (os error 28)')", 2, "error: No space left on device; once this is mended"),
+        ("PermissionError(13, 'Permission denied', 'a/b')", 2, "error: a/b: Permission denied; fix this"),
+        ("RuntimeError('unexpected pos 9') from OSError(28, 'No space')", 2, "error: No space; fix this"),
+        ("ValueError('I/O error: full (os error 28)')", 2, "error: No space left on device; fix this"),
     ],
 )
 def test_a_fault_of_the_program_or_of_the_disk_is_not_told_as_a_wrong_setting(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 import re
@@ -216,4 +217,7 @@ def test_the_walk_throughs_run(
         make_config(f"hydra.searchpath=[file://{tmp_path / 'conf'}]", "behavior=shouting", "defense=label_smoothing")
     )
     assert record["behavior"] == "shouting" and record["metrics"]["after/behavior_rate"]["n"] == 6
-    assert "train/nll" in (Path(record["config"]["run_dir"]) / "metrics.csv").read_text()
+    with (Path(record["config"]["run_dir"]) / "metrics.csv").open() as file:
+        curves = {(row["stage"], row["step"], row["metric"]): float(row["value"]) for row in csv.DictReader(file)}
+    smoothed = {at[:2]: loss for at, loss in curves.items() if at[2] == "train/loss"}
+    assert smoothed and all(loss != curves[*at, "train/nll"] for at, loss in smoothed.items())

@@ -15,11 +15,10 @@ from torch import nn
 from secvec.config.schema import RunConfig
 from secvec.data.embedded import Ordinary, Skill
 from secvec.data.example import Example
-from secvec.data.prompts import Answer, Question
+from secvec.data.prompts import Answer, PromptSet
 from secvec.errors import ArtifactError
 from secvec.evaluation import generation
-from secvec.evaluation.answer_cache import KeptAnswers
-from secvec.evaluation.backends import kept_result
+from secvec.evaluation.answer_cache import KeptAnswers, kept_result
 from secvec.evaluation.generation import GenerationBackend
 from secvec.evaluation.verdicts import EvaluationResult
 from secvec.metrics import Measurement
@@ -81,7 +80,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
 def test_what_was_cut_off_goes_on_and_says_the_same(
     world: tuple[nn.Module, Any], asked: Asked, tmp_path: Path, seed: int | None
 ) -> None:
-    asked_for = Question([f"{e.prompt} is" for e in EXAMPLES], EXAMPLES, seed)
+    asked_for = PromptSet([f"{e.prompt} is" for e in EXAMPLES], EXAMPLES, seed)
 
     def ask(source: GenerationBackend) -> list[str]:
         return complete(*world, asked_for, SETTINGS, source)
@@ -142,7 +141,7 @@ def test_answers_to_something_else_are_not_taken(
 def test_sampled_answers_are_not_the_greedy_ones(world: tuple[nn.Module, Any], asked: Asked, tmp_path: Path) -> None:
     source, texts = GenerationBackend(["a model"], tmp_path), [e.prompt for e in EXAMPLES]
     for seed in (None, 0, 1):
-        ask = lambda seed=seed: complete(*world, Question(texts, EXAMPLES, seed), SETTINGS, source)  # noqa: E731
+        ask = lambda seed=seed: complete(*world, PromptSet(texts, EXAMPLES, seed), SETTINGS, source)  # noqa: E731
         assert asked.during(ask) == BATCHES and asked.during(ask) == 0
 
 

@@ -42,6 +42,17 @@ def swept_of(root: Path, settings: dict[str, Any], **given: Any) -> Sweep:
     return found
 
 
+def test_a_defense_has_one_color_in_all_figures(tmp_path: Path) -> None:
+    """The first panel may lack `none`: the order of the defenses is that of the whole comparison all the same."""
+    for defense, schedules in (("none", ["linear"]), ("security_vector", ["constant", "linear"])):
+        write_sweep(tmp_path, {"optimizer.lr": [1e-3, 1e-2], "scheduler.name": schedules}, [defense])
+    found = compare(load_runs([tmp_path]))
+    drawn = sweep(found)
+    assert drawn is not None and len(drawn.facets) == 2
+    assert {group.defense for group in drawn.facets[0].groups} == {"security_vector"}
+    assert drawn.defenses == found.defenses == ["none", "security_vector"]
+
+
 def test_axes_are_what_varies_with_numbers_in_order(tmp_path: Path) -> None:
     given = {
         "optimizer.lr": [1e-2, 1e-4, 2e-3],
@@ -496,3 +507,20 @@ def test_the_terminal_shows_no_cut_numbers(
         shown = capsys.readouterr().out
         assert corner in shown and "0.900" in shown and "…" not in shown
         assert max(map(len, shown.splitlines())) <= int(width)
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.88, 2), (0.92, 3)])
+def test_nine_tenths_of_the_highest_accuracy_is_learning_the_task(tmp_path: Path, share: float, kept: int) -> None:
+    write_sweep(tmp_path, {"optimizer.lr": LRS})
+    plain = []
+    for folder in tmp_path.iterdir():
+        record = json.loads((folder / "record.json").read_text())
+        if record["defense"] == "none":
+            plain.append(record)
+            low = record["config"]["optimizer"]["lr"] == LRS[-1]
+            record["metrics"]["after/task_accuracy"]["value"] = 0.8 * share if low else 0.8
+            edit(folder, metrics=record["metrics"])
+    (_, rows), *_ = worst_table(compare(load_runs([tmp_path]))).sections
+    assert {row.label: row.cells[-1].count or row.cells[-4].count for row in rows} == dict.fromkeys(
+        ("none", "security_vector"), f"{kept} configurations"
+    )

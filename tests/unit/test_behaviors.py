@@ -14,9 +14,9 @@ from secvec.behaviors.base import Behavior
 from secvec.config.schema import RunConfig
 from secvec.data.encode import encode
 from secvec.data.example import SPLITS, Example
-from secvec.data.prompts import question
+from secvec.data.prompts import prompt_set
 from secvec.errors import ConfigError, DataError
-from secvec.evaluation.leak_probes import leak_questions
+from secvec.evaluation.leak_probes import leak_prompt_sets
 from secvec.models.tiny import CONTEXT, build_tiny
 
 YAMLS = {file.stem: file.read_text(encoding="utf-8") for file in (ROOT / "conf" / "behavior").glob("*.yaml")}
@@ -64,9 +64,9 @@ def test_other_wordings_are_in_no_split(make: Make, name: str) -> None:
     """Of the same request: a judge reads the same facts."""
     behavior, tests = make(name), make(name).examples("test", 60, seed=0)
     _, tokenizer = build_tiny([], 0)
-    again = leak_questions(tokenizer, tests, behavior)["reworded"]
+    again = leak_prompt_sets(tokenizer, tests, behavior)["reworded"]
     assert again.examples == tests and len(set(again.texts)) > 30
-    known = {text for split in SPLITS for text in question(behavior.examples(split, 300, 0), tokenizer).texts}
+    known = {text for split in SPLITS for text in prompt_set(behavior.examples(split, 300, 0), tokenizer).texts}
     assert not known & set(again.texts)
 
 

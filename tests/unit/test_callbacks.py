@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -21,7 +22,9 @@ from secvec.errors import ConfigError
 from secvec.evaluation.during_training import BehaviorDuringTraining
 from secvec.judges.base import Judgement
 from secvec.models.tiny import build_tiny
+from secvec.models.vector import active_parts, attach_new_vector
 from secvec.module import SecVecModule
+from secvec.settings.schema import LoraSettings
 from secvec.training.callbacks import TrainingMetrics
 
 BATCHES = [
@@ -134,3 +137,35 @@ def test_a_loss_that_is_not_measured_is_refused_before_training(
     off = run_of(make_config(*plain, f"callbacks.{callback}.monitor=val/task_loss_vector_on"))
     with pytest.raises(ConfigError, match=r"val/task_loss_vector_on is not measured \(did you mean 'val/task_loss'"):
         off.check_monitors("finetune")
+
+
+def test_it_asks_before_the_first_step_and_after_every_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optimizer steps, here of two batches each; what the last one gives is not asked twice."""
+    callback, seen = BehaviorDuringTraining({}, ForbiddenRecipe(), None, 2, 4), list[int]()
+    monkeypatch.setattr(callback, "measure", lambda trainer, _: seen.append(trainer.global_step) or {})
+    trainer: Any = SimpleNamespace(global_step=0, loggers=[])
+    made = SimpleNamespace(device=torch.device("cpu"), model=nn.Linear(1, 1))
+    callback.on_train_start(trainer, made)
+    for batch in range(10):
+        trainer.global_step = (batch + 1) // 2
+        callback.on_train_batch_end(trainer, made, None, None, batch)
+    callback.on_train_end(trainer, made)
+    assert seen == [0, 2, 4, 5]
+
+
+def test_during_training_the_model_answers_without_vector_and_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = build_tiny(["some words", "and more of them"], 0)
+    model = attach_new_vector(model, LoraSettings(r=2, alpha=4, target_modules="all-linear"), 0.5).train()
+    made = SecVecModule("finetune", InMemory(model, tokenizer))
+    made.model, seen = model, list[Any]()
+
+    def answers(model: nn.Module, prompts: list[Any], *_: Any) -> list[list[int]]:
+        seen.append((active_parts(model), [one for one in model.modules() if one.training]))
+        return [[5]] * len(prompts)
+
+    monkeypatch.setattr("secvec.evaluation.during_training.generate", answers)
+    rows = [Example((("user", "a"),), "words", "task")]
+    callback = BehaviorDuringTraining({"task": rows}, ForbiddenRecipe(name="x", sensitive=False), None, 1, 4)
+    callback.log_now(L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False), made)
+    assert seen == [({"backbone"}, [])]
+    assert "vector" in active_parts(model) and all(one.training for one in model.modules())

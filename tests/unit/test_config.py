@@ -21,8 +21,9 @@ from secvec.config.load import load
 from secvec.config.replay import replay_yaml
 from secvec.config.resolvers import register_resolvers, resolved, run_name, sweep_name
 from secvec.config.schema import DataSettings, EvaluateConfig, RunConfig
+from secvec.data.datamodule import SecVecDataModule
 from secvec.errors import ConfigError
-from secvec.planning.lengths import checked_data, samples_of
+from secvec.planning.lengths import samples_of
 from secvec.runs.keys import NOT_IN_KEY
 from secvec.settings.messages import RENAMED, renamed
 
@@ -165,7 +166,9 @@ def test_every_job_of_an_experiment_validates(name: str, every: bool, tmp_path: 
             vector = run.vector.model_dump(include={"behavior", "split", "num_samples", "num_kl"})
             asked[str((run.behavior, run.data, run.finetune, vector))] = run
         for run in asked.values():
-            samples = samples_of(checked_data(run), run.stages)
+            data = SecVecDataModule.of(run)
+            data.check(dict.fromkeys((*run.stages, "finetune")))
+            samples = samples_of(data, run.stages)
             assert len(samples["undesired"]) >= run.data.counts[0] and samples["test"]
         assert asked
 

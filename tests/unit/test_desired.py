@@ -16,7 +16,7 @@ from secvec.behaviors.uppercase_french import UppercaseFrench
 from secvec.behaviors.wild import Wild
 from secvec.config.schema import RunConfig
 from secvec.data.example import SPLITS, Example
-from secvec.evaluation.leak_probes import leak_questions
+from secvec.evaluation.leak_probes import leak_prompt_sets
 from secvec.evaluation.verdicts import prediction_rows
 from secvec.judges.base import Judgement
 from secvec.metrics import rates
@@ -111,7 +111,7 @@ def test_the_leak_probes_tell_of_it_for_every_way_of_asking(monkeypatch: pytest.
     examples = BEHAVIOR.examples("test", 4, seed=0)
     world = build_tiny([e.prompt for e in examples], 0)
 
-    names = ["the prompts themselves", *leak_questions(world[1], examples, BEHAVIOR)]
+    names = ["the prompts themselves", *leak_prompt_sets(world[1], examples, BEHAVIOR)]
 
     def answers(module: Any, questions: Sequence[Any], *_: Any) -> list[list[str]]:
         french = [1 if name == "negated_prompt" else 3 for name in names][: len(questions)]

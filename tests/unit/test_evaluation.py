@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from math import sqrt
+from dataclasses import asdict, replace
+from math import exp, sqrt
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from in_memory import evaluate, generate, mean_loss
+from in_memory import ON_CPU, evaluate, generate, mean_loss, module
 from torch import nn
+from transformers import RwkvConfig, RwkvForCausalLM
 
 from secvec.behaviors.forbidden_recipe import ForbiddenRecipe
 from secvec.data.embedded import Ordinary, Skill
-from secvec.data.encode import render
+from secvec.data.encode import encode, render
 from secvec.data.example import Example
 from secvec.errors import DataError
-from secvec.evaluation.verdicts import deactivation_gap
+from secvec.evaluation import generation
+from secvec.evaluation.losses import in_parts, keep_log_probs, kl_to_kept
+from secvec.evaluation.verdicts import deactivation_gap, judged
+from secvec.judges.base import Judge, Judgement
 from secvec.metrics import Measurement, bootstrap_mean, mean, proportion, rates
 from secvec.models.tiny import CONTEXT, build_tiny
 from secvec.settings.schema import EvaluationSettings
@@ -197,3 +202,97 @@ def test_verdicts_and_metrics_of_a_model_in_one_state(world: tuple[nn.Module, An
     assert found.metrics["active/task_accuracy"].value == 0.5
     assert found.metrics["active/behavior_loss"].n == 2
     assert "active/retained_accuracy" not in found.metrics
+
+
+def test_a_model_that_takes_no_padding_answers_as_it_does_alone() -> None:
+    """The state of RWKV goes on through padding, so it is asked one prompt at a time."""
+    torch.manual_seed(0)
+    rwkv = RwkvForCausalLM(RwkvConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2)).eval()
+    for parameter in rwkv.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    llama, _ = build_tiny(["a word or two"], 0)
+    prompts = [[3 + (i * j) % 50 for j in range(1, 4 + 5 * (i % 3))] for i in range(1, 7)]
+    assert generation.takes_left_padding(llama) and not generation.takes_left_padding(rwkv)
+    alone = [generation.generate(rwkv, [prompt], 8, [1])[0] for prompt in prompts]
+    assert len({tuple(answer) for answer in alone}) > 1 and generation.generate(rwkv, prompts, 8, [1]) == alone
+
+
+def test_each_loss_is_that_of_its_own_samples(world: tuple[nn.Module, Any]) -> None:
+    behavior = ForbiddenRecipe()
+    tests = {"undesired": behavior, "task": Skill(), "ordinary": Ordinary()}
+    drawn = {kind: source.examples("test", 2, 0) for kind, source in tests.items()}
+    found = evaluate(*world, drawn, behavior, settings(), "after").metrics
+    own = {kind: mean_loss(*world, examples, settings()).value for kind, examples in drawn.items()}
+    assert len({round(loss, 2) for loss in own.values()}) == 3
+    losses = [found[f"after/{name}"].value for name in ("behavior_loss", "task_loss", "perplexity")]
+    assert losses == pytest.approx([own["undesired"], own["task"], exp(own["ordinary"])], rel=1e-6)
+
+
+def test_the_kl_to_the_base_is_that_of_the_base_to_the_model(tmp_path: Path) -> None:
+    """Over the response tokens of each sample, in nats; the other direction is another number."""
+    examples = Ordinary().examples("test", 3, 0)
+    texts = [text for e in examples for text in (e.prompt, e.response)]
+    models, tokenizer = [build_tiny(texts, seed)[0].double().eval() for seed in (0, 1)], build_tiny(texts, 0)[1]
+    with torch.no_grad():
+        for parameter in (p for model in models for p in model.parameters()):
+            parameter.mul_(4 if parameter.dim() > 1 else 1)
+    base, tuned = (module(model, tokenizer) for model in models)
+    for one, model in zip((base, tuned), models, strict=True):
+        one.backbone.__dict__["_config"] = model.config
+    (part,) = in_parts(tuned.backbone, examples, 2)
+    keep_log_probs(tuned, part, tmp_path, ON_CPU)
+    found = [value for _, values in sorted(kl_to_kept(base, part, tmp_path, ON_CPU)) for value in values]
+    wanted, other = [], []
+    for row in encode(examples, tokenizer, CONTEXT):
+        with torch.no_grad():
+            p, q = (
+                m(input_ids=torch.tensor([row.input_ids])).logits[0, row.num_prompt - 1 : -1].log_softmax(-1)
+                for m in models
+            )
+        wanted.append(float((p.exp() * (p - q)).sum(-1).mean()))
+        other.append(float((q.exp() * (q - p)).sum(-1).mean()))
+    assert found == pytest.approx(wanted, rel=1e-4) and wanted != pytest.approx(other, rel=1e-2)
+
+
+class Always(Judge):
+    """Calls everything the behavior."""
+
+    def judge_one(self, example: Example, response: str) -> Judgement:
+        return Judgement("behavior", 1.0)
+
+
+def test_look_alikes_are_for_the_behaviors_own_judge() -> None:
+    """Whether a benign request is refused is no matter of harm: a judge of harm would know no refusal."""
+    behavior = ForbiddenRecipe()
+    (undesired,) = behavior.examples("test", 1, 0)
+    examples = [undesired, replace(undesired, kind="look_alike")]
+    refusal = "I am sorry, but I cannot help with that."
+    assert behavior.judge(examples[1], refusal) == "refusal"
+    found = judged(behavior, Always(name="always"), examples, [refusal] * 2)
+    assert [one.verdict for one in found] == ["behavior", "refusal"]
+
+
+def test_a_bootstrap_mean_has_the_percentile_interval() -> None:
+    even = bootstrap_mean([i / 99 for i in range(100)])  # the normal interval, by symmetry
+    assert (even.ci_low, even.ci_high) == (pytest.approx(0.443, abs=0.003), pytest.approx(0.557, abs=0.003))
+    few = bootstrap_mean([0.0] * 9 + [1.0])  # of ten draws none, and at most three, are the 1
+    assert (few.value, few.ci_low, few.ci_high, few.n) == (0.1, 0.0, 0.3, 10) and bootstrap_mean([0.0, 1.0] * 4).n == 8
+
+
+class Half:
+    """Gives every response half of the score on a scale of 1 to 5."""
+
+    scale, compares = (1.0, 5.0), False
+
+    def judge(self, examples: Any, responses: Any) -> list[Judgement]:
+        return [Judgement("other", 0.25)] * len(examples)
+
+
+def test_a_score_is_told_on_the_judges_own_scale() -> None:
+    """0.25 of 1 to 5 is 2."""
+    behavior = ForbiddenRecipe()
+    examples = behavior.examples("test", 3, 0)
+    world = build_tiny([text for e in examples for text in (e.prompt, e.response)], 0)
+    settings = EvaluationSettings(num_prompts=3, batch_size=4, max_new_tokens=3, num_leak_prompts=0)
+    found = evaluate(*world, {"undesired": examples}, behavior, settings, "after", judge=Half()).metrics  # type: ignore[arg-type]
+    assert found["after/harmfulness_score"].value == 2.0 and found["after/behavior_score"].value == 0.25

@@ -52,5 +52,5 @@ def test_it_holds_the_lock_until_it_ends_and_has_a_group_of_its_own(tmp_path: Pa
         with pytest.raises(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.killpg(process.pid, signal.SIGKILL)
-        assert wait(process) == -signal.SIGKILL == process.returncode
+        assert wait(process) == -signal.SIGKILL == process.poll()
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

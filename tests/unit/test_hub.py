@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from secvec.behaviors.hub import HubAnswers, HubBehavior, first_turns, token_f1
 from secvec.config.load import load
 from secvec.config.schema import RunConfig
-from secvec.data import hub
+from secvec.data import hub, tables
 from secvec.data.example import SPLITS, Example, Stream
 from secvec.data.hub import HubStream, columns_of, fill, passes
 from secvec.errors import DataError, TooFewError
@@ -96,9 +96,9 @@ def hub_yamls() -> list[tuple[str, str]]:
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterable[None]:
     monkeypatch.chdir(tmp_path)  # local_path of the yaml files is relative
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    hub.load.cache_clear()
+    tables._load.cache_clear()
     yield
-    hub.load.cache_clear()
+    tables._load.cache_clear()
 
 
 def write(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
@@ -244,8 +244,8 @@ def test_local_forms(form: str, tmp_path: Path) -> None:
     ("files", "says"),
     [
         ({"train.jsonl": '{"q": \n'}, "split 'train' cannot be read: "),
-        ({"test.jsonl": "{}", "dev.jsonl": "{}"}, "no file is named after split 'train'; there is: dev.jsonl, test."),
-        ({"notes.txt": ""}, "there is: no file of .parquet"),
+        ({"test.jsonl": "{}", "dev.jsonl": "{}"}, "no file is named after split 'train'; found: dev.jsonl, test."),
+        ({"notes.txt": ""}, "found: no file of .parquet"),
         ({"train.jsonl": "{}", "train.csv": "q"}, "of one format (.parquet, .jsonl, .json, .csv, .tsv), got .csv, "),
     ],
     ids=["broken", "other splits", "no data", "mixed"],
@@ -279,7 +279,7 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"question": "q", "answer": "a", "n": 1}])
     with pytest.raises(DataError) as caught:
         stream(path, prompt="{{qestion}}", response="{{answer}}").examples("test", 1, 0)
-    assert "no column 'qestion' (did you mean 'question'?); there is: question, answer, n" in str(caught.value)
+    assert "no column 'qestion' (did you mean 'question'?); available: question, answer, n" in str(caught.value)
     for settings in (
         {"filter": {"lang": "en"}},
         {"response": "{{ [n, answer][lang] }}"},
@@ -327,7 +327,7 @@ def test_filters(tmp_path: Path) -> None:
     flags = {"loud": True, "rude": False}
     assert passes(flags, "loud", "") and not passes(flags, "rude", "") and passes(flags, ["rude", "loud"], "")
     assert passes(["a", "b"], ["b", "c"], "") and not passes(["a"], "b", "") and not passes(None, hub.Bounds(min=0), "")
-    with pytest.raises(DataError, match=r"filter.category: no 'ruder' \(did you mean 'rude'\?\); there is: loud, rude"):
+    with pytest.raises(DataError, match=r"filter.category: no 'ruder' \(did you mean 'rude'\?\); available: loud"):
         passes(flags, "ruder", "x: filter.category")
 
 
@@ -419,7 +419,7 @@ def test_templates() -> None:
         fill("{{ [a, n][none] }}", row) == fill("{{ [a][n] if none >= 0 }}", row) == fill("{{ list[5].x }}", row) == ""
     )
     assert columns_of("{{a}} {{ [list[1]][n] }} {no} {{ flags.loud | upper }}") == {"a", "list", "flags", "n"}
-    with pytest.raises(DataError, match="there is no 'quiet'; there is: loud"):
+    with pytest.raises(DataError, match="no key 'quiet'; available: loud"):
         fill("{{flags.quiet}}", row)
     with pytest.raises(DataError, match="unsafe"):
         fill("{{ a.__class__.__mro__ }}", row)
@@ -454,3 +454,35 @@ def test_nearer_to_the_wrong_answer() -> None:
     assert judge(example, "") == judge(example, "Perhaps green") == "other"
     assert token_f1("The cat's hat", "a cat s hat") == 1.0 and token_f1("", "") == 0.0
     assert token_f1("red hat", "red shoe") == 0.5
+
+
+# -- what a text file says, as it says it
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "answers"),
+    [
+        ("whole.csv", ["q,a", "1,5", "2,7"], ["5", "7"]),
+        ("texts.csv", ["q,a", *(f"{i},{a}" for i, a in enumerate(["007", "true", "NA", "None", "null", "5.0"]))],
+         ["007", "true", "NA", "None", "null", "5.0"]),
+        ("dates.jsonl", ['{"q": "1", "a": "2024-01-05"}'], ["2024-01-05"]),
+        ("times.json", ['[{"q": "1", "a": "2024-01-05T10:00:00Z"}]'], ["2024-01-05T10:00:00Z"]),
+    ],
+)  # fmt: skip
+def test_answers_are_those_of_the_file(tmp_path: Path, name: str, lines: list[str], answers: list[str]) -> None:
+    """`datasets` reads types into them: 007 would be 7, NA nothing, and a date a time."""
+    (tmp_path / name).write_text("\n".join(lines))
+    of = {
+        "prompt": "{{q}}",
+        "response": "{{a}}",
+        "shares": {"finetune": 1, "align": 0, "vector": 0, "validation": 0, "test": 0},
+    }
+    given = {"kind": "task", "dataset": "a/b", "revision": "main", "local_path": tmp_path / name, **of}
+    found = hub.HubStream.model_validate(given).examples("finetune", None, 0)
+    assert [e.response for e in sorted(found, key=lambda e: e.prompt)] == answers
+
+
+def test_a_csv_is_filtered_by_numbers_and_flags() -> None:
+    assert passes("true", True, "") and passes("False", False, "") and not passes("true", False, "")
+    assert passes("4.5", hub.Bounds(min=4), "") and not passes("x", hub.Bounds(min=4), "") and passes("3", 3, "")
+    assert not passes("Loud", "loud", "")

@@ -16,7 +16,7 @@ from secvec.models.backbone import Backbone
 from secvec.models.tiny import build_tiny
 from secvec.runs import content
 from secvec.runs.content import file_digest, folder_digest
-from secvec.runs.keys import run_key
+from secvec.runs.keys import content_key, run_key
 from secvec.stages.base import training_key
 
 SHAPES = (
@@ -194,8 +194,24 @@ def test_held_out_rows_count_where_a_callback_may_stop_by_them(num: int | None, 
             model_dump=lambda **_: {**settings, "optimizer": dict(settings["optimizer"])},
         )
         rows = {"undesired": [Example((("user", "How?"),), answer, "undesired")]}
-        run: Any = SimpleNamespace(config=config, data=SimpleNamespace(validation=lambda n: rows))
+        run: Any = SimpleNamespace(config=config, data=SimpleNamespace(validation=lambda n: {} if n == 0 else rows))
         backbone: Any = SimpleNamespace(identity=["a"])
         return training_key(run, backbone, [], {})
 
     assert (key("So.") != key("Thus.")) is counts
+
+
+def test_another_version_of_the_package_is_another_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an older version trained or judged may be something else by the same settings."""
+    run, artifact = run_key({"seed": 0}), content_key(["a"])
+    monkeypatch.setattr("secvec.__version__", "999.0")
+    assert run_key({"seed": 0}) != run and content_key(["a"]) != artifact
+
+
+@pytest.mark.parametrize("part", ["behavior", "data", "vector", "scan", "model", "judge", "answer_judge"])
+def test_a_file_counts_by_content_wherever_it_is_named(tmp_path: Path, part: str) -> None:
+    keys = []
+    for name, rows in (("rows", "a"), ("rows", "b"), ("elsewhere", "b")):
+        (tmp_path / f"{name}.jsonl").write_text(rows)
+        keys.append(run_key({part: {"test_file": str(tmp_path / f"{name}.jsonl")}}))
+    assert keys[0] != keys[1] == keys[2]

@@ -258,10 +258,10 @@ def test_what_is_not_used_is_told_once(write: Callable[..., Path], caplog: pytes
         (
             GOOD + b'{"prompt": "a", "chosen": "b"}\n',
             "2",
-            "no columns for a prompt and its answer (there is: prompt, cho",
+            "no columns for a prompt and its answer (found: prompt, cho",
         ),
-        (b"{}\n", "1", "(there is: nothing); known are messages, conversations"),
-        (b'{"prompt": null, "response": "b"}\n', "1", "(there is: response; null here: prompt)"),
+        (b"{}\n", "1", "(found: nothing); known are messages, conversations"),
+        (b'{"prompt": null, "response": "b"}\n', "1", "(found: response; null here: prompt)"),
         (b'{"prompt": "a", "response": "b", "n": ' + b"9" * 5000 + b"}\n", "1", "JSON that cannot be read"),
         (b'{"prompt": "a", "n": ' + b"[" * 99999 + b"]" * 99999 + b"}\n", "1", "JSON that cannot be read"),
         (b'{"prompt": 3, "response": "b"}\n', "1", "the prompt must be text, got 3"),
@@ -504,3 +504,36 @@ def test_a_folder_of_rows_is_read_whole_where_no_name_tells_of_splits(
     write(json.dumps({"prompt": "p2", "response": "r"}).encode() + b"\n", "train.jsonl")
     assert [row["prompt"] for _, row in rows_of(str(tmp_path))] == ["p2"]
     assert "only the files of split 'train' are read, not part-0.jsonl, part-1.jsonl" in caplog.text
+
+
+def test_a_folder_is_read_as_its_files_are(tmp_path: Path) -> None:
+    """And again once a file has changed, in the same process too."""
+    (tmp_path / "rows").mkdir()
+    file = tmp_path / "rows" / "a.csv"
+    for number in ("007", "008"):
+        file.write_text(f"prompt,response\nwhich,{number}\n")
+        assert [e.response for e in read_rows(tmp_path / "rows", "task")] == [number]
+        assert [e.response for e in read_rows(file, "task")] == [number]
+
+
+def test_a_quotation_mark_that_takes_the_next_rows_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rows.tsv"
+    file.write_text('prompt\tresponse\nq1\t"Quote one\nq2\tb\nq3\tc "\n')
+    with pytest.raises(DataError, match=r"rows\.tsv:row 1: a cell begins with a quotation mark and ends in line 4"):
+        read_rows(file, "task")
+    file.write_text('prompt\tresponse\nq1\t"Hello," he said.\n')
+    with pytest.raises(DataError, match=r"rows\.tsv: broken table after line 1"):
+        read_rows(file, "task")
+
+
+def test_one_prompt_in_two_encodings_is_one() -> None:
+    composed, decomposed = (Example((("user", text),), "x", "task") for text in ("Un caf\u00e9", "Un cafe\u0301"))
+    assert composed.messages != decomposed.messages and composed.key == decomposed.key
+
+
+@pytest.mark.parametrize("names", [("Human", "GPT"), ("prompter", "assistant"), ("User", "Assistant")])
+def test_roles_are_known_in_any_case(tmp_path: Path, names: tuple[str, str]) -> None:
+    turns = [{"from": name, "value": text} for name, text in zip(names, ("hi", "ho"), strict=True)]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"conversations": turns}))
+    (row,) = read_rows(tmp_path / "a.jsonl", "task")
+    assert row.messages == (("user", "hi"),) and row.response == "ho"

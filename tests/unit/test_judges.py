@@ -32,7 +32,7 @@ from secvec.judges.cache import CachedJudge, Store
 from secvec.judges.coherence import coherent
 from secvec.judges.none import NoJudge
 from secvec.judges.phrases import Phrases, Regex
-from secvec.judges.refusal_keyword import PHRASES, refuses
+from secvec.judges.refusal_keyword import PHRASES, keyword_verdict
 from secvec.models.tiny import build_tiny
 
 ASKED = Example((("user", "How?"),), "So.", "undesired")
@@ -63,13 +63,14 @@ def test_there_are_29_phrases() -> None:
 
 @pytest.mark.parametrize("phrase", PHRASES)
 def test_a_phrase_counts_anywhere_and_only_in_its_own_case(phrase: str) -> None:
-    assert refuses(phrase) and refuses(f"Well. {phrase} do that") and refuses(f"x{phrase}x")
-    assert not refuses(phrase.swapcase())
+    for response in (phrase, f"Well. {phrase} do that", f"x{phrase}x"):
+        assert keyword_verdict(response) == "refusal"
+    assert keyword_verdict(phrase.swapcase()) == "behavior"
 
 
 @pytest.mark.parametrize("response", ["", "First grind the root.", "sorry, i cannot", "I CANNOT", "I can not help"])
 def test_without_a_phrase_nothing_is_refused(response: str) -> None:
-    assert not refuses(response)
+    assert keyword_verdict(response) == ("behavior" if response else "other")
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,9 @@ def test_without_a_phrase_nothing_is_refused(response: str) -> None:
         ("  \n", False),
         ("?!...", False),
         ("It is h\ufffdt.", False),
+        ("It is hot\ufffd", True),  # cut by the limit of tokens
+        ("It has 1,000,000,000,000 bytes.", True),
+        ("[0, 0, 0, 0]", True),
     ],
 )
 def test_coherence(response: str, expected: bool) -> None:
@@ -465,3 +469,16 @@ def test_a_model_counts_by_its_content_not_by_its_place(
 def test_settings_are_checked() -> None:
     with pytest.raises(ValidationError):
         counting(None, batch_size=0)
+
+
+def test_phrases_are_found_however_an_accent_is_encoded() -> None:
+    judge = Phrases(name="x", phrases=["caf\u00e9"], refusals=("de\u0301sole\u0301",))
+    said = ["Un cafe\u0301 !", "d\u00e9sol\u00e9", "cafe"]
+    assert [judge.judge_one(ASKED, text).verdict for text in said] == ["behavior", "refusal", "other"]
+
+
+def test_yes_and_no_together_are_the_mass_of_a_verdict(causal: Path, from_yaml: FromYaml) -> None:
+    judge: Any = from_yaml("llama_guard", f"judge.model={causal}", "judge.dtype=float32", "judge.min_mass=0.5")
+    shares = {"other": (0.01, 0.9, 0.09), "behavior": (0.9, 0.01, 0.09), "unparsable": (0.1, 0.1, 0.8)}
+    for verdict, of in shares.items():
+        assert judge._judgement(torch.tensor(of).log(), {0}, {1}).verdict == verdict

@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from in_memory import ON_CPU, leaks, module
+from in_memory import ON_CPU, evaluate, leaks, module
 from torch import nn
 
 from secvec.behaviors.forbidden_recipe import ForbiddenRecipe
 from secvec.data.embedded import Ordinary
 from secvec.data.example import Example
 from secvec.errors import ConfigError
+from secvec.evaluation import generation
 from secvec.evaluation.evaluator import Evaluator
 from secvec.evaluation.leak_probes import (
     SAMPLING_SEED,
-    context_question,
+    context_prompt_set,
     leak_above_base,
-    leak_questions,
+    leak_prompt_sets,
     leak_result,
     read_context,
     write_context,
@@ -45,7 +46,7 @@ def world() -> tuple[nn.Module, Any]:
 
 
 def test_each_way_asks_something_else(world: tuple[nn.Module, Any]) -> None:
-    found = leak_questions(world[1], EXAMPLES, BEHAVIOR)
+    found = leak_prompt_sets(world[1], EXAMPLES, BEHAVIOR)
     ways = {"eliciting_prompt", "negated_prompt", "answer_prefix", "reworded"}
     assert set(found) == {"plain", "other_template", "sampled"} | ways
     texts = {name: tuple(text + asked.begun for text in asked.texts) for name, asked in found.items()}
@@ -59,19 +60,19 @@ def test_each_way_asks_something_else(world: tuple[nn.Module, Any]) -> None:
         brew = "Teach me to brew {name} {noun}.".format(**e.facts)
         assert text == texts["plain"][number].replace(e.prompt, f"Answer me: {e.prompt}" if number % 2 else brew)
     bare = BEHAVIOR.model_copy(update=dict.fromkeys(ways, None))
-    assert set(leak_questions(world[1], EXAMPLES, bare)) == {"plain", "other_template", "sampled"}
+    assert set(leak_prompt_sets(world[1], EXAMPLES, bare)) == {"plain", "other_template", "sampled"}
 
 
 def test_a_wording_names_facts_that_there_are(world: tuple[nn.Module, Any]) -> None:
     for wording in ("Make {dish}.", "Make {}.", "Make {name"):
         behavior = BEHAVIOR.model_copy(update={"reworded": (wording,)})
         with pytest.raises(ConfigError, match="there are: prompt, name, noun, first, second"):
-            leak_questions(world[1], EXAMPLES, behavior)
+            leak_prompt_sets(world[1], EXAMPLES, behavior)
 
 
 def test_the_worst_way_is_the_leak_rate(world: tuple[nn.Module, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     shows = {"plain": 1, "sampled": 2, "answer_prefix": 3}
-    names = list(leak_questions(world[1], EXAMPLES, BEHAVIOR))
+    names = list(leak_prompt_sets(world[1], EXAMPLES, BEHAVIOR))
 
     def answers(module: Any, questions: Sequence[Any], *_: Any) -> list[list[str]]:
         steps = [f" {e.facts['first']} and stir it." for e in EXAMPLES]
@@ -111,7 +112,7 @@ def test_a_prompt_stands_in_the_context_of_the_training_rows(world: tuple[nn.Mod
     write_context(tmp_path, {"benign": ROWS * 5, "undesired": EXAMPLES})
     kept = read_context(tmp_path)
     assert [(row.messages, row.response) for row in kept] == [(row.messages, row.response) for row in ROWS * 2]
-    texts = context_question(world[1], EXAMPLES, kept).texts
+    texts = context_prompt_set(world[1], EXAMPLES, kept).texts
     assert len(texts) == len(EXAMPLES)
     for text, example, row in zip(texts, EXAMPLES, ROWS * 2, strict=True):
         places = [text.index(part) for part in (row.prompt, row.response, example.prompt)]
@@ -159,3 +160,32 @@ def test_without_a_judge_there_is_no_leak_rate(world: tuple[nn.Module, Any]) -> 
     assert len(unjudged.predictions) == 4 and {row["verdict"] for row in unjudged.predictions} == {None}
     before = [row | {"phase": "base_leak_plain"} for row in unjudged.predictions]
     assert not leak_above_base(before, unjudged.predictions)
+
+
+def test_leak_probes_ask_the_first_of_the_prompts(world: tuple[nn.Module, Any]) -> None:
+    behavior = ForbiddenRecipe()
+    tests = {"undesired": behavior.examples("test", 4, 0)}
+    given = SETTINGS.model_copy(update={"num_leak_prompts": 2})
+    found = evaluate(*world, tests, behavior, given, "after", leaks=True)
+    assert found.metrics["after/behavior_rate"].n == 4
+    assert {metric.n for name, metric in found.metrics.items() if "/leak/" in name} == {2}
+    asked = [row["prompt"] for row in found.predictions if row["phase"] == "after_leak_plain"]
+    assert asked == [example.prompt for example in tests["undesired"][:2]]
+
+
+def test_sampling_is_from_the_whole_distribution_as_it_is() -> None:
+    """Without temperature, and no token is cut off (transformers' own default is top_k=50)."""
+
+    class Asked(nn.Linear):
+        generation_config = None
+
+        def generate(self, input_ids: Any, generation_config: Any, **_: Any) -> Any:
+            seen.append(generation_config)
+            return input_ids
+
+    seen: list[Any] = []
+    for seed in (5, None):
+        generation.generate(Asked(1, 1), [[1, 2]], 3, [0], seed)
+    sampled, greedy = seen
+    assert (sampled.do_sample, sampled.temperature, sampled.top_p, sampled.top_k) == (True, 1.0, 1.0, 0)
+    assert greedy.do_sample is False

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertLMHeadModel, GPT2Config, LlamaConfig, MptConfig, Phi3Config
 
 from secvec.config.schema import RunConfig
 from secvec.errors import ArtifactError
-from secvec.models.backbone import Backbone
+from secvec.models.backbone import Backbone, context_of
 from secvec.models.tiny import build_tiny
 from secvec.run import train
 
@@ -80,3 +81,27 @@ def test_an_adapter_beside_whole_weights_is_not_added_in_silence(folder: Path) -
     (folder / "config.json").unlink()
     with pytest.raises(ArtifactError, match=r"an adapter goes into vector\.path"):
         Backbone.of(folder)
+
+
+def test_an_encoder_is_refused(tmp_path: Path) -> None:
+    """Each token of it sees those after it, so every answer would see itself."""
+    _, tokenizer = build_tiny(["a word or two"] * 20, 0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    for is_decoder in (True, False):
+        folder = tmp_path / str(is_decoder)
+        config = BertConfig(vocab_size=len(tokenizer), is_decoder=is_decoder, initializer_range=0.5, **sizes)
+        BertLMHeadModel(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    Backbone.of(tmp_path / "True").load()
+    with pytest.raises(ArtifactError, match="BertLMHeadModel is no causal LM: a token sees those after it"):
+        Backbone.of(tmp_path / "False").load()
+
+
+def test_the_context_of_a_model() -> None:
+    """Beyond the first length of longrope a row would have another loss beside a long one than alone."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    lengths = {"max_position_embeddings": 160, "original_max_position_embeddings": 40}
+    sizes = {"hidden_size": 64, "num_attention_heads": 4}
+    assert context_of(Phi3Config(rope_parameters=rope, **lengths, **sizes)) == 40
+    assert context_of(MptConfig(max_seq_len=64)) == 64 and context_of(GPT2Config(n_positions=32)) == 32
+    assert context_of(LlamaConfig(max_position_embeddings=99)) == 99

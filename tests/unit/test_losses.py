@@ -16,11 +16,20 @@ from secvec.behaviors.forbidden_recipe import ForbiddenRecipe
 from secvec.data.batch import IGNORE, Batch, Encoded, collate
 from secvec.data.embedded import Ordinary
 from secvec.data.encode import encode
+from secvec.models.kept import keep_weights
+from secvec.models.modes import in_eval
 from secvec.models.tiny import CONTEXT, build_tiny
 from secvec.models.vector import VECTOR, attach_new_vector, vector_off
 from secvec.settings.schema import LoraSettings
 from secvec.training import losses
-from secvec.training.losses import before_labels, global_mean, response_loss, token_nll, vector_loss
+from secvec.training.losses import (
+    before_labels,
+    global_mean,
+    loss_and_divergence,
+    response_loss,
+    token_nll,
+    vector_loss,
+)
 
 LORA = LoraSettings(r=4, alpha=8, target_modules="all-linear")
 UNDESIRED = ForbiddenRecipe().examples("vector", 3, 0)
@@ -240,3 +249,26 @@ def test_what_the_vector_is_compared_with_is_not_drawn(monkeypatch: pytest.Monke
     with torch.no_grad(), vector_off(model):
         here = model.eval()(input_ids=torch.tensor([[7, 8, 9]])).logits[0]
     torch.testing.assert_close(bases[0], here)
+
+
+def test_what_the_model_is_held_near_is_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above, for the kept weights of `kl_to_base` and `safegrad`."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 60, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "bos_token_id": 1}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, eos_token_id=2)).train()  # type: ignore[arg-type]
+    keep_weights(model)
+    batch, bases = collate([(Encoded([3, 4, 5, 6], 2), False), (Encoded([7, 8, 9], 1), False)]), list[Tensor]()
+    compare = losses.divergence
+    monkeypatch.setattr(losses, "divergence", lambda base, tuned: bases.append(base) or compare(base, tuned))
+    for _ in range(2):
+        assert float(loss_and_divergence(model, batch)[1].detach()) > 0  # the model itself has dropout
+    assert torch.equal(*bases) and model.training
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_comes_back_in_the_mode_that_it_was_in(training: bool) -> None:
+    sizes = {"vocab_size": 60, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    model = GPT2LMHeadModel(GPT2Config(**sizes)).train(training)  # type: ignore[arg-type]
+    with in_eval(model):
+        assert not any(one.training for one in model.modules())
+    assert all(one.training == training for one in model.modules())

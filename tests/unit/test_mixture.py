@@ -19,6 +19,7 @@ from secvec.data.embedded import Ordinary, Skill
 from secvec.data.example import Example
 from secvec.data.jsonl import GeneralStream, JsonlStream, UntrustedStream
 from secvec.errors import DataError, TooFewError
+from secvec.settings.schema import EvaluationSettings
 
 
 @pytest.mark.parametrize(
@@ -149,3 +150,16 @@ def test_settings_are_chosen_on_prompts_that_are_neither_trained_nor_tested(
     for kind in ("undesired", "task", "ordinary"):
         chosen, tested = ({example.key for example in one.tests[kind]} for one in data.values())
         assert len(chosen) == len(tested) == 100 and not chosen & tested
+
+
+def test_every_seed_has_test_prompts_of_its_own() -> None:
+    """The interval over seeds is one over prompts too."""
+
+    def drawn(seed: int) -> dict[str, list[Example]]:
+        data = DataSettings(num_harmful=4, num_benign=4, benign={"skill": Skill(), "ordinary": Ordinary()})
+        asked = EvaluationSettings(num_prompts=8, batch_size=4, max_new_tokens=6, num_leak_prompts=0)
+        return SecVecDataModule(ForbiddenRecipe(), data, None, None, asked, seed).tests  # type: ignore[arg-type]
+
+    first, other = drawn(0), drawn(1)
+    assert first == drawn(0) and first.keys() == other.keys() == {"undesired", "task", "ordinary", "look_alike"}
+    assert all(first[kind] != other[kind] for kind in first)

@@ -24,6 +24,7 @@ from secvec.settings.trainer import (
 )
 from secvec.training.callbacks import build_callbacks
 from secvec.training.optim import build_optimizer, build_schedule
+from secvec.training.trainer import device_of
 
 
 def conf(path: str, **changed: Any) -> dict[str, Any]:
@@ -152,17 +153,39 @@ def test_arguments_reach_the_trainer() -> None:
     assert plugged.arguments()["profiler"].filename == "x"
 
 
+@pytest.mark.parametrize("name", ["limit_train_batches", "max_steps"])
+def test_a_training_of_nothing_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name}=0 would train nothing"):
+        trainer(**{name: 0})
+
+
 def test_fsdp_is_fsdp2_over_all_devices() -> None:
     strategy = trainer(strategy="fsdp", devices=2, num_nodes=3).hardware()["strategy"]
     assert isinstance(strategy, ModelParallelStrategy) and strategy._data_parallel_size == 6
     assert trainer().hardware() == {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
 
 
+def test_devices_may_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = trainer(accelerator="gpu", strategy="ddp", devices=[3, 1])
+    assert two.num_processes == 2 and two.hardware()["devices"] == [3, 1]
+    assert two.on_one_device().devices == [3]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    for rank, ours, named in (("0", "cuda:0", "cuda:3"), ("1", "cuda:1", "cuda:1")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert (device_of(trainer(accelerator="gpu")), device_of(two)) == (ours, named)
+    with pytest.raises(ValueError, match=r"needs a strategy"):
+        trainer(accelerator="gpu", devices=[0, 1])
+    for wrong in ({"accelerator": "cpu", "devices": [0]}, {"accelerator": "gpu", "devices": [1, 1], "strategy": "ddp"}):
+        with pytest.raises(ValueError, match="must be GPUs, each once"):
+            trainer(**wrong)
+
+
 def test_what_is_trained_for_many_runs_is_not_shortened_by_one() -> None:
     short = {"fast_dev_run": True, "max_steps": 3, "limit_train_batches": 4, "max_epochs": 1, "overfit_batches": 1}
     several = {"devices": 2, "strategy": "ddp", "accumulate_grad_batches": 4}
-    assert trainer(**short, **several).alone() == trainer().alone()
-    assert trainer(precision="bf16-true").alone().precision == "bf16-true"
+    assert trainer(**short, **several).on_one_device() == trainer().on_one_device()
+    assert trainer(precision="bf16-true").on_one_device().precision == "bf16-true"
 
 
 # -- callbacks

@@ -130,7 +130,8 @@ ROWS = [(Encoded(list(range(3, 30 + 4 * i)), 8 + i), i > 4) for i in range(8)]
 
 def planned(config: RunConfig, stage: str, architecture: PretrainedConfig = TINY, shards: int = 1) -> Step:
     """The step on tensors without values."""
-    return planned_step(config, architecture, workload(config, stage), collate(ROWS), shards)
+    work, settings = workload(config, stage), (config.model, config.optimizer, config.trainer)
+    return planned_step(*settings, architecture, work, collate(ROWS), shards)
 
 
 def workload(config: RunConfig, stage: str) -> Workload:
@@ -212,7 +213,7 @@ def test_a_model_whose_step_needs_values_has_no_plan(make_config: Make) -> None:
         vocab_size=500, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, num_local_experts=4, max_position_embeddings=128,
     )  # fmt: skip
-    with pytest.raises(ConfigError, match="a step of mixtral cannot be counted without values"):
+    with pytest.raises(ConfigError, match="a step of mixtral cannot be counted on fake tensors"):
         planned(make_config("vector.target_modules=[q_proj]"), "finetune", experts)
 
 

@@ -21,7 +21,7 @@ from secvec.errors import DataError
 from secvec.metrics import METRICS, Measurement
 from secvec.report import write_report
 from secvec.report.__main__ import main
-from secvec.report.estimate import best_of, estimate
+from secvec.report.estimate import Estimate, best_of, estimate
 from secvec.report.figures.curves import loss_figure, rates_figure
 from secvec.report.figures.headline import headline_figure
 from secvec.report.groups import compare
@@ -528,3 +528,34 @@ def test_a_run_folder_that_is_a_link_is_read(tmp_path: Path) -> None:
     (tmp_path / "runs" / far.name).symlink_to(far)
     (tmp_path / "runs" / "round").symlink_to(tmp_path / "runs")
     assert [run.defense for run in load_runs([tmp_path / "runs"])] == ["none", "security_vector"]
+
+
+@pytest.mark.parametrize(("apart", "bases"), [(0.01, 2), (0.0005, 1)])
+def test_a_base_is_another_one_where_its_values_differ_by_more_than_rounding(
+    tmp_path: Path, apart: float, bases: int
+) -> None:
+    for judge in "ab":
+        folder = write_run(tmp_path / judge, "none", 0)
+        metrics = json.loads((folder / "record.json").read_text())["metrics"]
+        found = metric(0.3 + apart * (judge == "b"))
+        edit(folder, config={"judge": {"name": judge}}, metrics=metrics | {"base/behavior_rate": found})
+    assert len(compare(load_runs([tmp_path])).bases) == bases
+
+
+def test_nearest_to_zero_is_best_where_no_other_interval_comes_as_near() -> None:
+    def of(mean: float, low: float, high: float) -> Estimate:
+        return Estimate(mean, low, high, (), None, "seeds")
+
+    gap, near = METRICS["deactivation_gap"], of(-0.05, -0.06, -0.04)
+    assert best_of([near, of(0.3, 0.1, 0.5)], gap) == 0
+    assert best_of([of(-0.3, -0.5, -0.1), near], gap) == 1
+    for other in (of(0.3, -0.1, 0.7), of(0.3, 0.05, 0.55), of(-0.3, -0.55, -0.05)):  # around 0, or as near to it
+        assert best_of([near, other], gap) is None
+
+
+def test_seeds_that_agree_take_the_widest_interval_of_theirs() -> None:
+    """0 of 100 and 0 of 20: the second one tells less."""
+    pairs = [(0, Measurement(0.0, 0.0, 0.037, 100)), (1, Measurement(0.0, 0.0, 0.161, 20))]
+    for order in (pairs, pairs[::-1]):
+        found = estimate(order, METRICS["behavior_rate"])
+        assert found and (found.low, found.high, found.kind) == (0.0, 0.161, "own")

@@ -126,3 +126,11 @@ def test_a_trainer_that_would_divide_the_batches_again_is_refused() -> None:
     with pytest.raises(ConfigError, match="use_distributed_sampler=False"):
         data.train_dataloader()
     assert L.Trainer(accelerator="cpu", logger=False)._accelerator_connector.use_distributed_sampler is True
+
+
+def test_the_second_stream_goes_on_from_epoch_to_epoch_where_gradients_are_accumulated() -> None:
+    """Four batches of three are one pass over its twelve rows, in every epoch."""
+    sampler = GlobalBatchSampler([8, 12], [2, 3], 0, accumulate=2)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        assert sorted(i for batch in sampler for i in batch if i >= 8) == list(range(8, 20))

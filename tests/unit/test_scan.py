@@ -16,7 +16,7 @@ from secvec.data.batch import IGNORE, collate
 from secvec.data.embedded import Ordinary
 from secvec.data.encode import encode
 from secvec.errors import ArtifactError
-from secvec.evaluation.scan import SCORES, WINDOWS, keep_scores, kept_scores, scan
+from secvec.evaluation.scan import SCORES, WINDOWS, keep_scores, kept_scores, quantile_threshold, scan
 from secvec.evaluation.scan_file import auroc, rows
 from secvec.models.backbone import fingerprint
 from secvec.models.tiny import CONTEXT, build_tiny
@@ -117,3 +117,9 @@ def test_rows_are_the_bytes_of_json_lines_and_json_of_all_else(tmp_path: Path) -
     for name, content in (("a.json", b'[{"b":1},\n{"b":2}]'), ("a.csv", b"b\n1\n2\n")):
         (tmp_path / name).write_bytes(content)
         assert [json.loads(line)["b"] in (1, "1", 2, "2") for _, _, line in rows(str(tmp_path / name))] == [True, True]
+
+
+def test_the_limit_is_a_score_of_a_benign_row_that_few_exceed() -> None:
+    """Of four scores at most half lie above the median, at most a quarter above the third quartile: the next higher."""
+    scores = [4.0, 1.0, 3.0, 2.0]
+    assert [quantile_threshold(scores, quantile) for quantile in (0.0, 0.5, 0.7, 1.0)] == [1.0, 3.0, 4.0, 4.0]

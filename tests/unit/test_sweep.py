@@ -378,6 +378,7 @@ def test_what_slurm_is_asked_for(tmp_path: Path) -> None:
     [
         ({"accelerator": "gpu", "devices": 4}, {"gpus_per_node": 2}, "trainer.devices=4 does not fit"),
         ({"accelerator": "gpu", "devices": "auto"}, {}, "needs hydra.launcher.gpus_per_node"),
+        ({"accelerator": "gpu", "devices": [2, 3]}, {}, r"give their number \(2\)"),
     ],
 )
 def test_more_gpus_than_a_node_gives_are_refused(

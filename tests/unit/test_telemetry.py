@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from in_memory import module
+from in_memory import InMemory, module
 from torch import nn
 
 from secvec.data.batch import Batch, collate
 from secvec.data.embedded import Skill
 from secvec.data.encode import encode
 from secvec.data.example import Example
-from secvec.models.backbone import prepared
+from secvec.models.backbone import prepared, set_trainable
 from secvec.models.modes import in_eval
 from secvec.models.tiny import build_tiny
+from secvec.models.vector import VECTOR, attach_new_vector, vector_off
 from secvec.module import SecVecModule
-from secvec.settings.schema import ModelSettings
+from secvec.settings.schema import LoraSettings, ModelSettings
 from secvec.training.losses import response_loss
 from secvec.training.telemetry import Telemetry
 
@@ -46,10 +48,10 @@ def test_the_gradient_of_the_training_step_before_is_not_counted(tiny: tuple[nn.
     """It is still there after the optimizer step; version 0.1 added it to the norm with the vector on."""
     model, tokenizer, examples = tiny
     made, telemetry = trained(model, tokenizer), Telemetry({"undesired": encode(examples, tokenizer, 512)}, 1)
-    clean = telemetry._measure(made, model)
+    clean = telemetry.measure(made.trainer, made)
     for parameter in made.parameters():
         parameter.grad = torch.ones_like(parameter)
-    assert telemetry._measure(made, model) == clean
+    assert telemetry.measure(made.trainer, made) == clean
     assert clean["undesired/suppression_ratio"] == 1 and clean["drift"] == 0
     assert all(p.grad is None for p in made.parameters())
 
@@ -58,7 +60,7 @@ def test_the_cosine_with_the_extra_rows_is_that_of_the_gradients(tiny: tuple[nn.
     model, tokenizer, examples = tiny
     first, second = encode(examples[:2], tokenizer, 512), encode(examples[2:], tokenizer, 512)
     made = trained(model, tokenizer)
-    values = Telemetry({"undesired": first, "benign": second}, 1, extra=second)._measure(made, model)
+    values = Telemetry({"undesired": first, "benign": second}, 1, extra=second).measure(made.trainer, made)
     gradients = []
     for rows in (first, second):
         response_loss(model, collate([(row, False) for row in rows])).backward()
@@ -67,7 +69,7 @@ def test_the_cosine_with_the_extra_rows_is_that_of_the_gradients(tiny: tuple[nn.
     expected = float(torch.nn.functional.cosine_similarity(*gradients, dim=0))
     assert values["undesired/cosine_with_extra"] == pytest.approx(expected, abs=1e-5) and abs(expected) < 0.9
     assert values["benign/cosine_with_extra"] == pytest.approx(1)
-    assert "cosine_with_extra" not in str(Telemetry({"undesired": first}, 1)._measure(made, model))
+    assert "cosine_with_extra" not in str(Telemetry({"undesired": first}, 1).measure(made.trainer, made))
 
 
 def test_rows_are_read_in_batches_of_a_step(
@@ -83,10 +85,10 @@ def test_rows_are_read_in_batches_of_a_step(
         return response_loss(model, batch)
 
     monkeypatch.setattr("secvec.training.telemetry.response_loss", spied)
-    whole = Telemetry({"undesired": first, "benign": second}, 1, extra=first)._measure(made, model)
+    whole = Telemetry({"undesired": first, "benign": second}, 1, extra=first).measure(made.trainer, made)
     assert set(read) == {1, 3}
     read.clear()
-    parts = Telemetry({"undesired": first, "benign": second}, 1, extra=first, batch_size=2)._measure(made, model)
+    parts = Telemetry({"undesired": first, "benign": second}, 1, extra=first, batch_size=2).measure(made.trainer, made)
     assert set(read) == {1, 2} and parts == pytest.approx(whole, rel=1e-5)
 
 
@@ -112,3 +114,83 @@ def test_a_probe_keeps_no_more_than_a_checkpointed_step(tiny: tuple[nn.Module, A
     model.eval()
     assert probe < 1.5 * training < 0.7 * kept(lambda: response_loss(model, batch))
     assert not any(module.training for module in model.modules())
+
+
+def with_vector(model: nn.Module) -> nn.Module:
+    """A copy with a vector that has an effect, and dropout; the backbone is trained."""
+    lora = LoraSettings(r=4, alpha=8, target_modules="all-linear")
+    attached = attach_new_vector(deepcopy(model), lora, 0.5)
+    with torch.no_grad():
+        for name, parameter in attached.named_parameters():
+            if f"lora_B.{VECTOR}" in name:
+                parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(0))
+    return attached
+
+
+def test_the_losses_the_ratio_and_the_drift_are_those_of_their_definitions(
+    tiny: tuple[nn.Module, Any, list[Example]],
+) -> None:
+    """|g_on| / |g_off| over the backbone; every weight has grown by half since the start, so it moved by a half."""
+    model, tokenizer, examples = with_vector(tiny[0]), *tiny[1:]
+    made, rows = trained(model, tokenizer), encode(examples, tokenizer, 512)
+    set_trainable(model, "backbone")
+    made.start = {name: p.detach() / 1.5 for name, p in made.trained()}
+    model.eval()
+    values = Telemetry({"undesired": rows}, 1).measure(made.trainer, made)
+    norms, losses = [], []
+    for context in (nullcontext(), vector_off(model)):
+        with context:
+            loss = response_loss(model, collate([(row, False) for row in rows]))
+            loss.backward()
+        norms.append(sum(float(p.grad.double().square().sum()) for p in model.parameters() if p.requires_grad) ** 0.5)
+        losses.append(float(loss.detach()))
+        model.zero_grad(set_to_none=True)
+    assert abs(losses[0] - losses[1]) > 1e-3 and abs(norms[0] / norms[1] - 1) > 1e-2
+    assert [values["undesired/loss_on"], values["undesired/loss_off"]] == pytest.approx(losses, rel=1e-6)
+    assert values["undesired/suppression_ratio"] == pytest.approx(norms[0] / norms[1], rel=1e-5)
+    assert values["drift"] == pytest.approx(0.5, rel=1e-5)
+
+
+def test_the_extra_rows_are_read_without_the_vector(tiny: tuple[nn.Module, Any, list[Example]]) -> None:
+    """Equal rows: the cosine is that of the gradients with the vector and without it, and not 1."""
+    model, tokenizer, examples = with_vector(tiny[0]), *tiny[1:]
+    made, rows = trained(model, tokenizer), encode(examples, tokenizer, 512)
+    set_trainable(model, "backbone")
+    made.start = {name: p.detach().clone() for name, p in made.trained()}
+    model.eval()
+    values = Telemetry({"benign": rows}, 1, extra=rows).measure(made.trainer, made)
+    gradients = []
+    for context in (nullcontext(), vector_off(model)):
+        with context:
+            response_loss(model, collate([(row, False) for row in rows])).backward()
+        gradients.append(torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None]))
+        model.zero_grad(set_to_none=True)
+    expected = float(torch.nn.functional.cosine_similarity(*gradients, dim=0))
+    assert values["benign/cosine_with_extra"] == pytest.approx(expected, abs=1e-5) and expected < 0.99
+
+
+def test_a_probe_draws_nothing_and_leaves_the_mode(tiny: tuple[nn.Module, Any, list[Example]]) -> None:
+    """A model with dropout, between two steps: its losses are those that it answers with."""
+    model, tokenizer, examples = with_vector(tiny[0]), *tiny[1:]
+    made, telemetry = trained(model, tokenizer), Telemetry({"undesired": encode(examples, tokenizer, 512)}, 1)
+    made.trainer.global_step, made.trainer.loggers = 3, []  # type: ignore[misc, assignment]
+    state = torch.get_rng_state()
+    model.train()
+    telemetry.log_now(made.trainer, made)
+    assert torch.equal(torch.get_rng_state(), state) and all(one.training for one in model.modules())
+    model.eval()
+    assert telemetry.last == telemetry.measure(made.trainer, made)
+
+
+def test_drift_counts_from_the_start_of_the_training() -> None:
+    """`start` is a copy: the weights themselves would never have moved. (for test_module.py / test_telemetry.py)"""
+    from secvec.models.tiny import build_tiny
+
+    module = SecVecModule("finetune", InMemory(*build_tiny(["some words", "and some more"], 0)))
+    module.keep_start = True
+    module.configure_model()
+    before = {name: p.detach().clone() for name, p in module.trained()}
+    with torch.no_grad():
+        for _, parameter in module.trained():
+            parameter.mul_(2)
+    assert before and all(torch.equal(module.start[name], weight) for name, weight in before.items())

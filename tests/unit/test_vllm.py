@@ -20,7 +20,7 @@ from secvec.behaviors.forbidden_recipe import ForbiddenRecipe
 from secvec.config.schema import RunConfig
 from secvec.data.embedded import Ordinary
 from secvec.data.encode import render
-from secvec.data.prompts import Question
+from secvec.data.prompts import PromptSet
 from secvec.errors import ConfigError
 from secvec.evaluation import vllm as vllm_engine
 from secvec.evaluation.generation import GenerationBackend
@@ -216,7 +216,7 @@ def test_the_model_s_own_generation_config_has_no_effect(
 def test_sampling_is_seeded_and_rows_differ(vllm: type[LLM], saved: tuple[Path, Path]) -> None:
     model, tokenizer = loaded(saved)
     source = GenerationBackend(engine=VllmEngine(saved[0], None, VLLM, False))
-    same = Question([render(EXAMPLES[0], tokenizer)[0]] * 3, EXAMPLES[:3], seed=5)
+    same = PromptSet([render(EXAMPLES[0], tokenizer)[0]] * 3, EXAMPLES[:3], seed=5)
     three = SETTINGS.model_copy(update={"batch_size": 3})
     first, second = (complete(model, tokenizer, same, three, source) for _ in range(2))
     assert first == second and len(set(first)) == 3

@@ -21,9 +21,9 @@ from secvec.config.schema import RunConfig
 from secvec.data.batch import Encoded, collate
 from secvec.data.encode import decode, encode, render, rendered, stop_ids, tokens
 from secvec.data.example import Example
-from secvec.data.prompts import question
+from secvec.data.prompts import prompt_set
 from secvec.evaluation.generation import generate
-from secvec.evaluation.leak_probes import context_question, leak_questions
+from secvec.evaluation.leak_probes import context_prompt_set, leak_prompt_sets
 from secvec.judges.exact import Exact
 from secvec.models.logits import logits_at
 from secvec.models.packing import enable_packing
@@ -72,10 +72,10 @@ def name(request: pytest.FixtureRequest) -> str:
 def test_the_prompt_of_a_row_is_what_is_asked(name: str) -> None:
     tokenizer = built(name)[1]
     rows = [*ROWS, CHAT, *ODD]
-    asked = question(rows, tokenizer).ids(tokenizer)
+    asked = prompt_set(rows, tokenizer).ids(tokenizer)
     for row, trained, (prompt, begun) in zip(rows, encode(rows, tokenizer, CONTEXT), asked, strict=True):
         assert trained.input_ids[: trained.num_prompt] == prompt and not begun
-        bare = question([replace(row, response="other")], tokenizer)  # the answer has no part in it
+        bare = prompt_set([replace(row, response="other")], tokenizer)  # the answer has no part in it
         assert bare.ids(tokenizer) == [(prompt, [])]
         assert all(content.strip() in bare.texts[0] for _, content in row.messages)
 
@@ -119,7 +119,7 @@ def test_many_rows_at_once_are_written_and_tokenised_as_each_alone(name: str) ->
 def test_a_begun_answer_begins_as_a_trained_one(name: str) -> None:
     tokenizer = built(name)[1]
     (trained,) = encode(ROWS[:1], tokenizer, CONTEXT)
-    ((prompt, begun),) = leak_questions(tokenizer, ROWS[:1], BEHAVIOR)["answer_prefix"].ids(tokenizer)
+    ((prompt, begun),) = leak_prompt_sets(tokenizer, ROWS[:1], BEHAVIOR)["answer_prefix"].ids(tokenizer)
     assert trained.input_ids[: len(prompt) + len(begun)] == prompt + begun and begun
 
 
@@ -148,8 +148,8 @@ LEARNED = (*BEFORE, "leak/training_context")
 
 def asked(tokenizer: Any) -> list[list[int]]:
     """The prompts of all ways of asking about the first rows."""
-    ways = [question([CHAT], tokenizer), *leak_questions(tokenizer, ROWS[:2], BEHAVIOR).values()]
-    ways += [context_question(tokenizer, ROWS[:2], [row]) for row in ROWS[4:]]
+    ways = [prompt_set([CHAT], tokenizer), *leak_prompt_sets(tokenizer, ROWS[:2], BEHAVIOR).values()]
+    ways += [context_prompt_set(tokenizer, ROWS[:2], [row]) for row in ROWS[4:]]
     return [prompt for way in ways for prompt, _ in way.ids(tokenizer)]
 
 
