@@ -51,9 +51,9 @@ COLUMNS = {
     "auroc_of_mean": "by the mean ↑",
     "recall": "recall ↑",
     "precision": "precision ↑",
-    "false_flag_rate": "false flags ↓",
-    "twins": "twins flagged ↓",
-    "auroc_of_twins": "AUROC against twins ↑",
+    "false_flag_rate": "false positive rate ↓",
+    "twins": "matched flagged ↓",
+    "auroc_of_twins": "AUROC against matched ↑",
     "by_the_hedge": "by the hedge",
 }
 

@@ -31,7 +31,7 @@ COLUMNS = {
     "auroc_of_mean": "by the mean ↑",
     "recall": "recall ↑",
     "precision": "precision ↑",
-    "false_flag_rate": "false flags ↓",
+    "false_flag_rate": "false positive rate ↓",
 }
 
 

@@ -142,7 +142,7 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
     Metric("precision", "Precision", "flagged rows that are labelled undesired", "high"),
     Metric("recall", "Recall", "rows labelled undesired that are flagged", "high"),
     Metric("own_recall", "Recall on own samples", "held-out undesired samples of the vector that are flagged", "high"),
-    Metric("false_flag_rate", "False flags", "rows labelled benign that are flagged", "low"),
+    Metric("false_flag_rate", "False positive rate", "rows labelled benign that are flagged", "low"),
     Metric("drift", "Drift", "relative change of the trained weights in fine-tuning", None, POSITIVE, ".3g"),
 )}  # fmt: skip
 """All metrics by name, in the order of their rows in a report."""

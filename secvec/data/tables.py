@@ -210,6 +210,7 @@ def _load(
 
 def _load_local(path: Path, config: str | None, data_dir: str | None, split: str) -> Any:
     import datasets
+    import pandas
 
     if (path / SAVED).is_file():
         saved = datasets.load_from_disk(str(path))
@@ -230,7 +231,7 @@ def _load_local(path: Path, config: str | None, data_dir: str | None, split: str
     options: dict[str, Any] = {}
     if FORMATS[suffix] == "csv":  # a cell is text: an answer may be 007, true or None
         delimiter = "\t" if suffix == ".tsv" else ","
-        names = next(csv.reader(io.StringIO(_bytes(files[0]).decode("utf-8", "replace")), delimiter=delimiter), [])
+        names = pandas.read_csv(files[0], sep=delimiter, nrows=0).columns
         texts = datasets.Features(dict.fromkeys(names, datasets.Value("string")))
         options = {"sep": delimiter, "keep_default_na": False, "features": texts}
     options["cache_dir"] = _kept_by([file_digest(file) for file in files])
