@@ -26,6 +26,7 @@ from secvec.models.backbone import Backbone, load_backbone
 from secvec.models.vector import attach_frozen_vector, part_of, vector_off
 from secvec.module import SecVecModule
 from secvec.run import evaluate, train
+from secvec.stages import STAGES
 from secvec.training.losses import response_loss
 from secvec.training.optim import build_schedule
 
@@ -424,3 +425,22 @@ def test_evaluate_says_of_the_saved_backbone_what_infer_said(make_config: Make, 
     said = {k: v for k, v in trained["metrics"].items() if k.startswith("after/") and k not in needs_base}
     assert record["metrics"] == said
     assert record["status"] == "completed" and record["stage"] == "evaluate"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model.dtype=bfloat16"], True),
+        (["trainer.precision=bf16-true"], True),
+        (["trainer.precision=bf16-mixed"], False),
+        (["model.dtype=bfloat16", "tune=lora"], False),
+    ],
+)
+def test_a_full_fine_tune_in_half_precision_is_warned_of(
+    make_config: Make, caplog: pytest.LogCaptureFixture, overrides: list[str], said: bool
+) -> None:
+    """Most steps are smaller than the rounding: the behavior is not learned, as if a defense had kept it out."""
+    config = make_config("defense=none", *overrides)
+    Path(config.run_dir).mkdir(parents=True)
+    STAGES["finetune"].check(run_of(config))
+    assert ("a step that is smaller than 1/256 of a weight is lost" in caplog.text) is said
