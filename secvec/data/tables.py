@@ -31,6 +31,8 @@ OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".xz": lzma.open,
 SAVED, CARD = "dataset_dict.json", "README.md"
 OWN_LAYOUTS = (SAVED, "state.json", CARD)
 """Files by which `datasets` knows what else is in a folder."""
+WHOLE = re.compile(r"0|-?[1-9]\d{0,17}")
+"""A whole number that is shown as it was written."""
 ROW = 'a row is an object like {"prompt": ..., "response": ...}'
 
 csv.field_size_limit(sys.maxsize)  # the default refuses long texts
@@ -210,7 +212,6 @@ def _load(
 
 def _load_local(path: Path, config: str | None, data_dir: str | None, split: str) -> Any:
     import datasets
-    import pandas
 
     if (path / SAVED).is_file():
         saved = datasets.load_from_disk(str(path))
@@ -229,30 +230,35 @@ def _load_local(path: Path, config: str | None, data_dir: str | None, split: str
         raise DataError(f"{path}: the files of a split must be of one format ({known}), got {', '.join(sorted(kinds))}")
     suffix = kinds.pop()
     options: dict[str, Any] = {}
+    paths = [str(file) for file in files]
     if FORMATS[suffix] == "csv":  # a cell is text: an answer may be 007, true or None
         delimiter = "\t" if suffix == ".tsv" else ","
-        names = pandas.read_csv(files[0], sep=delimiter, nrows=0).columns
-        texts = datasets.Features(dict.fromkeys(names, datasets.Value("string")))
-        options = {"sep": delimiter, "keep_default_na": False, "features": texts}
+        options = {"sep": delimiter, "keep_default_na": False}
+        first = datasets.load_dataset("csv", data_files=paths[:1], split="train", streaming=True, **options)
+        names = [name for row in first.take(1) for name in row]
+        options["features"] = datasets.Features(dict.fromkeys(names, datasets.Value("string"))) if names else None
     options["cache_dir"] = _kept_by([file_digest(file) for file in files])
-    paths = [str(file) for file in files]
-    return _as_written(datasets.load_dataset(FORMATS[suffix], data_files=paths, split="train", **options), files)
+    table = datasets.load_dataset(FORMATS[suffix], data_files=paths, split="train", **options)
+    return table if suffix == ".parquet" else _as_written(table, files)
 
 
 def _as_written(table: Any, files: list[Path]) -> Any:
     """`table`, of csv or json, with each text as it stands in `files`; whole numbers of a csv are numbers."""
     import datasets
-    from pyarrow import compute, types
 
-    for name in table.column_names:
-        column = table.data.column(name)
-        if _suffix(files[0]) in (".csv", ".tsv"):
-            if compute.all(compute.match_substring_regex(column, r"^(0|-?[1-9]\d{0,17})$")).as_py():
-                table = table.cast_column(name, datasets.Value("int64"))  # a template may choose by it
-        elif types.is_temporal(column.type):  # texts, read as times
+    is_json = FORMATS[_suffix(files[0])] == "json"
+    for name, feature in table.features.items():
+        if is_json and getattr(feature, "dtype", "").startswith(("timestamp", "date", "time")):  # texts, read as times
             rows = [row for file in files for _, row in _json_rows(file)]
             table = table.remove_columns(name).add_column(name, [row.get(name) for row in rows])
+        elif not is_json and all(map(WHOLE.fullmatch, _cells(table, name))):
+            table = table.cast_column(name, datasets.Value("int64"))  # a template may choose by it
     return table
+
+
+def _cells(table: Any, name: str) -> Iterator[str]:
+    for part in table.select_columns(name).iter(1000):
+        yield from (cell or "" for cell in part[name])
 
 
 def _kept_by(digests: list[str]) -> str:

@@ -62,11 +62,12 @@ class Words:
     """The words of a text for ROUGE, in any script; rouge_score's own drops all letters but a to z."""
 
     def tokenize(self, text: str) -> list[str]:
-        """Words in small letters; as rouge_score does, those of more than three letters stemmed."""
-        from nltk.stem.porter import PorterStemmer  # which rouge_score needs
+        """Words in small letters, those of a to z stemmed as rouge_score does."""
+        from rouge_score.tokenizers import DefaultTokenizer
 
-        stem = PorterStemmer().stem
-        return [stem(word) if len(word) > 3 else word for word in WORD.findall(normalize("NFC", text.lower()))]
+        stemmed = DefaultTokenizer(use_stemmer=True).tokenize
+        words = WORD.findall(normalize("NFC", text.lower()))
+        return [part for word in words for part in (stemmed(word) if word.isascii() else [word])]
 
 
 def _code(answer: str, reference: str) -> float:

@@ -22,7 +22,7 @@ from secvec.config.load import load
 from secvec.config.schema import EvaluateConfig, RunConfig
 from secvec.data.embedded import Ordinary
 from secvec.errors import SecVecError
-from secvec.evaluation.scan import RowScore
+from secvec.evaluation.scan import RowScore, kept_scores
 from secvec.evaluation.scan_file import rows
 from secvec.run import evaluate, train
 
@@ -232,7 +232,7 @@ def test_a_benign_conversation_counts_by_its_worst_answer_too(scan: Scan, tmp_pa
     assert len(scores) == 5 and threshold == pytest.approx(sorted(scores)[2], abs=1e-3)
 
 
-def test_a_conversation_has_more_answers_to_be_flagged_by(scan: Scan, tmp_path: Path) -> None:
+def test_a_conversation_has_more_answers_to_be_flagged_by(scan: Scan, vector: Path, tmp_path: Path) -> None:
     """The vector's own scores are of single answers, so the page must not promise 1 % of conversations."""
     rows = Ordinary().examples("test", 16, 0)
     turns = [[{"role": "user", "content": row.prompt}, {"role": "assistant", "content": row.response}] for row in rows]
@@ -240,8 +240,10 @@ def test_a_conversation_has_more_answers_to_be_flagged_by(scan: Scan, tmp_path: 
     (tmp_path / "chats.jsonl").write_text("\n".join(chats))
     scan(file="chats.jsonl")
     found = json.loads((tmp_path / "scanned" / "scan.json").read_text())
-    assert found["flagged_by_chance"] == pytest.approx(1 - 0.99**8)
-    assert "about 7.7% of benign rows are" in (tmp_path / "scanned" / "scan.html").read_text()
+    benign = len(kept_scores(vector)["benign"][0])
+    assert found["flagged_by_chance"] == pytest.approx(1 - (1 - 1 / (benign + 1)) ** 8)  # the highest is the threshold
+    page = (tmp_path / "scanned" / "scan.html").read_text()
+    assert f"about {found['flagged_by_chance']:.1%} of benign rows are" in page
 
 
 def test_a_score_that_is_no_number_is_refused(scan: Scan, lines: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:

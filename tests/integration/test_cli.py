@@ -69,7 +69,7 @@ sys.exit(run_command("train", main))
     ("error", "code", "says"),
     [
         ("TypeError('no such thing')", 1, "Traceback (most recent call last)"),
-        ("OSError(28, 'No space left on device', 'a/b')", 2, "error: a/b: No space left on device; once this is"),
+        ("OSError(28, 'No space left on device', 'a/b')", 2, "error: a/b: No space left on device; fix this"),
         ("PermissionError(13, 'Permission denied', 'a/b')", 2, "error: a/b: Permission denied; fix this"),
         ("RuntimeError('unexpected pos 9') from OSError(28, 'No space')", 2, "error: No space; fix this"),
         ("ValueError('I/O error: full (os error 28)')", 2, "error: No space left on device; fix this"),

@@ -248,7 +248,7 @@ def test_it_ends_when_a_question_fails(
 
 
 def test_a_vector_beyond_its_ranks(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text('{"r": 513}')
+    (tmp_path / "adapter_config.json").write_text('{"r": 513, "peft_type": "LORA"}')
     with pytest.raises(ConfigError, match="up to rank 512"):
         vllm_engine._lora_rank(tmp_path)
 
