@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from secvec.data.batch import PAD
@@ -163,12 +163,13 @@ def takes_left_padding(model: Any) -> bool:
         mask = torch.ones_like(ids)
         mask[0, :3] = 0
         config = GenerationConfig(max_new_tokens=1, pad_token_id=PAD, output_logits=True, return_dict_in_generate=True)
-        first = [
-            model.generate(input_ids=some, attention_mask=seen, generation_config=config, synced_gpus=False).logits[0][
-                0
-            ]
-            for some, seen in ((ids * mask, mask), (ids[:1, 3:], mask[:1, 3:]))
-        ]
-        far = float((first[0] - first[1]).abs().max())
-        PADDED[bare] = far <= rounding(first[0].dtype) * float(first[1].abs().max())
+
+        def first_logits(ids: Tensor, mask: Tensor) -> Tensor:
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=False)
+            found: Tensor = out.logits[0][0]
+            return found
+
+        with torch.no_grad(), _without_own_settings(model):
+            padded, alone = first_logits(ids * mask, mask), first_logits(ids[:1, 3:], mask[:1, 3:])
+        PADDED[bare] = float((padded - alone).abs().max()) <= rounding(alone.dtype) * float(alone.abs().max())
     return PADDED[bare]
