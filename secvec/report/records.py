@@ -160,11 +160,11 @@ def load_predictions(run: Run) -> tuple[list[dict[str, Any]], str | None]:
             row = json.loads(line)
         except json.JSONDecodeError:
             row = None
-        if isinstance(row, dict):
+        if isinstance(row, dict) and isinstance(row.get("score"), int | float | None):
             rows.append(row)
         else:
             broken.append(number)
     if broken:
         lines = ", ".join(map(str, broken[:5])) + (" and more" if len(broken) > 5 else "")
-        return rows, f"{run.name}: predictions.jsonl line {lines} is not a JSON object and is left out"
+        return rows, f"{run.name}: predictions.jsonl line {lines} is not a JSON object with a number as score: left out"
     return rows, None if rows else f"{run.name}: predictions.jsonl is empty"

@@ -384,6 +384,19 @@ def test_several_directories_are_read_once_each(root: Path, tmp_path: Path) -> N
     assert len(json.loads((root / "report.json").read_text())) == 7
 
 
+def test_a_score_that_is_no_number_is_left_out_with_a_note(root: Path) -> None:
+    """As an edit by hand may leave it."""
+    folder = root / "none-s0"
+    path = folder / "predictions.jsonl"
+    lines = path.read_text().splitlines()
+    lines[1] = json.dumps(json.loads(lines[1]) | {"score": "high"})
+    path.write_text("\n".join(lines))
+    (run,) = (run for run in load_runs([root]) if run.folder == folder)
+    rows, note = load_predictions(run)
+    assert len(rows) == len(lines) - 1 and note is not None and "line 2 is not a JSON object with a number" in note
+    write_report([root])
+
+
 def test_a_broken_record_is_named_with_its_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "none-s0" / "record.json").write_text('{\n "schema": 1,\n "run": oops\n}')
     with pytest.raises(DataError, match=r"none-s0/record.json: line 3, column 9: not valid JSON"):
