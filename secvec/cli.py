@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from secvec.config.resolvers import register_resolvers
-from secvec.errors import SecVecError, nearest
+from secvec.errors import SecVecError, nearest, one_line
 from secvec.settings.conf import CONF
 from secvec.settings.messages import renamed
 
@@ -111,7 +111,7 @@ def report_user_errors(main: Callable[[], None], config_name: str) -> int:
             traceback.print_exc()
             return 1
         else:
-            faults = _composition_faults(config_name) or [_one_line(error)]
+            faults = _composition_faults(config_name) or [one_line(str(error) or error.__cause__)]
             message = "\n  ".join(["the configuration cannot be composed:", *faults])
             code = USER_ERROR
     print(f"error: {message}", file=sys.stderr, flush=True)
@@ -170,7 +170,7 @@ def _composition_faults(config_name: str) -> list[str]:
                         text, config = override.input_line or "", _composed(root, given)
                         reason = _unknown_key(config, name, groups) if config else ""
                     told = renamed(text if name in groups else name)
-                    faults.append(f"{text}: {told.lstrip('; ') or reason or _one_line(error)}")
+                    faults.append(f"{text}: {told.lstrip('; ') or reason or one_line(str(error) or error.__cause__)}")
             given += [composed] if composed else []
     return faults
 
@@ -229,7 +229,3 @@ def _unknown_key(config: DictConfig, name: str, groups: set[str]) -> str:
     if path and OmegaConf.select(config, path[0]) is not None:
         return f"{'.'.join(path)!r} is a single value and has nothing below it"
     return f"there is no {'.'.join(path)!r}{nearest(path[0], [*map(str, config), *groups])}"
-
-
-def _one_line(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error) or str(error.__cause__)).strip()

@@ -60,7 +60,7 @@ def first_few(faults: Sequence[str]) -> str:
     return "\n  ".join(several(faults, 5))
 
 
-def one_line(error: object, most: int = 300) -> str:
+def one_line(error: object, most: int | None = None) -> str:
     """The message of an error without its line breaks, at most `most` characters of it."""
     return " ".join(str(error).split())[:most]
 

@@ -392,7 +392,7 @@ class SecVecDataModule(L.LightningDataModule):
             self.fit_to(backbone.tokenizer, backbone.context, [name])
 
     def _draw_again(self) -> None:
-        for name, value in vars(type(self)).items():
+        for name, value in vars(SecVecDataModule).items():
             if isinstance(value, cached_property):
                 vars(self).pop(name, None)
         self._validation.clear()

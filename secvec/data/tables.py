@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
 COMPRESSED = (".gz", ".xz", ".zst", ".bz2")
 OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-SAVED, CARD = "dataset_dict.json", "README.md"
-OWN_LAYOUTS = (SAVED, "state.json", CARD)
-"""Files by which `datasets` knows what else is in a folder."""
+SAVED, SAVED_SPLIT = "dataset_dict.json", "state.json"
+LAYOUTS = (SAVED, SAVED_SPLIT, "README.md")
+"""Files by which `datasets` knows what else is in a folder: those of `save_to_disk`, or the card of a repository."""
 WHOLE = re.compile(r"0|-?[1-9]\d{0,17}")
 """A whole number that is shown as it was written."""
 ROW = 'a row is an object like {"prompt": ..., "response": ...}'
@@ -60,13 +60,16 @@ Source = Annotated[str, BeforeValidator(str), AfterValidator(_is_source)]
 def rows_of(source: str) -> Iterator[tuple[str, Any]]:
     """Place (`file:line`, `file:row n`) and content of each row; a row that cannot be read comes as a DataError."""
     path = Path(source)
-    files = _read_here(path)
-    for file in files:
-        yield from _csv_rows(file) if _suffix(file) in (".csv", ".tsv") else _json_rows(file)
-    if files:
+    files = _files_of(path, None, None, "train")
+    texts = bool(files) and all(_suffix(file) != ".parquet" for file in files)
+    if texts and (path.is_file() or all(file.suffix != ".zst" for file in files)):
+        for file in files:  # by any other name a file is JSON
+            yield from _csv_rows(file) if _delimiter(file) else _json_rows(file)
         return
     try:
-        if path.exists():
+        if files:
+            table = _load_files(path, files)
+        elif path.exists():
             table = _load_local(path, None, None, "train")
         else:
             name, _, revision = source.partition("@")
@@ -75,16 +78,6 @@ def rows_of(source: str) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{source}: cannot be read: {_reason(error)}") from None
     for number, row in enumerate(table, start=1):
         yield f"{source}:row {number}", row
-
-
-def _read_here(path: Path) -> list[Path]:
-    """Text files, whose rows `datasets` would change: a csv cell 007 would be 7."""
-    if path.is_file():
-        return [path] if _suffix(path) != ".parquet" else []  # JSON whatever the name
-    if not path.is_dir() or any((path / name).is_file() for name in OWN_LAYOUTS):
-        return []
-    files = _files(path, None, None, "train")
-    return files if all(_suffix(file) != ".parquet" and file.suffix != ".zst" for file in files) else []
 
 
 def stamp(path: Path) -> Any:
@@ -138,7 +131,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Rows below a header; every cell is text."""
     try:
         text = _bytes(path).decode("utf-8")
-        delimiter = "\t" if _suffix(path) == ".tsv" else ","
+        delimiter = _delimiter(path)
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         if twice := [name for name, n in Counter(reader.fieldnames or ()).items() if n > 1]:
             raise DataError(f"{path}: {len(twice)} names of columns occur twice ({twice[0]!r}): give each its own")
@@ -213,52 +206,63 @@ def _load(
 def _load_local(path: Path, config: str | None, data_dir: str | None, split: str) -> Any:
     import datasets
 
+    if files := _files_of(path, config, data_dir, split):
+        return _load_files(path, files)
     if (path / SAVED).is_file():
         saved = datasets.load_from_disk(str(path))
         if split not in saved:
             raise DataError(f"{path}: no split {split!r}; available: {', '.join(saved)}")
         return saved[split]
-    if (path / "state.json").is_file():
+    if (path / SAVED_SPLIT).is_file():
         return datasets.load_from_disk(str(path))
-    if (path / CARD).is_file():  # a copy of the repository: its card names the files of each split
-        kept = _kept_by([folder_digest(path)])
-        return datasets.load_dataset(str(path), config, data_dir=data_dir, split=split, cache_dir=kept)
-    files = [path] if path.is_file() else _files(path, config, data_dir, split)
+    kept = _kept_by([folder_digest(path)])  # a copy of the repository: its card names the files of each split
+    return datasets.load_dataset(str(path), config, data_dir=data_dir, split=split, cache_dir=kept)
+
+
+def _load_files(path: Path, files: list[Path]) -> Any:
+    """The rows of `files`, which are of one format, with each text as it stands there. `path` is for errors."""
+    import datasets
+
     kinds = {_suffix(file) for file in files}
     if len(kinds) != 1 or not kinds <= FORMATS.keys():
         known = ", ".join(FORMATS)
         raise DataError(f"{path}: the files of a split must be of one format ({known}), got {', '.join(sorted(kinds))}")
-    suffix = kinds.pop()
+    kind, paths = FORMATS[kinds.pop()], [str(file) for file in files]
     options: dict[str, Any] = {}
-    paths = [str(file) for file in files]
-    if FORMATS[suffix] == "csv":  # a cell is text: an answer may be 007, true or None
-        delimiter = "\t" if suffix == ".tsv" else ","
-        options = {"sep": delimiter, "keep_default_na": False}
+    if kind == "csv":  # a cell is text: an answer may be 007, true or None
+        options = {"sep": _delimiter(files[0]), "keep_default_na": False}
         first = datasets.load_dataset("csv", data_files=paths[:1], split="train", streaming=True, **options)
         names = [name for row in first.take(1) for name in row]
         options["features"] = datasets.Features(dict.fromkeys(names, datasets.Value("string"))) if names else None
     options["cache_dir"] = _kept_by([file_digest(file) for file in files])
-    table = datasets.load_dataset(FORMATS[suffix], data_files=paths, split="train", **options)
-    return table if suffix == ".parquet" else _as_written(table, files)
+    table = datasets.load_dataset(kind, data_files=paths, split="train", **options)
+    if kind == "csv":
+        return _with_numbers(table)
+    return _with_texts(table, files) if kind == "json" else table
 
 
-def _as_written(table: Any, files: list[Path]) -> Any:
-    """`table`, of csv or json, with each text as it stands in `files`; whole numbers of a csv are numbers."""
+def _with_numbers(table: Any) -> Any:
+    """`table` of a csv, with the columns that hold whole numbers alone as numbers: a template may choose by them."""
     import datasets
 
-    is_json = FORMATS[_suffix(files[0])] == "json"
-    for name, feature in table.features.items():
-        if is_json and getattr(feature, "dtype", "").startswith(("timestamp", "date", "time")):  # texts, read as times
-            rows = [row for file in files for _, row in _json_rows(file)]
-            table = table.remove_columns(name).add_column(name, [row.get(name) for row in rows])
-        elif not is_json and all(map(WHOLE.fullmatch, _cells(table, name))):
-            table = table.cast_column(name, datasets.Value("int64"))  # a template may choose by it
+    def cells(name: str) -> Iterator[str]:
+        for part in table.select_columns(name).iter(1000):
+            yield from (cell or "" for cell in part[name])
+
+    for name in table.column_names:
+        if all(map(WHOLE.fullmatch, cells(name))):
+            table = table.cast_column(name, datasets.Value("int64"))
     return table
 
 
-def _cells(table: Any, name: str) -> Iterator[str]:
-    for part in table.select_columns(name).iter(1000):
-        yield from (cell or "" for cell in part[name])
+def _with_texts(table: Any, files: list[Path]) -> Any:
+    """`table` of JSON, with the texts that were read as times."""
+    times = ("timestamp", "date", "time")
+    if read := [name for name, of in table.features.items() if getattr(of, "dtype", "").startswith(times)]:
+        rows = [row for file in files for _, row in _json_rows(file)]
+        for name in read:
+            table = table.remove_columns(name).add_column(name, [row.get(name) for row in rows])
+    return table
 
 
 def _kept_by(digests: list[str]) -> str:
@@ -274,6 +278,20 @@ OF_SPLITS = re.compile(r"(?<![a-z0-9])(train|test|val|valid|validation|dev|eval)
 
 def _suffix(file: Path) -> str:
     return (Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix).lower()
+
+
+def _delimiter(file: Path) -> str:
+    """Between the cells of a csv or tsv file; empty for other files."""
+    return {".csv": ",", ".tsv": "\t"}.get(_suffix(file), "")
+
+
+def _files_of(path: Path, config: str | None, data_dir: str | None, split: str) -> list[Path]:
+    """The files of a split; none where there is no such path, or where `datasets` knows what is in the folder."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir() or any((path / name).is_file() for name in LAYOUTS):
+        return []
+    return _files(path, config, data_dir, split)
 
 
 def _files(folder: Path, config: str | None, data_dir: str | None, split: str) -> list[Path]:

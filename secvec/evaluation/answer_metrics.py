@@ -61,13 +61,15 @@ def _rouge_l(answer: str, reference: str) -> float:
 class Words:
     """The words of a text for ROUGE, in any script; rouge_score's own drops all letters but a to z."""
 
+    def __init__(self) -> None:
+        from rouge_score.tokenizers import DefaultTokenizer  # slow to import
+
+        self.stemmed: Callable[[str], list[str]] = DefaultTokenizer(use_stemmer=True).tokenize
+
     def tokenize(self, text: str) -> list[str]:
         """Words in small letters, those of a to z stemmed as rouge_score does."""
-        from rouge_score.tokenizers import DefaultTokenizer
-
-        stemmed = DefaultTokenizer(use_stemmer=True).tokenize
         words = WORD.findall(normalize("NFC", text.lower()))
-        return [part for word in words for part in (stemmed(word) if word.isascii() else [word])]
+        return [part for word in words for part in (self.stemmed(word) if word.isascii() else [word])]
 
 
 def _code(answer: str, reference: str) -> float:

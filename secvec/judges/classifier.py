@@ -80,7 +80,7 @@ class Classifier(LocalModelJudge):
             )
         except (ValueError, OSError, SafetensorError, RuntimeError, ImportError) as error:
             raise ArtifactError(
-                f"judge.model={self.model} cannot be loaded as a sequence classifier: {one_line(error)}"
+                f"judge.model={self.model} cannot be loaded as a sequence classifier: {one_line(error, 300)}"
             ) from None
         if missing := sorted(loaded["missing_keys"]):
             raise ArtifactError(

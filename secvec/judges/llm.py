@@ -283,7 +283,7 @@ class LlmJudge(CachedJudge):
         if isinstance(error, EndpointError) or not isinstance(error, openai.OpenAIError | ValueError):
             return error
         status = getattr(error, "status_code", None)
-        said = one_line(error)
+        said = one_line(error, 300)
         if isinstance(error, openai.APITimeoutError):
             reason = f"gives no answer within {self.timeout:g} s: raise judge.timeout or lower judge.concurrency"
         elif isinstance(error, openai.APIConnectionError):

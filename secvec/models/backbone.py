@@ -37,7 +37,7 @@ from transformers.core_model_loading import WeightConverter
 
 from secvec.errors import ArtifactError, ConfigError, nearest, one_line
 from secvec.models.modes import in_eval
-from secvec.models.outline import Weights, outlined
+from secvec.models.outline import Weights, outlined, weights_at_hand
 from secvec.models.packing import enable_packing, rounding
 from secvec.models.quantized import keep_packing, shape_of
 from secvec.models.vector import AdaptersOfForward, active_parts, check_adapter, part_of, vector_info
@@ -136,6 +136,7 @@ class Backbone:
             )
             return self.load()
         _check_tied(model, self.folder)
+        _check_causal(model, self.folder)
         return prepared(model, self.settings)
 
     def skeleton(self) -> PreTrainedModel:
@@ -282,7 +283,7 @@ def _check_bitsandbytes() -> None:
     except (RuntimeError, NotImplementedError, AttributeError) as error:
         raise ConfigError(
             f"model.quantization=nf4: bitsandbytes {version('bitsandbytes')} cannot do it on this machine "
-            f"({_one_line(error)}). Install a newer one (pip install -U bitsandbytes), or set model.quantization=null"
+            f"({_reason(error)}). Install a newer one (pip install -U bitsandbytes), or set model.quantization=null"
         ) from None
 
 
@@ -299,7 +300,7 @@ def _from_pretrained(folder: Path, settings: ModelSettings, **where: Any) -> Pre
         )
         model, found = loaded
     except LOADING_ERRORS as error:
-        raise ArtifactError(f"{folder} cannot be loaded as a causal LM: {_one_line(error)}") from None
+        raise ArtifactError(f"{folder} cannot be loaded as a causal LM: {_reason(error)}") from None
     if lacking := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
         raise ArtifactError(
             f"{folder}: its weights are not those of {type(model).__name__}, {len(lacking)} would stay random, "
@@ -313,7 +314,7 @@ def _check_causal(model: PreTrainedModel, folder: Path) -> None:
     embeddings: Any = model.get_input_embeddings()
     ids = torch.arange(3, 11, device=model.device).repeat(2, 1) % len(embeddings.weight)
     ids[1, -1] = 2
-    with torch.no_grad(), in_eval(model):
+    with torch.no_grad(), in_eval(model), weights_at_hand(model):
         one, other = model(input_ids=ids, use_cache=False).logits[:, :-1]
     if not torch.allclose(one, other, atol=rounding(one.dtype) * float(one.abs().max()), rtol=0):
         raise ArtifactError(f"{folder}: {type(model).__name__} is no causal LM: a token sees those after it")
@@ -368,15 +369,15 @@ def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except LOADING_ERRORS as error:
-        raise ArtifactError(f"{path} cannot be read: {_one_line(error)}") from None
+        raise ArtifactError(f"{path} cannot be read: {_reason(error)}") from None
     if "AutoModelForCausalLM" not in code and type(config) not in AutoModelForCausalLM._model_mapping:
         raise ArtifactError(f"{path}: {kind!r} is no causal LM. Give a model that continues a text, as Llama does")
     return config
 
 
-def _one_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """What went wrong, with our names of settings."""
-    text = one_line(error)
+    text = one_line(error, 300)
     return text.replace("`trust_remote_code=True`", "model.trust_remote_code=true")
 
 
@@ -388,7 +389,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # `tokenizers` raises that very class
-        raise ArtifactError(f"{folder} has no tokenizer that loads: {_one_line(error)}") from None
+        raise ArtifactError(f"{folder} has no tokenizer that loads: {_reason(error)}") from None
     if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
         # made by transformers out of nothing, for some types of models, where the files are missing
         raise ArtifactError(
@@ -411,7 +412,7 @@ def check_savable(backbone: Backbone) -> None:
     try:
         names = backbone.skeleton().state_dict().keys()
     except LOADING_ERRORS as error:
-        raise ArtifactError(f"{backbone.folder} could not be saved after training: {_one_line(error)}") from None
+        raise ArtifactError(f"{backbone.folder} could not be saved after training: {_reason(error)}") from None
     loaded = _from_pretrained(backbone.folder, backbone.settings, device_map="meta")
     if differ := sorted(names ^ loaded.state_dict().keys()):
         raise ArtifactError(

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from secvec.models.outline import Weights, fill, inside_peft, layers, tensors_of
-from secvec.runs.processes import main_process
+from secvec.runs.processes import from_first, main_process
 
 
 def shard(model: nn.Module, mesh: Any) -> None:
@@ -106,25 +106,19 @@ def on_first(tensors: Mapping[str, Tensor], work: Callable[[Weights], None]) -> 
         if main_process():
             work(Weights.of(tensors))
         return
-    names, device = list(tensors), sharded.to_local().device
-
-    def from_first(number: int) -> int:
-        """The number of the first process, for all: the weight that it reads, or -1 when it has ended."""
-        box = torch.tensor(number, device=device)
-        dist.broadcast(box, 0)
-        return int(box)
+    names, end = list(tensors), -1
 
     def read(name: str) -> Tensor:
-        from_first(names.index(name))
+        from_first(lambda: names.index(name))
         return _gathered(tensors[name])
 
     if main_process():
         try:
             work(Weights(tensors, read))
         finally:
-            from_first(-1)
+            from_first(lambda: end)
     else:
-        while (number := from_first(-1)) >= 0:
+        while (number := from_first(lambda: end)) != end:
             _gathered(tensors[names[number]])
 
 

@@ -128,7 +128,7 @@ def attach_frozen_vector(model: nn.Module, folder: Path) -> nn.Module:
         if missing := [str(one.message) for one in told if "missing adapter keys" in str(one.message)]:
             raise ValueError(missing[0])  # PEFT goes on with an adapter that does nothing
     except (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
-        reason = one_line(error)
+        reason = one_line(error, 300)
         raise ArtifactError(f"the vector in {folder} does not fit this model or is damaged: {reason}") from None
     if any(VECTOR in layer.lora_embedding_A for layer in _lora_layers(attached)):
         raise ArtifactError(

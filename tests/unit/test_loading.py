@@ -92,9 +92,10 @@ def test_an_encoder_is_refused(tmp_path: Path) -> None:
         config = BertConfig(vocab_size=len(tokenizer), is_decoder=is_decoder, initializer_range=0.5, **sizes)
         BertLMHeadModel(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    Backbone.of(tmp_path / "True").load()
-    with pytest.raises(ArtifactError, match="BertLMHeadModel is no causal LM: a token sees those after it"):
-        Backbone.of(tmp_path / "False").load()
+    for load in (Backbone.load, Backbone.outline):  # whole, and for a process that will hold a shard
+        load(Backbone.of(tmp_path / "True"))
+        with pytest.raises(ArtifactError, match="BertLMHeadModel is no causal LM: a token sees those after it"):
+            load(Backbone.of(tmp_path / "False"))
 
 
 def test_the_context_of_a_model() -> None:
