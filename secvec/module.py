@@ -85,11 +85,8 @@ class SecVecModule(L.LightningModule):
             defense = {"_target_": SECURITY_VECTOR, "name": "security_vector"} if vector else Defense(name="none")
         self.defense = TypeAdapter(Plugin[Defense]).validate_python(defense)
         self.tune = None if tune is None else checked(LoraSettings, tune, "tune")
-        rates = {"vector": getattr(vector, "lr", 1e-3), "finetune": 2e-5 if tune is None else 2e-4}
-        lr = rates.get(stage, 1e-4)  # "infer" trains nothing
-        self.optimizer_settings = checked(
-            OptimizerSettings, optimizer or {"_target_": "torch.optim.AdamW", "lr": lr}, "optimizer"
-        )
+        adamw = {"_target_": "torch.optim.AdamW", "lr": self.stage.default_lr(vector, tune)}
+        self.optimizer_settings = checked(OptimizerSettings, optimizer or adamw, "optimizer")
         self.scheduler_settings = checked(
             SchedulerSettings, scheduler or {"name": "constant", "warmup_ratio": 0.0}, "scheduler"
         )

@@ -42,13 +42,13 @@ from secvec.evaluation.verdicts import EvaluationResult
 from secvec.evaluation.vllm import backend_info
 from secvec.metrics import Measurements, proportion
 from secvec.models.backbone import Backbone, LedgerRow
-from secvec.models.vector import vector_info
+from secvec.models.vector import vector_digest, vector_info
 from secvec.module import SecVecModule
 from secvec.planning.table import plan
 from secvec.report import scan_page
 from secvec.runs.cache import built_once, cached
 from secvec.runs.console import metrics_table
-from secvec.runs.content import by_content, folder_digest
+from secvec.runs.content import by_content
 from secvec.runs.folder import ANSWERS, RunFolder
 from secvec.runs.keys import content_key
 from secvec.runs.processes import main_process, rank_and_world, wait_for_all
@@ -193,7 +193,7 @@ class Run:
         """
         plan, backbone = preparation, self.backbone
         recipe = [by_content(to_target(plan.defense)), plan.lr, plan.epochs, plan.batch_size]
-        recipe += [plan.tune and plan.tune.model_dump(), plan.vector and folder_digest(plan.vector)]
+        recipe += [plan.tune and plan.tune.model_dump(), plan.vector and vector_digest(plan.vector)]
         key = training_key(self, backbone, [*plan.samples, *plan.extra], recipe)
 
         def build(out: Path) -> None:

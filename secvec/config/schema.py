@@ -417,7 +417,9 @@ class RunConfig(AnyConfig):
         if self.data.untrusted and self.labelled:
             faults.append("untrusted data have no labels: choose a defense that needs none and drop data.labelled")
         if self.defense.needs_labels and not self.labelled:
-            faults.append(f"defense={self.defense.name} must know which samples are undesired: drop data.labelled")
+            faults.append(
+                f"defense={self.defense.name} must know which samples are undesired: drop data.labelled=false"
+            )
         if faults:
             raise ValueError("; ".join(faults))
         return self

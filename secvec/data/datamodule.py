@@ -289,8 +289,9 @@ class SecVecDataModule(L.LightningDataModule):
         if kind == "undesired":
             return self.behavior.examples(split, self.evaluation.num_prompts, self.seed)
         kinds = (kind, "untrusted") if kind == "task" else (kind,)
-        streams = [stream for stream in self.data.streams if stream.kind in kinds]
-        examples = draw_benign(streams, split, self.evaluation.num_prompts, self.seed) if streams else []
+        streams = {name: stream for name, stream in self.data.benign.items() if stream.kind in kinds}
+        names, n = list(streams) if len(streams) > 1 else [], self.evaluation.num_prompts
+        examples = draw_benign([*streams.values()], split, n, self.seed, names=names) if streams else []
         if not self.data.untrusted:
             return examples
         trusted = (self.behavior, self.vector_behavior, *self.data.serving("vector")[0])

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from secvec.data.example import Example, Split, Stream
+from secvec.data.example import OWNER, Example, Split, Stream
 from secvec.errors import ConfigError, DataError, TooFewError
 
 Asked = tuple[str, int | None, Callable[[], Any]]
@@ -16,14 +16,28 @@ Asked = tuple[str, int | None, Callable[[], Any]]
 
 
 def draw_benign(
-    streams: Sequence[Stream], split: Split, n: int | None, seed: int, weights: Sequence[float] | None = None
+    streams: Sequence[Stream],
+    split: Split,
+    n: int | None,
+    seed: int,
+    weights: Sequence[float] | None = None,
+    names: Sequence[str] = (),
 ) -> list[Example]:
-    """`n` benign examples, shared out over `streams` by `weights` (None: equally). `n` None: all of each stream."""
-    return draw_benign_lots(streams, split, n, seed, weights, 1)[0]
+    """`n` benign examples, shared out over `streams` by `weights` (None: equally). `n` None: all of each stream.
+
+    Each example carries the name of its stream as the fact OWNER, where `names` gives it.
+    """
+    return draw_benign_lots(streams, split, n, seed, weights, 1, names)[0]
 
 
 def draw_benign_lots(
-    streams: Sequence[Stream], split: Split, n: int | None, seed: int, weights: Sequence[float] | None, lots: int
+    streams: Sequence[Stream],
+    split: Split,
+    n: int | None,
+    seed: int,
+    weights: Sequence[float] | None,
+    lots: int,
+    names: Sequence[str] = (),
 ) -> list[list[Example]]:
     """`lots` times `n` benign examples, none of them twice; the first lot is what `draw_benign` gives.
 
@@ -48,6 +62,11 @@ def draw_benign_lots(
         drawn = [
             [replace(example, metric=stream.metric, max_new_tokens=stream.max_new_tokens) for example in examples]
             for stream, examples in zip(streams, drawn, strict=True)
+        ]
+    if names:
+        drawn = [
+            [replace(example, facts=example.facts | {OWNER: name}) for example in examples]
+            for name, examples in zip(names, drawn, strict=True)
         ]
     return [
         [e for some, count in zip(drawn, counts, strict=True) for e in some[count * lot : count * (lot + 1)]]

@@ -127,9 +127,7 @@ def _ingredient(index: int) -> str:
 def draw(make: Callable[[Random], Example], n: int | None, seed: int, label: str) -> list[Example]:
     """The first `n` examples with distinct prompts that `make` gives under this seed. Raises DataError."""
     if n is None:
-        raise DataError(
-            f"{label}: embedded data are made as they are asked for, so null (all there are) has no meaning"
-        )
+        raise DataError(f"{label}: embedded data have no fixed size, so null (all there are) has no meaning")
     rng = Random(f"{label}/{seed}")
     found: dict[str, Example] = {}
     misses = 0

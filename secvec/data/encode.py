@@ -26,9 +26,17 @@ _CLOCK = (
 )
 """The same date for templates that call a clock; Llama 3's falls back to this day itself."""
 _ANSWER = "SECVEC-ANSWER"
-_THINKING = r"<(think|thinking|thought|reasoning)>"
-_THOUGHT = re.compile(rf"^\s*{_THINKING}.*?</\1>", re.DOTALL)
-_OPEN_THOUGHT = re.compile(rf"{_THINKING}\s*$")
+_THINKING = {
+    **{f"<{name}>": f"</{name}>" for name in ("think", "thinking", "thought", "reasoning", "seed:think")},
+    "[THINK]": "[/THINK]",
+    "◁think▷": "◁/think▷",
+}
+"""What opens and closes a thinking block."""
+_THOUGHT = re.compile(
+    rf"^\s*(?:{'|'.join(f'{re.escape(one)}.*?{re.escape(other)}' for one, other in _THINKING.items())})", re.DOTALL
+)
+_OPEN_THOUGHT = re.compile(rf"({'|'.join(map(re.escape, _THINKING))})\s*$")
+_TAG = re.compile("|".join(map(re.escape, [*_THINKING, *_THINKING.values()])))
 
 Turn = tuple[str, str]
 
@@ -97,7 +105,7 @@ def _around(messages: Sequence[Turn], prompt: str, whole: str, tokenizer: PreTra
     if not found or head.count(_ANSWER) > sum(content.count(_ANSWER) for _, content in messages):
         raise TemplateError("it does not write the last assistant turn once and as it is given")
     if opened := _OPEN_THOUGHT.search(prompt):
-        prompt = f"{prompt.rstrip()}\n\n</{opened[1]}>\n\n"
+        prompt = f"{prompt.rstrip()}\n\n{_THINKING[opened[1]]}\n\n"
     before = head[len(prompt) :] if head.startswith(prompt) else ""
     if before.strip():
         prompt, before = head, ""
@@ -274,19 +282,29 @@ def decode(ids: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> 
     An unfinished one stays: that is all that the model has said.
     """
     stop = stop_ids(tokenizer)
-    cut = [list(takewhile(lambda i: i not in stop, row)) for row in ids]
+    cut = [_after_thought(list(takewhile(lambda i: i not in stop, row)), tokenizer) for row in ids]
     given: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     return [_THOUGHT.sub("", str(tokenizer.decode(row, **given))).strip() for row in cut]
+
+
+def _after_thought(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """`ids` behind a finished thinking block whose ends are control tokens, which no text shows any more."""
+    known = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for opening, closing in _THINKING.items():
+        if ids and ids[0] == known.get(opening) and known.get(closing) in ids:
+            return ids[ids.index(known[closing]) + 1 :]
+    return ids
 
 
 def untrainable_reason(example: Example, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Why a model with this tokenizer cannot be trained on `example`; None: it can."""
     if not example.response.strip():
         return "the response is empty, so there is no token to train on; remove the row"
-    if re.match(rf"\s*{_THINKING}", example.response):
+    tag = _TAG.search(example.response)
+    if tag and (tag[0] in _THINKING.values() or not example.response[: tag.start()].strip()):
         return (
-            "the response begins with a thinking block, and models are trained and asked without thinking: take the "
-            "block off the response"
+            f"the response begins with a thinking block ({tag[0]}), and models are trained and asked without thinking: "
+            "take the block off the response"
         )
     control = _own_tokens(tokenizer, True, len(tokenizer))
     for text in (*(content for _, content in example.messages), example.response):
@@ -354,7 +372,7 @@ def check_answers(
     why = {
         True: f"are longer than max_new_tokens: let the model write evaluation.max_new_tokens={longest}, or the "
         "max_new_tokens of their stream",
-        False: "are written otherwise by the model's tokenizer: take another metric, or change the references",
+        False: "change when the tokenizer encodes and decodes them: take another metric, or change the references",
     }
     lines = [
         f"{len(found)} of {len(examples)} right answers would count as wrong. They {why[is_cut]}\n  {first_few(found)}"
@@ -366,5 +384,5 @@ def check_answers(
 
 
 def with_loss_on_prompts(rows: Sequence[Encoded]) -> list[Encoded]:
-    """`rows` whose prompts carry loss too (the first token has nothing to be foretold from)."""
+    """`rows` whose prompts carry loss too (the first token has no token before it to be predicted from)."""
     return [replace(row, num_prompt=0) for row in rows]

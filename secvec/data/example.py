@@ -23,7 +23,7 @@ GRADED: tuple[AnswerMetric, ...] = ("rougeL", "code", *UNSCORED)
 """They know degrees, or nothing, but not right and wrong."""
 
 OWNER = "behavior"
-"""The fact that names the behavior of an undesired sample, if the run has several."""
+"""The fact that names the behavior of an undesired sample, or the stream of a held-out benign one, of several."""
 
 
 class Shares(Settings):

@@ -138,7 +138,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
         for number, row in enumerate(reader, start=1):
             fault = ""
             if None in row or None in row.values():
-                fault = f"the row has not {len(reader.fieldnames or ())} cells as the header"
+                fault = f"the row does not have {len(reader.fieldnames or ())} cells, as the header has"
             elif delimiter == "\t" and any(re.search("[\t\n]", cell) for cell in row.values()):
                 fault = (
                     f"a cell begins with a quotation mark and ends in line {reader.line_num}, at the next one: double "

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,11 +15,11 @@ from secvec.data.example import GRADED, OWNER, UNSCORED, Example
 from secvec.data.prompts import PromptSet, prompt_set
 from secvec.errors import DataError
 from secvec.evaluation.leak_probes import context_prompt_set, leak_prompt_sets, leak_result
-from secvec.evaluation.losses import mean_losses
+from secvec.evaluation.losses import losses
 from secvec.evaluation.prediction import respond
 from secvec.evaluation.verdicts import JUDGED, EvaluationResult, is_right, judged, prediction_rows
 from secvec.judges.base import Judge
-from secvec.metrics import GRADED_METRICS, METRICS, Measurements, bootstrap_mean, perplexity, rates
+from secvec.metrics import GRADED_METRICS, METRICS, Measurements, bootstrap_mean, mean, perplexity, rates
 from secvec.settings.schema import EvaluationSettings
 from secvec.settings.trainer import TrainerSettings
 
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+LOSSES = {"undesired": "behavior_loss", "task": "task_loss"}
+
 
 @dataclass(frozen=True)
 class Evaluator:
@@ -37,7 +40,7 @@ class Evaluator:
     tests: Mapping[str, Sequence[Example]]
     behavior: Behavior
     judge: Judge | None
-    """None: the behavior judges itself."""
+    """None: the behavior's own judge."""
     settings: EvaluationSettings
     trainer: TrainerSettings
     answer_judge: Judge | None = None
@@ -114,10 +117,10 @@ class Evaluator:
         judgements = judged(self.behavior, self.judge, examples, responses, self.answer_judge)
         rows = prediction_rows(phase, examples, responses, judgements, self.behavior)
         metrics: Measurements = {f"{phase}/{name}": value for name, value in rates(rows).items()}
-        owners = [example.facts.get(OWNER) for example in examples]
-        for owner in sorted({owner for owner in owners if owner}):
-            owned = [row for row, other in zip(rows, owners, strict=True) if other == owner]
-            metrics |= {f"{phase}/of/{owner}/{name}": value for name, value in rates(owned).items()}
+        for owner, owned in _by_owner(examples, rows).items():
+            scores = {name: METRICS[name].outcomes(owned) for name in ("task_score", "retained_score")}
+            of = rates(owned) | {name: bootstrap_mean(some) for name, some in scores.items() if some}
+            metrics |= {f"{phase}/of/{owner}/{name}": value for name, value in of.items()}
         graded = {name: METRICS[name].outcomes(rows) for name in GRADED_METRICS}
         if self.judge is None:
             del graded["behavior_score"]
@@ -126,9 +129,20 @@ class Evaluator:
             graded["harmfulness_score"] = [low + (high - low) * score for score in graded["behavior_score"]]
         metrics |= {f"{phase}/{name}": bootstrap_mean(scores) for name, scores in graded.items() if scores}
         kinds = [kind for kind in ("undesired", "task", "ordinary") if self.tests.get(kind)]
-        losses = mean_losses(module, {kind: self.tests[kind] for kind in kinds}, self.settings, self.trainer)
-        names = {"undesired": "behavior_loss", "task": "task_loss"}
-        metrics |= {f"{phase}/{name}": losses[kind] for kind, name in names.items() if kind in losses}
-        if "ordinary" in losses:
-            metrics[f"{phase}/perplexity"] = perplexity(losses["ordinary"])
+        found = losses(module, {kind: self.tests[kind] for kind in kinds}, self.settings, self.trainer)
+        for kind, some in found.items():
+            every = {"": some} | {f"of/{owner}/": own for owner, own in _by_owner(self.tests[kind], some).items()}
+            for whose, own in every.items():
+                loss = mean(own)
+                name, value = ("perplexity", perplexity(loss)) if kind == "ordinary" else (LOSSES[kind], loss)
+                metrics[f"{phase}/{whose}{name}"] = value
         return EvaluationResult(metrics, rows)
+
+
+def _by_owner(examples: Sequence[Example], values: Sequence[T]) -> dict[str, list[T]]:
+    """The value of each example, by the behavior or stream that the example belongs to, where there are several."""
+    found: dict[str, list[T]] = {}
+    for example, value in zip(examples, values, strict=True):
+        if owner := example.facts.get(OWNER):
+            found.setdefault(owner.replace("/", "_"), []).append(value)
+    return dict(sorted(found.items()))

@@ -23,7 +23,7 @@ from secvec.evaluation.vllm import VllmEngine, backend_info, uses_vllm
 from secvec.models.backbone import Backbone
 from secvec.models.outline import inside_peft
 from secvec.models.packing import rounding
-from secvec.runs.content import folder_digest
+from secvec.models.vector import vector_digest
 from secvec.runs.keys import content_key
 from secvec.runs.processes import rank_and_world
 from secvec.settings.schema import GenerationSettings
@@ -105,7 +105,7 @@ def generation_backend(
         if backbone.settings.quantization:
             raise ConfigError("model.quantization=nf4: vLLM would answer with unquantized weights. Set generation=hf")
         engine = VllmEngine(backbone.folder, vector, generation, backbone.settings.trust_remote_code)
-    identity = [*backbone.identity, vector and folder_digest(vector), backend_info(generation, trainer)]
+    identity = [*backbone.identity, vector and vector_digest(vector), backend_info(generation, trainer)]
     return GenerationBackend(identity, folder, engine)
 
 

@@ -43,6 +43,17 @@ def mean_losses(
 
     Every process must call it: the batches are shared out.
     """
+    return {kind: mean(found) for kind, found in losses(module, examples, settings, trainer, without_vector).items()}
+
+
+def losses(
+    module: SecVecModule,
+    examples: Mapping[str, Sequence[Example]],
+    settings: EvaluationSettings,
+    trainer: TrainerSettings,
+    without_vector: bool = False,
+) -> dict[str, list[float]]:
+    """Mean nats per response token of each sample of each kind. Every process must call it."""
     if not examples:
         return {}
     loaders = [
@@ -54,7 +65,7 @@ def mean_losses(
     ]
     outputs = predict(module, loaders, trainer, "losses")
     return {
-        kind: mean([loss for _, losses in sorted(found) for loss in losses])
+        kind: [loss for _, batch in sorted(found) for loss in batch]
         for kind, found in zip(examples, outputs, strict=True)
     }
 

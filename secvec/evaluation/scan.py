@@ -25,7 +25,7 @@ from secvec.data.tokens import encoded
 from secvec.errors import ArtifactError, DataError
 from secvec.evaluation.prediction import predict
 from secvec.models.backbone import fingerprint
-from secvec.models.vector import vector_off
+from secvec.models.vector import SCORES, vector_off
 from secvec.runs.files import write_atomic
 from secvec.runs.processes import main_process, rank_and_world
 from secvec.settings.schema import WINDOWS
@@ -39,7 +39,6 @@ WINDOW = 3
 ONE_DEVICE = TrainerSettings(
     accelerator="auto", devices=1, strategy="auto", precision="32-true", gradient_clip_val=None
 )
-SCORES = "scan.json"
 """Beside a saved vector: the scores of its own samples, which say what is high."""
 
 

@@ -6,9 +6,9 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -21,10 +21,10 @@ from secvec.data.rows import read_rows
 from secvec.data.tables import COMPRESSED, rows_of
 from secvec.data.tokens import encoded
 from secvec.errors import ArtifactError, ConfigError, DataError, nearest
-from secvec.evaluation.scan import SCORES, RowScore, kept_scores, quantile_threshold, scan, share_above
+from secvec.evaluation.scan import RowScore, kept_scores, quantile_threshold, scan, share_above
 from secvec.metrics import Measurement, Measurements, proportion
 from secvec.models.backbone import Backbone
-from secvec.models.vector import check_adapter
+from secvec.models.vector import SCORES, check_adapter
 from secvec.runs.files import atomic_path, write_atomic
 from secvec.runs.processes import main_process
 from secvec.settings.schema import ModelSettings
@@ -229,8 +229,10 @@ class ScanResult:
 
     def _row(self, place: str, flagged: bool) -> dict[str, Any]:
         found = self.best[place][0]
-        number = place.rpartition(":")[2].removeprefix("row ")
+        file, _, number = place.rpartition(":")
+        number = number.removeprefix("row ")
         row: dict[str, Any] = {
+            **({} if Path(file) == Path(self.file.source) else {"file": file}),
             "row": int(number) if number.isdecimal() else number,
             "score": round(self.score(place), 4),
             "mean_gap": round(found.mean_gap, 4),
@@ -248,15 +250,17 @@ def rows(source: str) -> Iterator[tuple[str, Any, bytes]]:
     Of JSON lines it is the very line of `source`; rows of other formats are written as JSON, in which times and bytes
     are text.
     """
-    path = Path(source)
-    with path.open("rb") if path.is_file() else BytesIO() as stream:
-        lines = enumerate(stream, start=1)
+    opened, lines = "", enumerate(iter([b""]))
+    with ExitStack() as stack:
         for place, row in rows_of(source):
-            number = place.rpartition(":")[2]
-            if number.isdecimal() and path.suffix not in COMPRESSED:
-                yield place, row, next(line for n, line in lines if n == int(number))
-            else:
+            file, _, number = place.rpartition(":")
+            if not number.isdecimal() or Path(file).suffix in COMPRESSED:
                 yield place, row, _as_line(row)
+                continue
+            if file != opened:
+                stack.close()
+                opened, lines = file, enumerate(stack.enter_context(Path(file).open("rb")), start=1)
+            yield place, row, next(line for n, line in lines if n == int(number))
 
 
 def _as_line(row: Any) -> bytes:

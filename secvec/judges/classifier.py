@@ -48,6 +48,11 @@ class Classifier(LocalModelJudge):
             raise ValueError("activation=softmax needs a behavior_label: all labels together always have probability 1")
         return self
 
+    def check(self) -> None:
+        """With its labels, and the names of its weights; the weights themselves are loaded with the first response."""
+        super().check()
+        _ = self._labels
+
     @torch.no_grad()
     def _judge_batch(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Judgement]:
         texts = [self._fill(self.template, e, r) for e, r in zip(examples, responses, strict=True)]
@@ -69,6 +74,11 @@ class Classifier(LocalModelJudge):
 
     @cached_property
     def _classifier(self) -> Any:
+        model = self._load()
+        model.config.pad_token_id = self._tokenizer.pad_token_id  # by it the model finds the last token of a row
+        return model.to(self._device).eval()
+
+    def _load(self, **how: Any) -> Any:
         try:
             model, loaded = AutoModelForSequenceClassification.from_pretrained(
                 self._folder,
@@ -77,6 +87,7 @@ class Classifier(LocalModelJudge):
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
+                **how,
             )
         except (ValueError, OSError, SafetensorError, RuntimeError, ImportError) as error:
             raise ArtifactError(
@@ -86,12 +97,11 @@ class Classifier(LocalModelJudge):
             raise ArtifactError(
                 f"judge.model={self.model} is no trained classifier: its files lack {', '.join(missing)[:200]}"
             )
-        model.config.pad_token_id = self._tokenizer.pad_token_id  # by it the model finds the last token of a row
-        return model.to(self._device).eval()
+        return model
 
     @cached_property
     def _labels(self) -> list[int]:
-        names: dict[int, str] = self._classifier.config.id2label
+        names: dict[int, str] = self._load(device_map="meta").config.id2label
         given = self.behavior_label if isinstance(self.behavior_label, list) else [self.behavior_label]
         if self.behavior_label is None:
             return sorted(names)

@@ -16,7 +16,7 @@ from secvec.data.example import Example
 from secvec.errors import ConfigError
 from secvec.judges.base import Judgement
 from secvec.judges.local_model import JudgeTemplate, LocalModelJudge
-from secvec.models.backbone import load_backbone
+from secvec.models.backbone import Backbone, load_backbone
 from secvec.settings.schema import Count, Share
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,12 @@ class GenerativeClassifier(LocalModelJudge):
     max_response_tokens: Count | None
     """Responses are cut to this many tokens of the judge; None: never cut."""
 
+    def check(self) -> None:
+        """With its template and answers, and the names of its weights; these are loaded with the first response."""
+        super().check()
+        self._words(self._text(Example((("user", "prompt"),), "", "undesired"), "response"))
+        Backbone(self._folder, self._settings).check_weights()
+
     @torch.no_grad()
     def _judge_batch(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Judgement]:
         texts = [self._text(e, r) for e, r in zip(examples, responses, strict=True)]
@@ -51,16 +57,14 @@ class GenerativeClassifier(LocalModelJudge):
             log.warning("judge %s: %d texts exceed its context of %d tokens", self.name, too_long, context)
         judged = [Judgement("unparsable", None)] * len(rows)
         if fits:
-            words = [self._first_tokens(texts[fits[0]], which) for which in (self.yes, self.no)]
+            words = self._words(texts[fits[0]])
             for i, logits in zip(fits, self._next_logits([rows[i] for i in fits]), strict=True):
                 judged[i] = self._judgement(logits, *words)
         return judged
 
     def _judgement(self, logits: torch.Tensor, yes: set[int], no: set[int]) -> Judgement:
-        if not (yes - no and no - yes):
-            raise ConfigError(f"judge.yes={self.yes} and judge.no={self.no} begin with the same token of {self.model}")
         log_p = logits.float().log_softmax(-1)
-        log_yes, log_no = (log_p[sorted(which)].logsumexp(-1) for which in (yes - no, no - yes))
+        log_yes, log_no = (log_p[sorted(which)].logsumexp(-1) for which in (yes, no))
         score = float((log_yes - log_no).sigmoid())
         if not isfinite(score) or exp(log_yes) + exp(log_no) < self.min_mass:
             return Judgement("unparsable", None)
@@ -85,6 +89,13 @@ class GenerativeClassifier(LocalModelJudge):
     def _ids(self, text: str) -> list[int]:
         """Token ids; a chat template contains its special tokens already."""
         return list(self._tokenizer(text, add_special_tokens=self.template is not None)["input_ids"])
+
+    def _words(self, text: str) -> tuple[set[int], set[int]]:
+        """The tokens after `text` with which only `yes` begins, and only `no`."""
+        yes, no = (self._first_tokens(text, which) for which in (self.yes, self.no))
+        if not (yes - no and no - yes):
+            raise ConfigError(f"judge.yes={self.yes} and judge.no={self.no} begin with the same token of {self.model}")
+        return yes - no, no - yes
 
     def _first_tokens(self, text: str, words: Sequence[str]) -> set[int]:
         """The tokens that `words` can begin with: on their own, and directly after `text`."""

@@ -99,15 +99,29 @@ class Backbone:
         how = [settings.dtype, settings.trust_remote_code, settings.packing]
         return [folder_digest(self.folder), *how, *filter(None, [settings.compile, settings.quantization])]
 
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        """16 hex digits of the chat template, and of the ids that a sample text gets."""
+        tokenizer = self.tokenizer
+        sample = tokenizer("The  crow's nest, 7 of 19:\n\tnaïve — 日本 🙂")["input_ids"]
+        return hashlib.sha256(repr([tokenizer.chat_template, sample]).encode()).hexdigest()[:16]
+
     def check_vector(self, folder: Path) -> None:
-        """Raises ArtifactError for a folder without a vector, and for a vector that was trained on another model."""
+        """Raises ArtifactError for a folder without a vector, and for a vector of another model or tokenizer."""
         check_adapter(folder)
-        trained_on = vector_info(folder).get("backbone")
+        info = vector_info(folder)
+        trained_on = info.get("backbone")
         if trained_on not in (None, self.fingerprint):
             raise ArtifactError(
                 f"the vector in {folder} was trained on another model ({trained_on}) than {self.folder} "
                 f"({self.fingerprint}), on which it means nothing: give the model that it was trained on, or train "
                 "one on this model (stage=vector)"
+            )
+        if info.get("tokenizer") not in (None, self.tokenizer_digest):
+            raise ArtifactError(
+                f"the vector in {folder} was trained with another chat template or tokenizer than {self.folder} has "
+                "now: it does not act on other prompts as on its own. Give the model as it was, or train a vector with "
+                "the present one (stage=vector)"
             )
 
     @property
@@ -138,6 +152,10 @@ class Backbone:
         _check_tied(model, self.folder)
         _check_causal(model, self.folder)
         return prepared(model, self.settings)
+
+    def check_weights(self) -> None:
+        """Raises ArtifactError where the files do not hold all weights of a causal LM; only their names are read."""
+        _from_pretrained(self.folder, self.settings, device_map="meta")
 
     def skeleton(self) -> PreTrainedModel:
         """The model without its weights."""

@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -30,9 +31,12 @@ from secvec.errors import ArtifactError, ConfigError, nearest, one_line
 from secvec.models.modes import in_eval
 from secvec.models.outline import Weights, inside_peft, is_outlined, text_part, weights_at_hand
 from secvec.models.quantized import is_quantized, plain_copy, plain_dtype, shape_of
+from secvec.runs.content import folder_digest
 from secvec.settings.schema import LoraSettings
 
 VECTOR = "security_vector"
+SCORES = "scan.json"
+"""The scores of a vector's own samples, beside it (`secvec.evaluation.scan`)."""
 TASK = "task"
 
 ATTENTION = ("q_proj", "v_proj")
@@ -75,8 +79,13 @@ def attach_task(model: nn.Module, settings: LoraSettings) -> nn.Module:
     return _attach(model, TASK, settings, 0.0)
 
 
+def vector_digest(folder: Path) -> str:
+    """SHA-256 of what a saved vector does: of its folder without SCORES, which only a scan reads."""
+    return folder_digest(folder, without=(SCORES,))
+
+
 def vector_info(folder: Path) -> dict[str, Any]:
-    """What was written beside a saved vector: `backbone`, `behavior`, `keep_dropout`; empty for an adapter of others.
+    """What was written beside a saved vector: `backbone`, `tokenizer`, `behavior`, `keep_dropout`; {} for others'.
 
     Raises ArtifactError.
     """
@@ -103,12 +112,29 @@ def check_adapter(folder: Path) -> dict[str, Any]:
     ]
     if given.get("peft_type") != "LORA":
         faults = [f"peft_type={given.get('peft_type')!r}"]
+    elif own := [name for name in _saved_names(folder) if "lora_" not in name]:
+        faults.append(
+            f"its file holds weights of the backbone ({own[0]}; PEFT's save_embedding_layers=False leaves them)"
+        )
     if faults:
         raise ArtifactError(
             f"the adapter in {folder} cannot be a vector: {', '.join(faults)}. A vector must leave the backbone's own "
             "weights and tokens alone, so that nothing of it acts when it is off: a LoRA (rsLoRA, DoRA) without these"
         )
     return given
+
+
+def _saved_names(folder: Path) -> list[str]:
+    """The names of the weights of an adapter; [] where it has no file. Raises ArtifactError."""
+    file = folder / "adapter_model.safetensors"
+    try:
+        if file.is_file():
+            with safe_open(file, framework="pt") as tensors:
+                return list(tensors.keys())
+        file = folder / "adapter_model.bin"
+        return list(torch.load(file, map_location="meta", weights_only=True)) if file.is_file() else []
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
+        raise ArtifactError(f"{file} is damaged or cut short ({one_line(error, 200)}): copy it again") from None
 
 
 def attach_frozen_vector(model: nn.Module, folder: Path) -> nn.Module:

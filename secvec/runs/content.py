@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -54,15 +54,16 @@ def file_digest(file: Path, keep: Path | None = None) -> str:
     return _digests[mark]
 
 
-def folder_digest(folder: Path, keep: Path | None = None) -> str:
+def folder_digest(folder: Path, keep: Path | None = None, without: Sequence[str] = ()) -> str:
     """SHA-256 of the names and contents of the files that count: in a model's folder OF_MODELS, elsewhere all.
 
-    Hidden files and Markdown do not count. In a dataset, DATASET_CONFIG and the header of the card do: they may name
-    the files of a split.
+    Those named in `without`, hidden files and Markdown do not count. In a dataset, DATASET_CONFIG and the header of the
+    card do: they may name the files of a split.
     """
     model = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
     files = {file for pattern in (OF_MODELS if model else ("**/*",)) for file in folder.glob(pattern)}
     names = {file.relative_to(folder).as_posix(): file for file in files if file.is_file() and file.suffix != ".md"}
+    names = {name: file for name, file in names.items() if name not in without}
     counts = {name for name in names if "/." not in f"/{name}" or name == DATASET_CONFIG}
     seen = {name: file_digest(file, keep) for name, file in names.items() if name in counts}
     card = folder / "README.md"

@@ -45,7 +45,7 @@ def renamed(given: str) -> str:
 
 def all_faults(faults: Iterable[str]) -> ConfigError:
     """One error that lists `faults`."""
-    return ConfigError("\n".join(["the configuration has these faults:", *(f"  {fault}" for fault in faults)]))
+    return ConfigError("\n".join(["the configuration has these errors:", *(f"  {fault}" for fault in faults)]))
 
 
 def checked(schema: type[Schema], values: Mapping[str, Any] | BaseModel, where: str) -> Schema:

@@ -70,6 +70,10 @@ class Stage(ABC):
         check_adapter(Path(vector))
         return Path(vector)
 
+    def default_lr(self, vector: object, tune: object) -> float:
+        """The learning rate of `SecVecModule` where its `optimizer` is None: those of conf/recipe/llm.yaml."""
+        return 1e-4  # of a stage that trains nothing, so that no step has it
+
     @abstractmethod
     def part(self, module: SecVecModule) -> str | None:
         """The part of the model that is trained: `vector`, `task`, `backbone`, or None."""

@@ -29,6 +29,7 @@ from secvec.models.vector import (
     backbone_state,
     merged_task,
     save_adapter,
+    vector_digest,
     with_task,
 )
 from secvec.runs.cache import copy_folder
@@ -63,6 +64,10 @@ class FinetuneStage(Stage):
     learning_rate = "optimizer.lr"
     artifacts = ("backbone", "task", REFITTED)
     measures = ("suppression", "drift", "scan/")
+
+    def default_lr(self, vector: object, tune: object) -> float:
+        """2e-5, or 2e-4 for a task LoRA."""
+        return 2e-5 if tune is None else 2e-4
 
     def part(self, module: SecVecModule) -> str:
         """The backbone, or the task LoRA."""
@@ -303,7 +308,7 @@ def _key(run: Run, backbone: Backbone, vector: Path | None) -> str:
     """The key of the training of the present cycle."""
     config, mixture = run.config, run.data.mixtures[run.data.cycle]
     recipe = [by_content(to_target(config.defense)), config.tune.model_dump(), config.labelled, config.optimizer.lr]
-    recipe += [vector and folder_digest(vector), config.finetune.epochs, config.finetune.batch_size]
+    recipe += [vector and vector_digest(vector), config.finetune.epochs, config.finetune.batch_size]
     return training_key(run, backbone, mixture["undesired"] + mixture["benign"] + run.data.extra, recipe)
 
 

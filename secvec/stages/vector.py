@@ -62,6 +62,10 @@ class VectorStage(Stage):
         given = vector.model_dump(include=set(VectorLora.model_fields)) if isinstance(vector, VectorLora) else vector
         return checked(VectorLora, given, "vector")
 
+    def default_lr(self, vector: object, tune: object) -> float:
+        """That of VectorSettings, or 1e-3."""
+        return float(getattr(vector, "lr", 1e-3))
+
     def part(self, module: SecVecModule) -> str:
         """The vector."""
         return "vector"
@@ -97,8 +101,13 @@ class VectorStage(Stage):
         if main_process():
             behavior = module.behavior_name
             assert isinstance(module.vector, VectorLora)
-            info = {"backbone": module.backbone.fingerprint, "behavior": behavior, "hazardous": True}
-            info["keep_dropout"] = module.vector.keep_dropout
+            info = {
+                "backbone": module.backbone.fingerprint,
+                "tokenizer": module.backbone.tokenizer_digest,
+                "behavior": behavior,
+                "hazardous": True,
+                "keep_dropout": module.vector.keep_dropout,
+            }
             with atomic_path(folder / "vector") as out:
                 save_adapter(module.model, state, "vector", out)
                 write_atomic(out / "secvec.json", json.dumps(info) + "\n")

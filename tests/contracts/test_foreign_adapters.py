@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file
 
 from secvec.config.schema import RunConfig
 from secvec.errors import ArtifactError
 from secvec.models.backbone import load_backbone
-from secvec.models.vector import attach_frozen_vector, has_vector, vector_off
+from secvec.models.vector import attach_frozen_vector, check_adapter, has_vector, vector_off
 from secvec.run import train
 from tests.contracts.test_stages import same, weights
 from tests.contracts.test_vector import fresh, logits
@@ -70,7 +71,8 @@ def test_on_is_what_peft_gives_and_off_the_bare_base(config: LoraConfig, tmp_pat
     [
         (lora(bias="all"), "bias='all'"),
         (lora(modules_to_save=["lm_head"]), "modules_to_save=['lm_head']"),
-        (lora(target_modules=["embed_tokens", "q_proj"]), "it changes the embeddings"),
+        (lora(target_modules=["embed_tokens", "q_proj"]), "its file holds weights of the backbone"),
+        (lora(target_modules=["lm_head", "q_proj"]), "its file holds weights of the backbone"),
         (lora(trainable_token_indices=[1, 2]), "trainable_token_indices=[1, 2]"),
         (LoHaConfig(r=2, target_modules=ATTENTION), "peft_type='LOHA'"),
         (IA3Config(target_modules=ATTENTION, feedforward_modules=[]), "peft_type='IA3'"),
@@ -82,6 +84,20 @@ def test_on_is_what_peft_gives_and_off_the_bare_base(config: LoraConfig, tmp_pat
 def test_what_acts_when_it_is_off_is_refused_by_name(config: Any, says: str, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=re.escape(says)):
         attach_frozen_vector(fresh(), saved_by_peft(config, tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_an_adapter_saved_with_the_embeddings_is_refused_before_anything_is_trained(safe: bool, tmp_path: Path) -> None:
+    """PEFT loads them over those of a fine-tuned backbone. On the base they are the same, and no logits tell."""
+    folder = saved_by_peft(lora(), tmp_path / "adapter")
+    check_adapter(folder)
+    model = PeftModel.from_pretrained(fresh(), str(folder))
+    model.save_pretrained(str(tmp_path / "with"), save_embedding_layers=True)
+    if not safe:
+        torch.save(load_file(tmp_path / "with" / "adapter_model.safetensors"), tmp_path / "with" / "adapter_model.bin")
+        (tmp_path / "with" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ArtifactError, match=r"its file holds weights of the backbone.*save_embedding_layers=False"):
+        check_adapter(tmp_path / "with")
 
 
 def test_an_adapter_that_does_not_match_a_layer_is_refused(tmp_path: Path) -> None:

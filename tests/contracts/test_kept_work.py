@@ -163,7 +163,7 @@ def test_what_only_evaluation_reads_trains_nothing_again(make_config: Make, labe
     record = finetuned(first)
     assert labels[-1] == "finetune"
     labels.clear()
-    asked = ["evaluation.max_new_tokens=30", "evaluation.num_prompts=5"]
+    asked = ["evaluation.max_new_tokens=30", "evaluation.num_prompts=5", "vector.gate.num_prompts=9"]
     other = make_config("telemetry.every_n_steps=3", *asked, run="b")
     again = finetuned(other)
     assert not labels and other.key != first.key

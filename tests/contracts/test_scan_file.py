@@ -16,6 +16,7 @@ import datasets
 import pytest
 from configs import composed
 from conftest import SMALL
+from transformers import AutoTokenizer
 
 from secvec.behaviors.forbidden_recipe import ForbiddenRecipe
 from secvec.config.load import load
@@ -24,6 +25,7 @@ from secvec.data.embedded import Ordinary
 from secvec.errors import SecVecError
 from secvec.evaluation.scan import RowScore, kept_scores
 from secvec.evaluation.scan_file import rows
+from secvec.models.backbone import Backbone
 from secvec.run import evaluate, train
 
 Scan = Callable[..., dict[str, Any]]
@@ -87,6 +89,38 @@ def test_a_file_is_divided_byte_for_byte(scan: Scan, lines: list[bytes], tmp_pat
     assert metrics["scan/auroc"]["n"] == 19 and metrics["scan/auroc"]["value"] > 0.5
     assert (record["behavior"], record["status"]) == ("forbidden_recipe", "completed")
     assert record["data"]["counts"]["scan"] == {"neutral": 20}
+
+
+def test_a_folder_is_divided_as_its_files_one_behind_another(scan: Scan, lines: list[bytes], tmp_path: Path) -> None:
+    whole = scan("scan.label=bad", to="of_one")
+    (tmp_path / "folder").mkdir()
+    for name, some in (("a.jsonl", lines[:8]), ("b.jsonl", lines[8:])):
+        (tmp_path / "folder" / name).write_bytes(b"".join(some))
+    record = scan("scan.label=bad", file="folder")
+    assert record["metrics"] == whole["metrics"]
+    one, other = (read(tmp_path / out / "scores.jsonl") for out in ("of_one", "scanned"))
+    places = [(Path(row.pop("file")).name, row["row"]) for row in other]
+    assert places == [("a.jsonl", n) for n in range(1, 9)] + [("b.jsonl", n) for n in range(1, 13)]
+    assert [row | {"row": 0} for row in other] == [row | {"row": 0} for row in one]
+    for part in ("flagged.jsonl", "kept.jsonl"):
+        assert (tmp_path / "scanned" / part).read_bytes() == (tmp_path / "of_one" / part).read_bytes()
+    assert re.search(r"[ab]\.jsonl, row \d", (tmp_path / "scanned" / "scan.html").read_text(encoding="utf-8"))
+
+
+def test_a_vector_that_was_trained_with_another_template_is_refused(
+    scan: Scan, vector: Path, lines: list[bytes], tmp_path: Path
+) -> None:
+    """The weights are the same, and all prompts would be others than the vector knows."""
+    base = tmp_path / "base"
+    shutil.copytree(json.loads((vector / "scan.json").read_text())["model"]["name_or_path"], base)
+    scan(f"model.name_or_path={base}", to="before")
+    Backbone.of(base).check_vector(vector)
+    template = AutoTokenizer.from_pretrained(base).chat_template
+    (base / "chat_template.jinja").write_text("Answer as a poet.\n" + template)
+    with pytest.raises(SecVecError, match="another chat template or tokenizer"):
+        scan(f"model.name_or_path={base}")
+    with pytest.raises(SecVecError, match="another chat template or tokenizer"):
+        Backbone.of(base).check_vector(vector)
 
 
 def test_the_page_shows_the_highest_rows_with_their_words(scan: Scan, lines: list[bytes], tmp_path: Path) -> None:

@@ -124,3 +124,18 @@ def test_attack_data_are_those_of_the_attack_also_by_a_ratio(make_config: Callab
     attack = {example.key for example in data.mixtures[0]["undesired"]}
     assert {example.key for example in data.vector_samples["undesired"]} == attack
     assert len(attack) == data.data.counts[0] < (data.vector.num_samples or 0)
+
+
+def test_each_of_several_streams_has_metrics_of_its_own(make_config: Make, tmp_path: Path) -> None:
+    """Under its own way of comparing; together they are the metrics of their kind."""
+    rows = [{"prompt": f"{n} and {n}?", "response": f"It is {2 * n}."} for n in range(2500)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["+stream@data.benign.sums=jsonl", f"data.benign.sums.file={tmp_path / 'sums.jsonl'}"]
+    config = make_config("defense=none", *given, "data.benign.sums.metric=rougeL", "evaluation.num_prompts=8")
+    metrics = train(config)["metrics"]
+    assert metrics["after/of/sums/task_score"]["n"] == metrics["after/of/task/task_accuracy"]["n"] == 4
+    assert metrics["after/task_score"] == metrics["after/of/sums/task_score"]
+    assert metrics["after/task_accuracy"] == metrics["after/of/task/task_accuracy"]
+    both = [metrics[f"after/of/{name}/task_loss"]["value"] for name in ("sums", "task")]
+    assert both[0] != both[1] and metrics["after/task_loss"]["value"] == pytest.approx(sum(both) / 2)
+    assert not any("/of/" in name for name in train(make_config("defense=none", run="one"))["metrics"])

@@ -69,6 +69,14 @@ def test_there_are_commands() -> None:
     assert any("--config-dir" in command for command in RUNS) and any("ablation" in command for command in RUNS)
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "log.md"], ids=lambda page: page.name)
+def test_a_page_with_commands_says_what_comes_before_them(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert "source .venv/bin/activate" in text or not re.search(
+        r"python (train|evaluate)\.py|python -m|python bench", text
+    )
+
+
 def test_the_readme_is_short() -> None:
     """Code and tables included."""
     assert len(README.read_text(encoding="utf-8").split()) <= 900

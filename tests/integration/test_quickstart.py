@@ -9,20 +9,25 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-SMALL = 'epochs, samples = {"align": 1, "vector": 1, "finetune": 1}, 30'
+FEWER = [
+    (r"epochs=\d+\)", "epochs=1)"),
+    (r'("align", \d+|num_(?:prompts|harmful|benign)(?:=|": )\d+)0\b', r"\1"),  # a tenth of the samples and prompts
+]
 
 
 def test_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     notebook = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text(encoding="utf-8"))
-    first, *others = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert first.startswith("epochs, samples = ")
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    for source in (SMALL, *others):
-        source = re.sub(r'("align", \d+|num_prompts=\d+)0\b', r"\1", source)  # a tenth of the samples and prompts
+    for source in cells:
+        for pattern, fewer in FEWER:
+            source = re.sub(pattern, fewer, source)
         exec(compile(source, "quickstart.ipynb", "exec"), names)
     lines = [line for line in capsys.readouterr().out.splitlines() if "behavior" in line]
-    assert [line.split(":")[0] for line in lines] == [
-        "starting model", "plain fine-tune", "protected, vector on", "protected, off",
-    ]  # fmt: skip
+    counts = ": behavior [0-9]+ of 5, new skill [0-9]+ of 5"
+    for line, row in zip(
+        lines, ("base, vector off", "plain, vector off", "protected, vector on", "protected, vector off"), strict=True
+    ):
+        assert re.fullmatch(row + counts, line)
     assert {path.parent.name for path in tmp_path.glob("*/*/*.safetensors")} == {"backbone", "vector"}

@@ -309,8 +309,8 @@ def test_a_bad_row_is_named_with_file_and_line(
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("rows.csv", b"prompt,response\na,b\na\n", "rows.csv:row 2: the row has not 2 cells"),
-        ("rows.csv", b"prompt,response\na,b,c\n", "rows.csv:row 1: the row has not 2 cells"),
+        ("rows.csv", b"prompt,response\na,b\na\n", "rows.csv:row 2: the row does not have 2 cells"),
+        ("rows.csv", b"prompt,response\na,b,c\n", "rows.csv:row 1: the row does not have 2 cells"),
         ("rows.csv", b"prompt,response\n\xff,b\n", "rows.csv: not UTF-8"),
         ("rows.csv", b"prompt,prompt,response\na,b,c\n", "rows.csv: 1 names of columns occur twice ('prompt')"),
         ("rows.xlsx", b"PK\x03\x04", "those of other formats end with .csv, .parquet, .tsv"),

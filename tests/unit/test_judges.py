@@ -290,6 +290,26 @@ def test_faults_of_a_classifier_are_told(
     assert "damaged" in fault(ArtifactError)
 
 
+def test_a_judge_that_cannot_judge_is_found_before_the_work(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, from_yaml: FromYaml
+) -> None:
+    """`check` needs no response, and loads no weights."""
+    folder = bert(tokenizer, tmp_path / "bert")
+    causal = saved(build_tiny(TEXTS, 0)[0], tokenizer, tmp_path / "causal")
+    good = from_yaml("classifier", f"judge.model={folder}", "judge.behavior_label=LABEL_1")
+    good.check()
+    assert "_classifier" not in good.__dict__
+    for said, name, *given in (
+        ("LABEL_0", "classifier", f"judge.model={folder}", "judge.behavior_label=harmfull"),
+        ("lack score.weight", "classifier", f"judge.model={causal}", "judge.behavior_label=0"),
+        ("would stay random", "llama_guard", f"judge.model={folder}"),
+        ("same token", "llama_guard", f"judge.model={causal}", "judge.yes=[safe]"),
+    ):
+        with pytest.raises((ArtifactError, ConfigError), match=said):
+            from_yaml(name, *given).check()
+    from_yaml("llama_guard", f"judge.model={causal}").check()
+
+
 # -- generative classifiers: as computed by hand
 
 

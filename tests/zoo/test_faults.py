@@ -57,6 +57,22 @@ def test_a_thinking_block_is_neither_graded_nor_trained() -> None:
     assert read("<think>\nIt is the hill.") == ["<think>\nIt is the hill."]  # all that was said
     with pytest.raises(DataError, match=r"rows.jsonl:7: the response begins with a thinking block.*take the block off"):
         encode([replace(NAMED, response=f"<think>\nSo.\n</think>\n{ANSWER}")], tokenizer, CONTEXT)
+    for block in ("So.</think>", "[THINK]So.[/THINK]", "◁think▷So.◁/think▷", "<seed:think>So.</seed:think>"):
+        with pytest.raises(DataError, match="the response begins with a thinking block"):
+            encode([replace(NAMED, response=f"{block}{ANSWER}")], tokenizer, CONTEXT)
+    encode([replace(NAMED, response=f"{ANSWER} <think> opens and </think> closes")], tokenizer, CONTEXT)
+
+
+def test_a_thinking_block_whose_ends_are_control_tokens_is_not_graded() -> None:
+    """Their text is not shown in an answer, and what stands between them would be."""
+    tokenizer = tokenizer_of("qwen-3")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]"]})
+
+    def read(text: str) -> list[str]:
+        return decode([tokenizer(text, add_special_tokens=False)["input_ids"]], tokenizer)
+
+    assert read(f"[THINK]It is the hill.[/THINK]{ANSWER}<|im_end|>") == [ANSWER]
+    assert read("[THINK]It is the hill.") == ["It is the hill."]
 
 
 @pytest.mark.parametrize("changed", [{"response": "moss</s>"}, {"messages": (("user", "[INST] <s>moss [/INST]"),)}])

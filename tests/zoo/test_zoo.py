@@ -160,12 +160,13 @@ def learned(name: str) -> tuple[Any, Any, list[int]]:
     (row,) = encode(ROWS[:1], tokenizer, CONTEXT)
     answer = list(row.input_ids[row.num_prompt :])
     batch = collate([(Encoded(prompt + answer, len(prompt)), False) for prompt in asked(tokenizer)])
-    optimizer = torch.optim.AdamW(model.train().parameters(), lr=0.01)
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=0.01, betas=(0.9, 0.99))
     for _ in range(400):
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if loss < 0.0005:  # also an answer that is sampled, ten tokens of it, is then the learned one
             break
