@@ -24,7 +24,7 @@ from secvec.models.backbone import Backbone
 from secvec.models.vector import vector_deltas
 from secvec.report.groups import Group
 from secvec.report.paired import difference, outcomes
-from secvec.report.records import Run, load_runs
+from secvec.report.records import RecordedRun, load_runs
 
 Weights = Mapping[str, Tensor]
 PLAIN, PAPER = "none", "security_vector"
@@ -42,7 +42,7 @@ def cosine(one: Weights, other: Weights) -> float:
     return dot / (a * b) ** 0.5 if a and b else 0.0
 
 
-def update(run: Run, root: Path) -> Weights:
+def update(run: RecordedRun, root: Path) -> Weights:
     """What fine-tuning has added to the weights that the run started from."""
     assert run.folder is not None
     before = load_file(root / run.record.base.folder / "model.safetensors")
@@ -50,16 +50,16 @@ def update(run: Run, root: Path) -> Weights:
     return {name: after[name] - before[name] for name in before}
 
 
-def delta(run: Run, root: Path) -> Weights:
+def delta(run: RecordedRun, root: Path) -> Weights:
     """What the vector of the run adds to the weights of the model that the run started from, s B A."""
     assert run.folder is not None
     base = Backbone.of({"name": None, "name_or_path": str(root / run.record.base.folder)})
     return vector_deltas(base.load(), run.folder / "vector")
 
 
-def points(sweep: Path) -> dict[float, dict[str, list[Run]]]:
+def points(sweep: Path) -> dict[float, dict[str, list[RecordedRun]]]:
     """The completed runs of a sweep: rate -> defense -> its seeds, in order."""
-    found: dict[float, dict[str, list[Run]]] = {}
+    found: dict[float, dict[str, list[RecordedRun]]] = {}
     for run in sorted((one for one in load_runs([sweep]) if one.completed), key=lambda one: one.seed):
         found.setdefault(run.record.config["optimizer"]["lr"], {}).setdefault(run.defense, []).append(run)
     return found

@@ -22,6 +22,7 @@ from pages import keep, show
 from pydantic import TypeAdapter
 
 from secvec.behaviors.base import Behavior
+from secvec.behaviors.several import Several
 from secvec.data.embedded import Ordinary, Skill
 from secvec.data.example import Example
 from secvec.evaluation.scan_file import auroc
@@ -36,6 +37,8 @@ BEHAVIORS: dict[str, Behavior] = {
     )
     for name in ("forbidden_recipe", "uppercase", "stereotype", "wrong_fact", "task_error")
 }
+ALL = "all_embedded"
+"""The five together: one vector of all, which knows no other behavior."""
 WAYS = {
     "plain": "as the vector's samples are",
     "hedged": "after a sentence that hedges",
@@ -77,12 +80,13 @@ def write(path: Path, way: str, name: str, seed: int) -> None:
     Without wanted answers in the same form, a scan that finds the hedge would seem to find the behavior.
     """
     others = [of for other, of in BEHAVIORS.items() if other != name]
-    bad = BEHAVIORS[name].examples("finetune", ROWS, seed)
+    behavior = Several(name=ALL, sensitive=False, of=BEHAVIORS) if name == ALL else BEHAVIORS[name]
+    bad = behavior.examples("finetune", ROWS, seed)
     if way == "other":
         bad = [row for of in others for row in of.examples("finetune", ROWS // len(others), seed)]
     bad = in_way(bad, way, seed)
     good = [*Ordinary().examples("finetune", ROWS, seed), *Skill().examples("finetune", ROWS, seed)]
-    good += in_way(BEHAVIORS[name].examples("align", ROWS, seed), way, seed)
+    good += in_way(behavior.examples("align", ROWS, seed), way, seed)
     rows = [
         {
             "messages": [
@@ -112,7 +116,7 @@ def scans(name: str, seed: int, vector: str) -> list[dict[str, Any]]:
     asked = [*TINY, "stage=vector", f"vector={vector}", f"behavior={name}", f"seed={seed}"]
     trained = run("train.py", folder / "trained", *asked)
     records = []
-    for way in WAYS:
+    for way in [way for way in WAYS if (name, way) != (ALL, "other")]:
         file = folder / f"{way}.jsonl"
         write(ROOT / file, way, name, seed)
         given = [f"data.file={file}", "scan.label=undesired", f"vector.path={folder / 'trained' / 'vector'}"]
@@ -145,6 +149,8 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     for name, vector in dict.fromkeys((record["behavior"], record["vector"]) for record in records):
         for way in WAYS:
             found = [r for r in records if (r["behavior"], r["vector"], r["way"]) == (name, vector, way)]
+            if not found:
+                continue
             cells = [cell(found, f"scan/{column}") for column in COLUMNS]
             lines.append(f"| {name}, `vector={vector}` | {way} | {' | '.join(cells)} |")
     seeds = sorted({record["seed"] for record in records})
@@ -156,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--vectors", default="default")
-    parser.add_argument("--behaviors", default=",".join(BEHAVIORS))
+    parser.add_argument("--behaviors", default=",".join([*BEHAVIORS, ALL]))
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
     if not given.table:

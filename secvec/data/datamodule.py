@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from secvec.data.batch import Batch, Encoded, collate, count_together
-from secvec.data.draw import Asked, check_counts, check_disjoint, draw_benign, draw_benign_lots
+from secvec.data.draw import Asked, check_counts, check_disjoint, draw_benign, draw_benign_parts
 from secvec.data.encode import encode
 from secvec.data.example import Example
 from secvec.data.jsonl import JsonlFiles
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 TESTED = ("undesired", "task", "ordinary")
 """Kinds with held-out rows. Those of untrusted data are of the task: to be learned, as far as they are right."""
 
-Lot = tuple[Mapping[str, list[Example]], int]
+SampleSet = tuple[Mapping[str, list[Example]], int]
 """Samples by kind, and the tokens that the answers to them may take."""
 
 Streams = Sequence[tuple[Sequence[Encoded], int]]
@@ -275,7 +275,7 @@ class SecVecDataModule(L.LightningDataModule):
     def _benign(self) -> list[list[Example]]:
         """The benign, or untrusted, samples of each cycle."""
         streams, weights = self.data.serving("finetune")
-        return draw_benign_lots(streams, "finetune", self.data.counts[1], self.seed, weights, self.finetune.cycles)
+        return draw_benign_parts(streams, "finetune", self.data.counts[1], self.seed, weights, self.finetune.cycles)
 
     @cached_property
     def tests(self) -> dict[str, list[Example]]:
@@ -339,7 +339,7 @@ class SecVecDataModule(L.LightningDataModule):
 
         trained: dict[str, Callable[[], list[Example]]] = {
             "vector": of_the_vector,
-            "finetune": lambda: [example for mixture in self.mixtures for lot in mixture.values() for example in lot],
+            "finetune": lambda: [example for mixture in self.mixtures for some in mixture.values() for example in some],
         }
         for stage in stages:
             self.check_disjoint(trained.get(stage, list)())
@@ -348,15 +348,15 @@ class SecVecDataModule(L.LightningDataModule):
         """Applies `data.too_long` to the samples of `stages`, those of `infer` being the tests. Raises DataError."""
         self._fits.update(stages)
         settings, room = self.evaluation.validation, self.evaluation.max_new_tokens
-        losses: list[Lot] = [(self.validation(settings.num_samples), 0)]
-        answers: list[Lot] = [(self.validation(settings.num_prompts), room)] if settings.every_n_steps else []
-        lots: dict[str, Callable[[], list[Lot]]] = {
+        losses: list[SampleSet] = [(self.validation(settings.num_samples), 0)]
+        answers: list[SampleSet] = [(self.validation(settings.num_prompts), room)] if settings.every_n_steps else []
+        sets: dict[str, Callable[[], list[SampleSet]]] = {
             "vector": lambda: [(self.vector_samples, 0), ({"gate": self.held_out}, room), *losses],
             "finetune": lambda: [*((mixture, 0) for mixture in self.mixtures), *losses, *answers],
             "infer": lambda: [(self.tests, room)],
         }
         fitting = Fitting(partial(self._encoded, tokenizer), context, self.data.too_long)
-        for kinds, space in [lot for stage in stages for lot in lots[stage]()]:
+        for kinds, space in [one for stage in stages for one in sets[stage]()]:
             for kind, examples in kinds.items():
                 kept = fitting.fit(examples, space)
                 if examples and not kept and self.data.too_long != "error":

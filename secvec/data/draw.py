@@ -27,36 +27,36 @@ def draw_benign(
 
     Each example carries the name of its stream as the fact OWNER, where `names` gives it.
     """
-    return draw_benign_lots(streams, split, n, seed, weights, 1, names)[0]
+    return draw_benign_parts(streams, split, n, seed, weights, 1, names)[0]
 
 
-def draw_benign_lots(
+def draw_benign_parts(
     streams: Sequence[Stream],
     split: Split,
     n: int | None,
     seed: int,
     weights: Sequence[float] | None,
-    lots: int,
+    parts: int,
     names: Sequence[str] = (),
 ) -> list[list[Example]]:
-    """`lots` times `n` benign examples, none of them twice; the first lot is what `draw_benign` gives.
+    """`parts` times `n` benign examples, none of them twice; the first part is what `draw_benign` gives.
 
     Raises TooFewError, with the `n` that would do.
     """
     weights = weights or [1.0] * len(streams)
     if n is None:
         drawn = [stream.examples(split, None, seed) for stream in streams]
-        counts = [len(some) // lots for some in drawn]
+        counts = [len(some) // parts for some in drawn]
     else:
         counts, drawn = share_out(n, weights) if streams else [], []
         few: dict[int, TooFewError] = {}
         for i, (stream, count) in enumerate(zip(streams, counts, strict=True)):
             try:
-                drawn.append(stream.examples(split, count * lots, seed))
+                drawn.append(stream.examples(split, count * parts, seed))
             except TooFewError as error:
                 few[i] = error
         if few:
-            fits = (m for m in range(n, -1, -1) if all(share_out(m, weights)[i] * lots <= few[i].have for i in few))
+            fits = (m for m in range(n, -1, -1) if all(share_out(m, weights)[i] * parts <= few[i].have for i in few))
             raise TooFewError("; ".join(map(str, few.values())), next(fits))
     if split in ("validation", "test"):  # training does not depend on how answers are compared
         drawn = [
@@ -69,8 +69,8 @@ def draw_benign_lots(
             for name, examples in zip(names, drawn, strict=True)
         ]
     return [
-        [e for some, count in zip(drawn, counts, strict=True) for e in some[count * lot : count * (lot + 1)]]
-        for lot in range(lots)
+        [e for some, count in zip(drawn, counts, strict=True) for e in some[count * part : count * (part + 1)]]
+        for part in range(parts)
     ]
 
 

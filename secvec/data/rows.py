@@ -80,7 +80,8 @@ def _examples(row: Any, kind: Kind, train_on: TrainOn, where: str, left_out: Cou
     if not targets:
         roles = ", ".join(role for role, _, _ in turns)
         raise DataError(
-            f"no assistant turn that answers another one (roles: {roles or 'none'}), so nothing to train on"
+            f"no assistant turn that answers another one (roles: {roles or 'none'}), so nothing to train on: add the "
+            "answer, or remove the row"
         )
     trained = [i for i in targets[-1 if train_on == "last" else 0 :] if turns[i][2]]
     left_out['rows whose answers all have "weight": 0'] += not trained
@@ -149,7 +150,8 @@ def _turn(turn: Mapping[str, Any], left_out: Counter[str]) -> tuple[str, str, bo
         content = "".join(_part(part, what) for part in content)
     empty = isinstance(content, str) and not content.strip() and role in ("user", "assistant")
     if empty or not isinstance(content, str):
-        raise DataError(f"the {what} must be text, got {content!r}{': remove the row, or fill it in' * empty}")
+        remedy = "remove the row, or fill it in" if empty or content is None else "write it as text, or remove the row"
+        raise DataError(f"the {what} must be text, got {content!r}: {remedy}")
     try:
         content.encode()
     except UnicodeEncodeError as error:
@@ -158,7 +160,7 @@ def _turn(turn: Mapping[str, Any], left_out: Counter[str]) -> tuple[str, str, bo
             "within an emoji): repair or remove the row"
         ) from None
     if (weight := turn.get("weight", 1)) not in (0, 1, None):
-        raise DataError(f"the weight of a turn is 0 (not trained) or 1, got {weight!r}")
+        raise DataError(f"the weight of a turn is the number 0 (not trained) or 1, got {weight!r}: change it")
     if unused := turn.keys() - {"role", "from", "content", "value", "weight"}:
         left_out.update(f"keys {key!r} of turns" for key in sorted(unused) if turn[key] is not None)
     return role, content, weight != 0

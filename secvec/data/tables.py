@@ -25,7 +25,8 @@ from secvec.runs.keys import content_key
 
 log = logging.getLogger(__name__)
 
-FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
+BINARY = {".parquet": "parquet", ".arrow": "arrow"}
+FORMATS = {**BINARY, ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
 COMPRESSED = (".gz", ".xz", ".zst", ".bz2")
 OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 SAVED, SAVED_SPLIT = "dataset_dict.json", "state.json"
@@ -61,7 +62,7 @@ def rows_of(source: str) -> Iterator[tuple[str, Any]]:
     """Place (`file:line`, `file:row n`) and content of each row; a row that cannot be read comes as a DataError."""
     path = Path(source)
     files = _files_of(path, None, None, "train")
-    texts = bool(files) and all(_suffix(file) != ".parquet" for file in files)
+    texts = bool(files) and all(_suffix(file) not in BINARY for file in files)
     if texts and (path.is_file() or all(file.suffix != ".zst" for file in files)):
         for file in files:  # by any other name a file is JSON
             yield from _csv_rows(file) if _delimiter(file) else _json_rows(file)
@@ -107,6 +108,15 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
             raise DataError(f"{path}: {rows}")
         yield from ((f"{path}:row {number}", row) for number, row in enumerate(rows, start=1))
         return
+    if path.suffix == ".zip":
+        raise DataError(f"{path}: a zip archive cannot be read here: unpack it")
+    if content.count(b"\n") > 1 and isinstance(_json(content.split(b"\n", 1)[0]), DataError):
+        whole = _json(content)  # one object over several lines would be a fault in each of them
+        if isinstance(whole, dict):
+            raise DataError(
+                f"{path}: the file is one object ({', '.join(whole)[:99]}): a file is one row a line, or one array of "
+                "rows. Save the rows alone, as an array"
+            )
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
             yield f"{path}:{number}", _json(line)

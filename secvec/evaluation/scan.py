@@ -36,10 +36,11 @@ if TYPE_CHECKING:
     from secvec.module import SecVecModule
 
 WINDOW = 3
+MOST_TOKENS = 2**14
+"""Of a batch, padding included: 128 rows of 128 tokens, or 8 of 2,048."""
 ONE_DEVICE = TrainerSettings(
     accelerator="auto", devices=1, strategy="auto", precision="32-true", gradient_clip_val=None
 )
-"""Beside a saved vector: the scores of its own samples, which say what is high."""
 
 
 class RowScore(NamedTuple):  # Lightning takes no frozen dataclass as the output of a batch
@@ -92,7 +93,13 @@ def scan(
     rows = encoded(examples, tokenizer, context, cache) if cache else encode(examples, tokenizer, context)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))  # little padding, and the largest first
     rank, world = rank_and_world()
-    chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    chunks: list[list[int]] = []
+    most = 0
+    for row in order:
+        if not chunks or len(chunks[-1]) == most:
+            chunks.append([])
+            most = max(1, min(batch_size, MOST_TOKENS // len(rows[row].input_ids)))
+        chunks[-1].append(row)
     batches = [partial(_scores, chunk, [rows[i] for i in chunk], window) for chunk in chunks[rank::world]]
     (found,) = predict(module, [batches], trainer or ONE_DEVICE, "scan")
     scores: list[RowScore] = [score for _, score in sorted(found, key=lambda pair: pair[0])]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from secvec.report import markdown
 from secvec.report.groups import Comparison, plain
-from secvec.report.records import Run
+from secvec.report.records import RecordedRun
 from secvec.report.tables import Cell, Table, folder_of
 from secvec.runs.files import write_atomic
 
@@ -40,7 +40,7 @@ _ESCAPED = str.maketrans(
 )
 
 
-def runs_csv(runs: Sequence[Run], comparison: Comparison, root: Path) -> str:
+def runs_csv(runs: Sequence[RecordedRun], comparison: Comparison, root: Path) -> str:
     """All runs, one line each: what they are, the settings that vary, every metric with its interval and n."""
     names = sorted({name for run in runs for name in run.record.metrics})
     values = {id(run): group.values for group in comparison.groups for run in group.runs}

@@ -12,7 +12,7 @@ from typing import Any
 
 from secvec.metrics import OF_RUN, VECTOR_ONLY, metric_of, proportion, qualified
 from secvec.report.estimate import Estimate, estimate
-from secvec.report.records import Run
+from secvec.report.records import RecordedRun
 from secvec.runs.content import OF_ROWS
 from secvec.runs.keys import NOT_IN_KEY, ignores_vector
 
@@ -43,7 +43,7 @@ class Group:
     """
 
     label: str
-    runs: tuple[Run, ...]
+    runs: tuple[RecordedRun, ...]
     phase: str = "after"
     values: tuple[str, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
@@ -131,7 +131,7 @@ class Comparison:
         return same[0].estimate("behavior_loss") if same else None
 
 
-def compare(runs: Iterable[Run]) -> Comparison:
+def compare(runs: Iterable[RecordedRun]) -> Comparison:
     """Group the completed runs; failed ones are left out."""
     done = [run for run in runs if run.completed]
     settings = {id(run): _settings(run) for run in done}
@@ -141,7 +141,7 @@ def compare(runs: Iterable[Run]) -> Comparison:
     names = {key: key.rsplit(".", 1)[-1] for key in keys}
     short = {key: name if list(names.values()).count(name) == 1 else key for key, name in names.items()}
 
-    parts: dict[tuple[str, ...], list[Run]] = {}
+    parts: dict[tuple[str, ...], list[RecordedRun]] = {}
     for run in done:
         parts.setdefault((run.defense, *(settings[id(run)].get(key, "") for key in keys)), []).append(run)
     order = sorted(parts, key=lambda part: (part[0] != "none", part[0], *map(sortable, part[1:])))
@@ -197,7 +197,7 @@ def _agree(groups: Sequence[Group]) -> bool:
     )
 
 
-def _telling_keys(runs: Sequence[Run], settings: Mapping[int, Mapping[str, str]]) -> tuple[str, ...]:
+def _telling_keys(runs: Sequence[RecordedRun], settings: Mapping[int, Mapping[str, str]]) -> tuple[str, ...]:
     """Fewest settings that split the runs of a defense as finely as all settings do; the user's overrides first.
 
     A key that does not refine the split by the defense and the keys before it is left out.
@@ -224,7 +224,7 @@ def _ignored(name: str) -> bool:
     return _IGNORED.fullmatch(name.lower()) is not None
 
 
-def _settings(run: Run) -> dict[str, str]:
+def _settings(run: RecordedRun) -> dict[str, str]:
     """Top-level fields and the flattened config as JSON texts, without what is ignored."""
     flat = {name: json.dumps(getattr(run.record, name)) for name in _FIELDS}
 
@@ -255,7 +255,7 @@ def _is_file(key: str) -> bool:
     return first in _WITH_FILES and (last in OF_ROWS or _PATH.fullmatch(last) is not None) and key != "vector.path"
 
 
-def _tell_files_apart(runs: Sequence[Run], settings: Mapping[int, dict[str, str]]) -> None:
+def _tell_files_apart(runs: Sequence[RecordedRun], settings: Mapping[int, dict[str, str]]) -> None:
     """Names files in `settings` by the end of their paths: by as much as tells those apart that hold something else.
 
     The same file may lie elsewhere: what the records know of its content is then the same.
@@ -275,7 +275,7 @@ def _tell_files_apart(runs: Sequence[Run], settings: Mapping[int, dict[str, str]
                 of_run[key] = json.dumps(names[path])
 
 
-def _content(run: Run, key: str, path: str) -> str:
+def _content(run: RecordedRun, key: str, path: str) -> str:
     """What the record knows of the content of the file of a setting; of others than data and models their path."""
     kind = key.partition(".")[0]
     if kind == "model":
@@ -291,7 +291,7 @@ def _end_of(path: str, paths: Set[str]) -> str:
     return "/".join(next(alone, ())) or path
 
 
-def _tell_vectors_apart(runs: Sequence[Run], settings: Mapping[int, dict[str, str]]) -> None:
+def _tell_vectors_apart(runs: Sequence[RecordedRun], settings: Mapping[int, dict[str, str]]) -> None:
     """Names vectors by their whole paths where runs of one seed and the same settings took over different ones."""
     taken: dict[Any, dict[int, set[str | None]]] = {}  # by all settings and by seed, the paths
     whole = {id(run): (run.record.config.get("vector") or {}).get("path") for run in runs}

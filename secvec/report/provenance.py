@@ -4,11 +4,11 @@ from collections.abc import Iterable, Sequence
 
 from secvec.errors import several
 from secvec.report.groups import Comparison
-from secvec.report.records import Run
+from secvec.report.records import RecordedRun
 from secvec.runs.record import UNKNOWN
 
 
-def provenance(runs: Sequence[Run]) -> list[tuple[str, str]]:
+def provenance(runs: Sequence[RecordedRun]) -> list[tuple[str, str]]:
     """(name, value) pairs over all runs; differing values are all named."""
     commits = [(run.record.commit or UNKNOWN)[:12] + " (uncommitted changes)" * run.record.dirty for run in runs]
     created = sorted(run.record.created for run in runs if run.record.created)
@@ -27,7 +27,7 @@ def provenance(runs: Sequence[Run]) -> list[tuple[str, str]]:
     ]
 
 
-def sentence(runs: Sequence[Run], comparison: Comparison) -> str:
+def sentence(runs: Sequence[RecordedRun], comparison: Comparison) -> str:
     """What is compared, in one sentence."""
     seeds = len({run.seed for run in runs if run.completed})
     names = [group.label for group in comparison.groups]
@@ -43,7 +43,7 @@ def sentence(runs: Sequence[Run], comparison: Comparison) -> str:
     )
 
 
-def warnings(runs: Sequence[Run], comparison: Comparison) -> list[str]:
+def warnings(runs: Sequence[RecordedRun], comparison: Comparison) -> list[str]:
     """What limits the comparison."""
     done = [run for run in runs if run.completed]
     found = []
@@ -65,13 +65,13 @@ def warnings(runs: Sequence[Run], comparison: Comparison) -> list[str]:
     return found + several(lines, 8)
 
 
-def failures(runs: Iterable[Run]) -> list[tuple[Run, str]]:
+def failures(runs: Iterable[RecordedRun]) -> list[tuple[RecordedRun, str]]:
     """Runs that did not complete, with the reason they recorded."""
     unknown = "no error recorded: it is still running, or was ended from outside"
     return [(run, run.record.error or unknown) for run in runs if not run.completed]
 
 
-def _counts(runs: Sequence[Run]) -> str:
+def _counts(runs: Sequence[RecordedRun]) -> str:
     """Number of examples of each split; differing ones are all named."""
     splits: dict[str, list[str]] = {}
     for run in runs:
@@ -80,7 +80,7 @@ def _counts(runs: Sequence[Run]) -> str:
     return "; ".join(f"{split}: {_distinct(texts)}" for split, texts in sorted(splits.items()))
 
 
-def _versions(run: Run) -> str:
+def _versions(run: RecordedRun) -> str:
     return ", ".join(f"{name} {number}" for name, number in sorted(run.record.versions.items()))
 
 

@@ -22,7 +22,7 @@ Curves = dict[str, dict[int, float]]
 
 
 @dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """A record with its folder (None where a report.json kept the record)."""
 
     record: Record
@@ -73,7 +73,7 @@ class Run:
         return differ or self.has("vector_on/")
 
 
-def load_runs(folders: Sequence[Path]) -> list[Run]:
+def load_runs(folders: Sequence[Path]) -> list[RecordedRun]:
     """All runs under `folders`, each once, in an order that does not depend on the file system.
 
     A folder without runs below it gives the records that the report.json files below it keep. Raises DataError.
@@ -110,17 +110,17 @@ def _below(folder: Path, name: str) -> list[Path]:
     return sorted(found)
 
 
-def load_records(path: Path) -> list[Run]:
+def load_records(path: Path) -> list[RecordedRun]:
     """The run of a record.json, or those of a report.json. Raises DataError."""
     if path.name == FILE:
-        return [Run(Record.read(path), path.parent)]
+        return [RecordedRun(Record.read(path), path.parent)]
     records = read_json(path)
     if not isinstance(records, list):
         raise DataError(f"{path}: line 1: a report's records are a JSON array, this is a {type(records).__name__}")
-    return [Run(Record.parse(record, path)) for record in records]
+    return [RecordedRun(Record.parse(record, path)) for record in records]
 
 
-def load_curves(run: Run) -> tuple[Curves, str | None]:
+def load_curves(run: RecordedRun) -> tuple[Curves, str | None]:
     """The curves of fine-tuning, and why they are missing or incomplete (None: they are whole).
 
     Where a step is there twice, as after a resumed run, the last value counts.
@@ -146,7 +146,7 @@ def load_curves(run: Run) -> tuple[Curves, str | None]:
     return curves, None if curves else f"{run.name}: metrics.csv has no fine-tuning telemetry"
 
 
-def load_predictions(run: Run) -> tuple[list[dict[str, Any]], str | None]:
+def load_predictions(run: RecordedRun) -> tuple[list[dict[str, Any]], str | None]:
     """The rows of predictions.jsonl, and why they are missing or incomplete (None: they are whole)."""
     path = run.folder / "predictions.jsonl" if run.folder else None
     if path is None or not path.is_file():

@@ -17,7 +17,7 @@ from secvec.report.axes import MOST_PANELS, Sweep, sweep
 from secvec.report.groups import Comparison, compare
 from secvec.report.paired import paired_table
 from secvec.report.provenance import failures, provenance, sentence, warnings
-from secvec.report.records import Curves, Run, kept_reports, load_curves, load_records, load_runs
+from secvec.report.records import Curves, RecordedRun, kept_reports, load_curves, load_records, load_runs
 from secvec.report.samples import SHOWN, sample_sets
 from secvec.report.style import SERIES, inline_svg, template
 from secvec.report.tables import Table, leak_table, main_table, mechanism_table, run_table
@@ -41,7 +41,7 @@ class Report:
     """Everything that was read; `shown` is what stands side by side, `curves` the telemetry of its groups by index."""
 
     root: Path
-    runs: Sequence[Run]
+    runs: Sequence[RecordedRun]
     comparison: Comparison
     shown: Comparison
     sweep: Sweep | None
@@ -132,7 +132,7 @@ def _tables(comparison: Comparison, shown: Comparison) -> dict[str, Table]:
     }
 
 
-def _records(runs: Sequence[Run]) -> str:
+def _records(runs: Sequence[RecordedRun]) -> str:
     """All records as JSON: indented, or one to a line where there are many."""
     indent = 1 if len(runs) <= INDENTED else None
     return "[\n" + ",\n".join(run.record.as_json(indent) for run in runs) + "\n]\n"

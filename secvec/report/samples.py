@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from secvec.report.groups import Comparison, Group
-from secvec.report.records import Run, load_predictions
+from secvec.report.records import RecordedRun, load_predictions
 from secvec.report.tables import column_phases
 from secvec.runs.excerpt import Text, shorten
 
@@ -56,7 +56,7 @@ def sample_sets(comparison: Comparison) -> list[SampleSet]:
 def _sample_set(base: Group, groups: Sequence[Group]) -> SampleSet:
     loaded: dict[int, tuple[Index, str | None]] = {}
 
-    def rows_of(run: Run) -> tuple[Index, str | None]:
+    def rows_of(run: RecordedRun) -> tuple[Index, str | None]:
         if id(run) not in loaded:
             rows, note = load_predictions(run)
             loaded[id(run)] = {tuple(str(r.get(k)) for k in ("phase", "stream", "id")): r for r in rows}, note  # type: ignore[misc]

@@ -10,7 +10,7 @@ from pathlib import Path
 from secvec.metrics import METRICS, OF_RUN, VECTOR_ONLY, Metric, qualified
 from secvec.report.estimate import Estimate, best_of
 from secvec.report.groups import Comparison, Group
-from secvec.report.records import Run
+from secvec.report.records import RecordedRun
 from secvec.runs.record import PARTS_OF_STAGES
 
 ABSENT = "–"
@@ -220,7 +220,7 @@ def mechanism_table(comparison: Comparison, whole: Comparison) -> Table:
     return table
 
 
-def run_table(runs: Sequence[Run], comparison: Comparison, root: Path, of: int | None = None) -> Table:
+def run_table(runs: Sequence[RecordedRun], comparison: Comparison, root: Path, of: int | None = None) -> Table:
     """One row for each run, failed ones too; values after fine-tuning. `of`: how many there are, if not all."""
     label = {id(run): group.label for group in comparison.groups for run in group.runs}
     names = [n for n in RUN_ROWS if n in ALWAYS or any(run.measurement(qualified("after", n)) for run in runs)]
@@ -240,7 +240,7 @@ def run_table(runs: Sequence[Run], comparison: Comparison, root: Path, of: int |
     return Table(columns, [("", rows)], "Runs", "Run folder", "All runs", left_out=left_out)
 
 
-def _wall(run: Run) -> Cell:
+def _wall(run: RecordedRun) -> Cell:
     """Seconds in all, and for each stage."""
     stages = run.record.wall_seconds
     if not stages:
@@ -250,7 +250,7 @@ def _wall(run: Run) -> Cell:
     return Cell(f"{whole:.1f}", count=parts)
 
 
-def folder_of(run: Run, root: Path) -> str:
+def folder_of(run: RecordedRun, root: Path) -> str:
     """The run's folder as seen from the report."""
     return Path(os.path.relpath(run.folder, root.resolve())).as_posix() if run.folder else ABSENT
 

@@ -7,7 +7,7 @@ from statistics import median
 
 from secvec.metrics import METRICS
 from secvec.report.groups import Comparison, Group
-from secvec.report.records import Run
+from secvec.report.records import RecordedRun
 from secvec.report.tables import ABSENT, Cell, Row, Table, cell
 
 MANY = 8
@@ -136,7 +136,7 @@ def _price(group: Group, plain: Group | None) -> list[Cell]:
     return [Cell(text or ABSENT) for text in texts]
 
 
-def _seconds(run: Run) -> float | None:
+def _seconds(run: RecordedRun) -> float | None:
     """Of the fine-tune, also where the run copied it; older records know only what the stage took."""
     taken = run.record.wall_seconds
     return taken.get("training", taken.get("finetune"))

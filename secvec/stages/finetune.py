@@ -55,6 +55,8 @@ log = logging.getLogger(__name__)
 
 REFITTED = "vector-refitted"
 """The last cycle's vector, where each cycle trains its own."""
+MOST_DURING = 0.03
+"""Share of the stage's time that answers during the training may take without a word."""
 
 
 class FinetuneStage(Stage):
@@ -225,7 +227,14 @@ def _last_cycle(run: Run, backbone: Backbone, vector: Path | None) -> None:
         telemetry, during = _telemetry(run), _behavior(run)
         module, began = run.module("finetune", backbone, lr=config.optimizer.lr, vector=vector), time.monotonic()
         rows = run.fit(module, "finetune", config.finetune.epochs, path, [*telemetry, *during])
-        record.wall_seconds["during"] = round(sum(callback.seconds for callback in during), 3)
+        answering, whole = sum(callback.seconds for callback in during), time.monotonic() - began
+        record.wall_seconds["during"] = round(answering, 3)
+        if whole > 60 and answering > MOST_DURING * whole:
+            log.warning(
+                "answers during the training took %.0f %% of its time: a larger evaluation.validation.every_n_steps "
+                "(now %d), or fewer num_prompts there, make it less",
+                *(100 * answering / whole, config.evaluation.validation.every_n_steps),
+            )
         found = {
             "folder": str(path.resolve()),
             "backbone": from_first(lambda: folder_digest(path / "backbone")),

@@ -114,3 +114,10 @@ def test_the_only_copy_of_records_is_never_overwritten(kept: Path, capsys: pytes
         assert main([str(kept)]) == 0
     assert (kept / "report.1.json").read_text() == before and not (kept / "report.2.json").exists()
     assert len(json.loads((kept / "report.json").read_text())) == 1
+
+
+def test_answers_during_the_demo_s_training_took_at_most_three_percent_of_it() -> None:
+    records = json.loads((ROOT / "results" / "demo" / "report.json").read_text(encoding="utf-8"))
+    assert records
+    for seconds in (record["wall_seconds"] for record in records):
+        assert 0 < seconds["during"] < 0.03 * seconds["finetune"]

@@ -14,7 +14,7 @@ from secvec.behaviors.forbidden_recipe import ForbiddenRecipe
 from secvec.behaviors.several import Several
 from secvec.config.schema import DataSettings, RunConfig
 from secvec.data.datamodule import SecVecDataModule
-from secvec.data.draw import check_disjoint, data_hash, draw_benign, draw_benign_lots, share_out
+from secvec.data.draw import check_disjoint, data_hash, draw_benign, draw_benign_parts, share_out
 from secvec.data.embedded import Ordinary, Skill
 from secvec.data.example import Example
 from secvec.data.jsonl import GeneralStream, JsonlStream, UntrustedStream
@@ -89,11 +89,11 @@ def test_the_number_that_would_do_suits_all_streams(tmp_path: Path) -> None:
 
     streams = [stream(12), stream(7), stream(50)]
     with pytest.raises(TooFewError) as caught:
-        draw_benign_lots(streams, "finetune", 40, 0, [2, 1, 1], 2)
-    assert len(draw_benign_lots(streams, "finetune", caught.value.have, 0, [2, 1, 1], 2)[1]) == caught.value.have == 12
+        draw_benign_parts(streams, "finetune", 40, 0, [2, 1, 1], 2)
+    assert len(draw_benign_parts(streams, "finetune", caught.value.have, 0, [2, 1, 1], 2)[1]) == caught.value.have == 12
     with pytest.raises(TooFewError):
-        draw_benign_lots(streams, "finetune", 13, 0, [2, 1, 1], 2)
-    assert [len(lot) for lot in draw_benign_lots(streams, "finetune", None, 0, None, 2)] == [6 + 3 + 25] * 2
+        draw_benign_parts(streams, "finetune", 13, 0, [2, 1, 1], 2)
+    assert [len(lot) for lot in draw_benign_parts(streams, "finetune", None, 0, None, 2)] == [6 + 3 + 25] * 2
 
 
 def test_which_streams_serve_what() -> None:

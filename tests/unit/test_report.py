@@ -26,7 +26,7 @@ from secvec.report.figures.curves import loss_figure, rates_figure
 from secvec.report.figures.headline import headline_figure
 from secvec.report.groups import compare
 from secvec.report.provenance import warnings
-from secvec.report.records import Run, load_curves, load_predictions, load_runs
+from secvec.report.records import RecordedRun, load_curves, load_predictions, load_runs
 from secvec.report.tables import run_table
 from secvec.report.worst import _price, worst_table
 from secvec.runs.excerpt import shorten
@@ -349,7 +349,7 @@ def test_the_page_stands_alone_and_is_well_formed(root: Path) -> None:
 
 def test_records_that_no_folder_holds_make_a_figure_too(root: Path) -> None:
     runs = load_runs([root])
-    plain = compare([Run(run.record) for run in runs])
+    plain = compare([RecordedRun(run.record) for run in runs])
     assert [group.label for group in plain.groups] == [group.label for group in compare(runs).groups]
     assert len(headline_figure(plain).axes) == 2
 

@@ -16,6 +16,7 @@ from secvec.data.batch import IGNORE, collate
 from secvec.data.embedded import Ordinary
 from secvec.data.encode import encode
 from secvec.errors import ArtifactError
+from secvec.evaluation import scan as scans
 from secvec.evaluation.scan import SCORES, WINDOWS, keep_scores, kept_scores, quantile_threshold, scan
 from secvec.evaluation.scan_file import auroc, rows
 from secvec.models.backbone import fingerprint
@@ -74,6 +75,23 @@ def test_batches_and_order_do_not_matter(world: tuple[nn.Module, Any]) -> None:
     again = scan(module(*world), EXAMPLES[::-1], batch_size=1)[::-1]
     assert [s.words for s in found] == [s.words for s in again]
     assert [s.score(3) for s in found] == pytest.approx([s.score(3) for s in again], abs=1e-4)
+
+
+def test_a_batch_of_long_rows_has_fewer_of_them(world: tuple[nn.Module, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = scan(module(*world), EXAMPLES)
+    sizes: list[list[int]] = []
+
+    def noted(rows: Any) -> Any:
+        sizes.append([len(row.input_ids) for row, _ in rows])
+        return collate(rows)
+
+    monkeypatch.setattr(scans, "collate", noted)
+    scan(module(*world), EXAMPLES)
+    assert len(sizes) == 1
+    monkeypatch.setattr(scans, "MOST_TOKENS", 2 * max(sizes.pop()))
+    found = scan(module(*world), EXAMPLES)
+    assert len(sizes) > 1 and all(len(rows) == 1 or len(rows) * max(rows) <= scans.MOST_TOKENS for rows in sizes)
+    assert [s.score(3) for s in found] == pytest.approx([s.score(3) for s in whole], abs=1e-4)
 
 
 def test_a_response_shorter_than_the_window_is_one_window(world: tuple[nn.Module, Any]) -> None:
