@@ -39,7 +39,7 @@ from secvec.runs.keys import content_key
 from secvec.runs.processes import from_first, main_process, wait_for_all
 from secvec.settings.target import to_target
 from secvec.stages.base import Stage, Workload, training_key
-from secvec.stages.vector import check_given_vector, train_vector
+from secvec.stages.vector import check_given_vector, check_refitted_vector, train_vector
 from secvec.training.telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -207,6 +207,7 @@ class FinetuneStage(Stage):
             backbone = _cycle(run, backbone, vector)
             if config.refits:
                 vector = train_vector(run, backbone, f"vector-{data.cycle + 2}")
+                check_refitted_vector(run, backbone, vector)
         if config.refits and vector is not None:
             copy_folder(vector, run.folder.path / REFITTED)
         data.cycle = config.finetune.cycles - 1
@@ -259,18 +260,23 @@ def _last_cycle(run: Run, backbone: Backbone, vector: Path | None) -> None:
 
 
 def _check_disk(run: Run) -> None:
-    """Raises ArtifactError where the backbone, and the checkpoints before it, do not fit."""
+    """Raises ArtifactError where the backbone, the checkpoints before it and those of earlier cycles do not fit."""
     config, size = run.config, run.backbone.num_bytes
     moments = 2 if "adam" in config.optimizer.target.lower() else 0
-    needed = size + (2 * (1 + moments) * size if config.tune.kind == "full" else 0)
-    there = sum(file.stat().st_size for file in run.folder.path.rglob("*") if file.is_file())
-    free = shutil.disk_usage(run.folder.path).free
-    if needed - there > free:
-        raise ArtifactError(
-            f"{run.folder.path}: the fine-tuned backbone and two checkpoints take up to {needed / 1e9:.1f} GB, and "
-            f"{free / 1e9:.1f} GB are free: free {(needed - there - free) / 1e9:.1f} GB, or set paths.outputs to "
-            "another disk (tune=lora has small checkpoints)"
-        )
+    checkpoints = size + (2 * (1 + moments) * size if config.tune.kind == "full" else 0)
+    wanted = {run.folder.path: (checkpoints, "the fine-tuned backbone and two checkpoints", "paths.outputs")}
+    if cycles := config.finetune.cycles - 1:
+        (kept := config.paths.cache / "cycles").mkdir(parents=True, exist_ok=True)
+        wanted[kept] = (cycles * size, f"the backbones of {cycles} earlier cycles", "paths.cache")
+    for path, (needed, what, setting) in wanted.items():
+        there = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        free = shutil.disk_usage(path).free
+        if needed - there > free:
+            raise ArtifactError(
+                f"{path}: {what} take up to {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: free "
+                f"{(needed - there - free) / 1e9:.1f} GB, or set {setting} to another disk (tune=lora has small "
+                "checkpoints)"
+            )
 
 
 def _trained(pointer: Path) -> dict[str, Any] | None:

@@ -29,6 +29,7 @@ from secvec.training.losses import vector_loss
 
 if TYPE_CHECKING:
     from secvec.data.datamodule import SecVecDataModule
+    from secvec.data.example import Example
     from secvec.module import SecVecModule
     from secvec.planning.budget import Budget
     from secvec.run import Run
@@ -187,18 +188,36 @@ def check_given_vector(run: Run) -> None:
     Such a vector probably belongs to another model or behavior, and would not protect. It is measured on the test
     samples: a run that trains no vector holds out no other undesired ones.
     """
-    folder, least = run.saved_vector(), run.config.vector.gate.min_loss_drop
-    if folder is None or least is None:
+    if folder := run.saved_vector():
+        _check_loss_drop(
+            run, run.backbone, folder, run.data.tests["undesired"], f"vector.path={folder}",
+            "is it a vector of this model and this behavior?",
+        )  # fmt: skip
+
+
+def check_refitted_vector(run: Run, backbone: Backbone, folder: Path) -> None:
+    """Raises GateError where a vector that was trained anew, for a cycle's `backbone`, has learned nothing."""
+    whose = f"the vector for cycle {run.data.cycle + 2}"
+    _check_loss_drop(run, backbone, folder, run.data.held_out, whose, "does the backbone show the behavior already?")
+
+
+def _check_loss_drop(
+    run: Run, backbone: Backbone, folder: Path, undesired: Sequence[Example], whose: str, why: str
+) -> None:
+    """Raises GateError where the vector in `folder` does not lower the loss on `undesired` samples."""
+    least = run.config.vector.gate.min_loss_drop
+    if least is None:
         return
-    samples = {"undesired": run.data.tests["undesired"]}
-    with run.answering(run.backbone, folder) as module:
-        off, on = (run.losses(module, samples, without_vector=without)["undesired"].value for without in (True, False))
+    with run.answering(backbone, folder) as module:
+        off, on = (
+            run.losses(module, {"undesired": undesired}, without_vector=without)["undesired"].value
+            for without in (True, False)
+        )
     if off - on < least:
         raise GateError(
-            f"vector.path={folder}: on {len(samples['undesired'])} undesired samples the loss is {off:.3f} nats per "
-            f"token without it and {on:.3f} with it, and it must fall by {least} (vector.gate.min_loss_drop). It would "
-            "protect from nothing: is it a vector of this model and this behavior? To use it all the same: "
-            "vector.gate.min_loss_drop=null"
+            f"{whose}: on {len(undesired)} undesired samples the loss is {off:.3f} nats per token without it and "
+            f"{on:.3f} with it, and it must fall by {least} (vector.gate.min_loss_drop). It would protect from "
+            f"nothing: {why} To use it all the same: vector.gate.min_loss_drop=null"
         )
 
 

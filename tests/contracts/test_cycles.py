@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import run_of
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from secvec.config.schema import RunConfig
 from secvec.data.datamodule import SecVecDataModule
-from secvec.errors import ConfigError
-from secvec.models.backbone import fingerprint
+from secvec.errors import ArtifactError, ConfigError, GateError
+from secvec.models.backbone import Backbone, fingerprint
+from secvec.run import Run
+from secvec.stages import finetune, vector
 from secvec.stages.finetune import REFITTED
 from tests.contracts.test_stages import finetuned, same, weights
 
@@ -50,6 +55,32 @@ def test_a_vector_may_be_trained_anew_for_each_cycle(make_config: Make) -> None:
     assert meta[0] == run_of(refitted).backbone.fingerprint != meta[1]  # of the backbone after the first cycle
     assert fingerprint(old) == fingerprint(Path(kept.run_dir) / "vector") != fingerprint(new)
     assert not same(backbone(kept), backbone(refitted)) and not (Path(kept.run_dir) / REFITTED).exists()
+
+
+def test_a_vector_trained_anew_that_has_learned_nothing_is_refused(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("finetune.cycles=2", "defense=refitted_vector", "vector.gate.min_loss_drop=1e-4")
+    finetuned(make_config(*given, run="learned"))
+
+    def without_effect(run: Run, backbone: Backbone, label: str) -> Path:
+        folder = shutil.copytree(vector.train_vector(run, backbone, label), tmp_path / "nothing", dirs_exist_ok=True)
+        state = load_file(folder / "adapter_model.safetensors")
+        save_file({n: t * ("lora_B" not in n) for n, t in state.items()}, folder / "adapter_model.safetensors")
+        return folder
+
+    monkeypatch.setattr(finetune, "train_vector", without_effect)
+    with pytest.raises(GateError, match=r"the vector for cycle 2: .*does the backbone show the behavior already"):
+        finetuned(make_config(*given, run="nothing"))
+
+
+def test_room_for_earlier_cycles_is_checked_before_the_first(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = SimpleNamespace(free=0), SimpleNamespace(free=10**12)
+    monkeypatch.setattr(finetune.shutil, "disk_usage", lambda path: full[Path(path).name != "cycles"])
+    with pytest.raises(ArtifactError, match=r"the backbones of 9 earlier cycles take up to 0\.0 GB.*set paths\.cache"):
+        finetuned(make_config("defense=none", "finetune.cycles=10"))
 
 
 def test_a_vector_that_is_given_is_not_trained_anew(make_config: Make, tmp_path: Path) -> None:
