@@ -1,4 +1,4 @@
-"""Prompts for `Trainer.predict`: in batches, longest first, shared out over the processes."""
+"""Prompts for `Trainer.predict`: in batches, kind by kind and longest first, shared out over the processes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,15 @@ class PromptSet:
                     f"{example.source or example.kind}: the prompt has {length} tokens; with "
                     f"max_new_tokens={most} at most {limit} fit into the model's context"
                 )
-        order = sorted(range(len(prompts)), key=lambda i: (-new[i], -lengths[i]))
+        longest: dict[str, int] = {}
+        for example, length in zip(self.examples, lengths, strict=True):
+            longest[example.kind] = max(length, longest.get(example.kind, 0))
+
+        def place(i: int) -> tuple[int, int, str, int]:
+            kind = self.examples[i].kind  # its answers are about as long: a batch goes on until its last one ends
+            return -new[i], -longest[kind], kind, -lengths[i]
+
+        order = sorted(range(len(prompts)), key=place)
         rank, world = rank_and_world()
         callers = 1 if module.generation.engine else world
         mine = order[rank::callers] if rank < callers else []

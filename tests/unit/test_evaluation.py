@@ -17,6 +17,7 @@ from secvec.behaviors.forbidden_recipe import ForbiddenRecipe
 from secvec.data.embedded import Ordinary, Skill
 from secvec.data.encode import encode, render
 from secvec.data.example import Example
+from secvec.data.prompts import prompt_set
 from secvec.errors import DataError
 from secvec.evaluation import generation
 from secvec.evaluation.losses import in_parts, keep_log_probs, kl_to_kept
@@ -150,6 +151,18 @@ def test_an_answer_does_not_depend_on_the_batch_it_is_in(world: tuple[nn.Module,
         assert generate(model, tokenizer, examples, settings(batch_size=batch_size)) == alone
     backwards = generate(model, tokenizer, examples[::-1], settings(batch_size=3))
     assert backwards == alone[::-1]
+
+
+def test_prompts_whose_answers_are_alike_share_a_batch_longest_first(world: tuple[nn.Module, Any]) -> None:
+    """A batch goes on until its last answer ends."""
+    model, tokenizer = world
+    short, long = Ordinary().examples("test", 3, 0), [*Skill().examples("test", 2, 0), replace(LONG, kind="task")]
+    mixed = [row for pair in zip(short, long, strict=True) for row in pair]
+    batches = prompt_set(mixed, tokenizer).batches(module(model, tokenizer), 3, 8)
+    assert [[mixed[i].kind for i in batch.args[0]] for batch in batches] == [["task"] * 3, ["ordinary"] * 3]
+    for batch in batches:
+        lengths = [len(prompt) for prompt, _ in batch.args[1]]
+        assert lengths == sorted(lengths, reverse=True)
 
 
 def test_an_answer_is_the_greedy_continuation(world: tuple[nn.Module, Any], examples: list[Example]) -> None:
