@@ -282,17 +282,18 @@ def decode(ids: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> 
     An unfinished one stays: that is all that the model has said.
     """
     stop = stop_ids(tokenizer)
-    cut = [_after_thought(list(takewhile(lambda i: i not in stop, row)), tokenizer) for row in ids]
+    known = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends = [(known[one], known[other]) for one, other in _THINKING.items() if {one, other} <= known.keys()]
+    cut = [_after_thought(list(takewhile(lambda i: i not in stop, row)), ends) for row in ids]
     given: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     return [_THOUGHT.sub("", str(tokenizer.decode(row, **given))).strip() for row in cut]
 
 
-def _after_thought(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """`ids` behind a finished thinking block whose ends are control tokens, which no text shows any more."""
-    known = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    for opening, closing in _THINKING.items():
-        if ids and ids[0] == known.get(opening) and known.get(closing) in ids:
-            return ids[ids.index(known[closing]) + 1 :]
+def _after_thought(ids: list[int], ends: Sequence[tuple[int, int]]) -> list[int]:
+    """`ids` behind a finished thinking block. Its `ends` are control tokens, which a decoded text does not show."""
+    for opening, closing in ends:
+        if ids[:1] == [opening] and closing in ids:
+            return ids[ids.index(closing) + 1 :]
     return ids
 
 

@@ -250,7 +250,8 @@ def rows(source: str) -> Iterator[tuple[str, Any, bytes]]:
     Of JSON lines it is the very line of `source`; rows of other formats are written as JSON, in which times and bytes
     are text.
     """
-    opened, lines = "", enumerate(iter([b""]))
+    opened = ""
+    lines: Iterator[tuple[int, bytes]] = iter(())
     with ExitStack() as stack:
         for place, row in rows_of(source):
             file, _, number = place.rpartition(":")
