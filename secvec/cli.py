@@ -172,7 +172,14 @@ def _composition_faults(config_name: str) -> list[str]:
                     told = renamed(text if name in groups else name)
                     faults.append(f"{text}: {told.lstrip('; ') or reason or one_line(str(error) or error.__cause__)}")
             given += [composed] if composed else []
-    return faults
+        swept = {override.key_or_group for override in rest if override.is_sweep_override()} & groups
+        of_swept = [(o.input_line, o.key_or_group.split(".")[0]) for o in rest if o.key_or_group not in groups]
+        return faults or [f"{text}: {_swept(group)}" for text, group in of_swept if group in swept]
+
+
+def _swept(group: str) -> str:
+    """Why a setting of one choice is unknown, where the sweep chooses among several."""
+    return f"{group} is swept, and its settings are read before one is chosen: give {group}=NAME, one command for each"
 
 
 def _quoted(text: str) -> str:
@@ -225,7 +232,11 @@ def _unknown_key(config: DictConfig, name: str, groups: set[str]) -> str:
     node = OmegaConf.select(config, ".".join(path)) if path else config
     if isinstance(node, DictConfig):
         known = {str(k) for k in node} | (set() if path else groups)
-        return "" if key in known else f"unknown key{nearest(key, known)}; known here: {', '.join(sorted(known))}"
+        if key in known:
+            return ""
+        swept = path and path[0] in (OmegaConf.select(config, "hydra.sweeper.params") or {})
+        told = f". {_swept(path[0])}" if swept else ""
+        return f"unknown key{nearest(key, known)}; known here: {', '.join(sorted(known))}{told}"
     if path and OmegaConf.select(config, path[0]) is not None:
         return f"{'.'.join(path)!r} is a single value and has nothing below it"
     return f"there is no {'.'.join(path)!r}{nearest(path[0], [*map(str, config), *groups])}"

@@ -134,3 +134,10 @@ def test_evaluations_sweep_too(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr and all(f"num_prompts: got {n}; " in done.stderr for n in (-1, -2))
     (folder,) = (tmp_path / "out" / "multirun").iterdir()
     assert folder.name.startswith("evaluation.num_prompts-")
+
+
+@pytest.mark.parametrize("given", [["defense=anchored_vector,anchor"], ["experiment=ablation/anchor_parts"]])
+def test_a_setting_of_a_choice_that_is_swept_is_told_how_it_can_be_given(given: list[str], run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    done = run("train.py", "-m", *given, "defense.weight=0.2")
+    assert done.returncode == 2 and "Traceback" not in done.stderr + done.stdout
+    assert "defense is swept, and its settings are read before one is chosen: give defense=NAME" in done.stderr
