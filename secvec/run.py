@@ -34,13 +34,13 @@ from secvec.evaluation.answer_cache import kept_result
 from secvec.evaluation.evaluator import Evaluator
 from secvec.evaluation.generation import generation_backend
 from secvec.evaluation.leak_probes import read_context
-from secvec.evaluation.losses import mean_losses
+from secvec.evaluation.losses import sample_losses
 from secvec.evaluation.prediction import answers
 from secvec.evaluation.scan import RowScore, kept_scores, quantile_threshold, scan, share_above
 from secvec.evaluation.scan_file import ScanFile
 from secvec.evaluation.verdicts import EvaluationResult
 from secvec.evaluation.vllm import backend_info
-from secvec.metrics import Measurements, proportion
+from secvec.metrics import Measurements, mean, proportion
 from secvec.models.backbone import Backbone, LedgerRow
 from secvec.models.vector import vector_digest, vector_info
 from secvec.module import SecVecModule
@@ -355,9 +355,11 @@ class Run:
     def losses(
         self, module: SecVecModule, examples: Mapping[str, Sequence[Example]], without_vector: bool = False
     ) -> Measurements:
-        """Nats per response token of each kind of `examples`."""
+        """Nats per response token of each kind of `examples`; mean and interval are over the samples' own means."""
+        config = self.config
         with self._evaluation():
-            return mean_losses(module, examples, self.config.evaluation, self.config.trainer, without_vector)
+            found = sample_losses(module, examples, config.evaluation, config.trainer, without_vector)
+        return {kind: mean(losses) for kind, losses in found.items()}
 
     def scan(self, module: SecVecModule, examples: Sequence[Example]) -> list[RowScore]:
         """How much the vector of `module` explains of each of `examples`."""

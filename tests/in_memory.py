@@ -14,10 +14,11 @@ from secvec.data.example import Example
 from secvec.data.prompts import PromptSet, prompt_set
 from secvec.evaluation.evaluator import Evaluator
 from secvec.evaluation.generation import GenerationBackend
-from secvec.evaluation.losses import mean_losses
+from secvec.evaluation.losses import sample_losses
 from secvec.evaluation.prediction import respond
 from secvec.evaluation.verdicts import EvaluationResult
 from secvec.judges.base import Judge
+from secvec.metrics import Measurement, mean
 from secvec.models.backbone import Backbone, context_of
 from secvec.module import SecVecModule
 from secvec.settings.schema import EvaluationSettings, ModelSettings
@@ -106,6 +107,6 @@ def leaks(
 
 def mean_loss(
     model: nn.Module, tokenizer: Any, examples: Sequence[Example], settings: EvaluationSettings
-) -> dict[str, Any]:
+) -> Measurement:
     """Nats per response token of `examples`."""
-    return mean_losses(module(model, tokenizer), {"examples": examples}, settings, ON_CPU)["examples"]
+    return mean(sample_losses(module(model, tokenizer), {"examples": examples}, settings, ON_CPU)["examples"])

@@ -89,7 +89,7 @@ def stamp(path: Path) -> Any:
 
 
 def _bytes(path: Path) -> bytes:
-    if path.suffix in COMPRESSED and path.suffix not in OPENERS:
+    if path.suffix in (*COMPRESSED, ".zip") and path.suffix not in OPENERS:
         raise DataError(f"{path}: {path.suffix} cannot be read here: unpack it, or pack it as {', '.join(OPENERS)}")
     try:
         with OPENERS.get(path.suffix, Path.open)(path, "rb") as file:  # type: ignore[call-arg]
@@ -108,8 +108,6 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
             raise DataError(f"{path}: {rows}")
         yield from ((f"{path}:row {number}", row) for number, row in enumerate(rows, start=1))
         return
-    if path.suffix == ".zip":
-        raise DataError(f"{path}: a zip archive cannot be read here: unpack it")
     if content.count(b"\n") > 1 and isinstance(_json(content.split(b"\n", 1)[0]), DataError):
         whole = _json(content)  # one object over several lines would be a fault in each of them
         if isinstance(whole, dict):

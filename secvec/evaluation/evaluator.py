@@ -15,7 +15,7 @@ from secvec.data.example import GRADED, OWNER, UNSCORED, Example
 from secvec.data.prompts import PromptSet, prompt_set
 from secvec.errors import DataError
 from secvec.evaluation.leak_probes import context_prompt_set, leak_prompt_sets, leak_result
-from secvec.evaluation.losses import losses
+from secvec.evaluation.losses import sample_losses
 from secvec.evaluation.prediction import respond
 from secvec.evaluation.verdicts import JUDGED, EvaluationResult, is_right, judged, prediction_rows
 from secvec.judges.base import Judge
@@ -116,33 +116,30 @@ class Evaluator:
     ) -> EvaluationResult:
         judgements = judged(self.behavior, self.judge, examples, responses, self.answer_judge)
         rows = prediction_rows(phase, examples, responses, judgements, self.behavior)
-        metrics: Measurements = {f"{phase}/{name}": value for name, value in rates(rows).items()}
-        for owner, owned in _by_owner(examples, rows).items():
-            scores = {name: METRICS[name].outcomes(owned) for name in ("task_score", "retained_score")}
-            of = rates(owned) | {name: bootstrap_mean(some) for name, some in scores.items() if some}
-            metrics |= {f"{phase}/of/{owner}/{name}": value for name, value in of.items()}
-        graded = {name: METRICS[name].outcomes(rows) for name in GRADED_METRICS}
-        if self.judge is None:
-            del graded["behavior_score"]
-        elif self.judge.scale != (0.0, 1.0):
-            low, high = self.judge.scale
-            graded["harmfulness_score"] = [low + (high - low) * score for score in graded["behavior_score"]]
-        metrics |= {f"{phase}/{name}": bootstrap_mean(scores) for name, scores in graded.items() if scores}
+        metrics: Measurements = {}
+        for whose, of in _with_owners(examples, rows).items():
+            graded = {name: METRICS[name].outcomes(of) for name in GRADED_METRICS}
+            if self.judge is None or whose:
+                del graded["behavior_score"]
+            elif self.judge.scale != (0.0, 1.0):
+                low, high = self.judge.scale
+                graded["harmfulness_score"] = [low + (high - low) * score for score in graded["behavior_score"]]
+            found = rates(of) | {name: bootstrap_mean(scores) for name, scores in graded.items() if scores}
+            metrics |= {f"{phase}/{whose}{name}": value for name, value in found.items()}
         kinds = [kind for kind in ("undesired", "task", "ordinary") if self.tests.get(kind)]
-        found = losses(module, {kind: self.tests[kind] for kind in kinds}, self.settings, self.trainer)
-        for kind, some in found.items():
-            every = {"": some} | {f"of/{owner}/": own for owner, own in _by_owner(self.tests[kind], some).items()}
-            for whose, own in every.items():
-                loss = mean(own)
+        losses = sample_losses(module, {kind: self.tests[kind] for kind in kinds}, self.settings, self.trainer)
+        for kind, every in losses.items():
+            for whose, some in _with_owners(self.tests[kind], every).items():
+                loss = mean(some)
                 name, value = ("perplexity", perplexity(loss)) if kind == "ordinary" else (LOSSES[kind], loss)
                 metrics[f"{phase}/{whose}{name}"] = value
         return EvaluationResult(metrics, rows)
 
 
-def _by_owner(examples: Sequence[Example], values: Sequence[T]) -> dict[str, list[T]]:
-    """The value of each example, by the behavior or stream that the example belongs to, where there are several."""
-    found: dict[str, list[T]] = {}
+def _with_owners(examples: Sequence[Example], values: Sequence[T]) -> dict[str, list[T]]:
+    """All values (""), and under `of/NAME/` those of the examples of each behavior or stream, where it has several."""
+    found = {"": list(values)}
     for example, value in zip(examples, values, strict=True):
         if owner := example.facts.get(OWNER):
-            found.setdefault(owner.replace("/", "_"), []).append(value)
-    return dict(sorted(found.items()))
+            found.setdefault(f"of/{owner.replace('/', '_')}/", []).append(value)
+    return found

@@ -16,7 +16,6 @@ from secvec.data.batch import IGNORE, Batch, Encoded, collate
 from secvec.data.encode import encode
 from secvec.data.example import Example
 from secvec.evaluation.prediction import predict
-from secvec.metrics import Measurements, mean
 from secvec.models.backbone import Backbone
 from secvec.models.logits import logits_at
 from secvec.models.vector import vector_off
@@ -32,28 +31,14 @@ ON_DISK = 2 * 10**9
 """Bytes of distributions that wait on the disk at a time."""
 
 
-def mean_losses(
-    module: SecVecModule,
-    examples: Mapping[str, Sequence[Example]],
-    settings: EvaluationSettings,
-    trainer: TrainerSettings,
-    without_vector: bool = False,
-) -> Measurements:
-    """Nats per response token of each kind; the mean and its interval are over the samples' own means.
-
-    Every process must call it: the batches are shared out.
-    """
-    return {kind: mean(found) for kind, found in losses(module, examples, settings, trainer, without_vector).items()}
-
-
-def losses(
+def sample_losses(
     module: SecVecModule,
     examples: Mapping[str, Sequence[Example]],
     settings: EvaluationSettings,
     trainer: TrainerSettings,
     without_vector: bool = False,
 ) -> dict[str, list[float]]:
-    """Mean nats per response token of each sample of each kind. Every process must call it."""
+    """Mean nats per response token of each sample, by kind. Every process must call it: the batches are shared out."""
     if not examples:
         return {}
     loaders = [

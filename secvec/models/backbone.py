@@ -117,7 +117,7 @@ class Backbone:
                 f"({self.fingerprint}), on which it means nothing: give the model that it was trained on, or train "
                 "one on this model (stage=vector)"
             )
-        if info.get("tokenizer") not in (None, self.tokenizer_digest):
+        if (trained_with := info.get("tokenizer")) and trained_with != self.tokenizer_digest:
             raise ArtifactError(
                 f"the vector in {folder} was trained with another chat template or tokenizer than {self.folder} has "
                 "now: it does not act on other prompts as on its own. Give the model as it was, or train a vector with "

@@ -266,7 +266,8 @@ def _check_disk(run: Run) -> None:
     checkpoints = size + (2 * (1 + moments) * size if config.tune.kind == "full" else 0)
     wanted = {run.folder.path: (checkpoints, "the fine-tuned backbone and two checkpoints", "paths.outputs")}
     if cycles := config.finetune.cycles - 1:
-        (kept := config.paths.cache / "cycles").mkdir(parents=True, exist_ok=True)
+        kept = config.paths.cache / "cycles"
+        kept.mkdir(parents=True, exist_ok=True)
         wanted[kept] = (cycles * size, f"the backbones of {cycles} earlier cycles", "paths.cache")
     for path, (needed, what, setting) in wanted.items():
         there = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -189,10 +189,8 @@ def check_given_vector(run: Run) -> None:
     samples: a run that trains no vector holds out no other undesired ones.
     """
     if folder := run.saved_vector():
-        _check_loss_drop(
-            run, run.backbone, folder, run.data.tests["undesired"], f"vector.path={folder}",
-            "is it a vector of this model and this behavior?",
-        )  # fmt: skip
+        tests, why = run.data.tests["undesired"], "is it a vector of this model and this behavior?"
+        _check_loss_drop(run, run.backbone, folder, tests, f"vector.path={folder}", why)
 
 
 def check_refitted_vector(run: Run, backbone: Backbone, folder: Path) -> None:

@@ -24,8 +24,9 @@ from secvec.data.batch import Encoded
 from secvec.data.datamodule import training_loader
 from secvec.data.embedded import Skill
 from secvec.data.prompts import prompt_set
-from secvec.evaluation.losses import in_parts, keep_log_probs, kl_to_kept, mean_losses
+from secvec.evaluation.losses import in_parts, keep_log_probs, kl_to_kept, sample_losses
 from secvec.evaluation.prediction import predict, respond
+from secvec.metrics import mean
 from secvec.models import backbone, sharding
 from secvec.models.sharding import local_shard, trained_state
 from secvec.models.tiny import build_tiny
@@ -92,7 +93,7 @@ def build_and_ask(processes: int, *folders: Path) -> float:
     for folder in folders:
         module = SecVecModule("infer", folder)
         with peak_memory() as peak:
-            mean_losses(module, {"skill": EXAMPLES[:1]}, settings, trainer)
+            sample_losses(module, {"skill": EXAMPLES[:1]}, settings, trainer)
             respond(module, [prompt_set(EXAMPLES[:1], module.backbone.tokenizer)], settings, trainer, "test")
     return peak[0]
 
@@ -120,7 +121,7 @@ def ask(processes: int, folder: Path, other: Path) -> tuple[Any, ...]:
     trainer = sharded(processes)
     asked = [prompt_set(EXAMPLES, module.backbone.tokenizer)] * 2
     answers = respond(module, asked, SETTINGS, trainer, "test")
-    losses = mean_losses(module, {"skill": EXAMPLES, "one": EXAMPLES[:1]}, SETTINGS, trainer)
+    losses = sample_losses(module, {"skill": EXAMPLES, "one": EXAMPLES[:1]}, SETTINGS, trainer)
     kept = folder.parent / f"log_probs-{processes}"
     kept.mkdir(exist_ok=True)
     (part,) = in_parts(module.backbone, EXAMPLES, 2)
@@ -129,7 +130,7 @@ def ask(processes: int, folder: Path, other: Path) -> tuple[Any, ...]:
     module.release()
     assert shard() is None  # a process holds shards of one model at a time
     kl = [value for _, values in sorted(kl_to_kept(base, part, kept, trainer)) for value in values]
-    return answers, {name: loss.value for name, loss in losses.items()}, kl
+    return answers, {name: mean(found).value for name, found in losses.items()}, kl
 
 
 def test_processes_with_more_and_with_less_to_do_stay_in_step(tmp_path: Path) -> None:

@@ -246,7 +246,10 @@ def test_local_forms(form: str, tmp_path: Path) -> None:
         ({"train.jsonl": '{"q": \n'}, "split 'train' cannot be read: "),
         ({"test.jsonl": "{}", "dev.jsonl": "{}"}, "no file is named after split 'train'; found: dev.jsonl, test."),
         ({"notes.txt": ""}, "found: no file of .parquet"),
-        ({"train.jsonl": "{}", "train.csv": "q"}, "of one format (.parquet, .arrow, .jsonl, .json, .csv, .tsv), got"),
+        (
+            {"train.jsonl": "{}", "train.csv": "q"},
+            "of one format (.parquet, .arrow, .jsonl, .json, .csv, .tsv), got .csv, ",
+        ),
     ],
     ids=["broken", "other splits", "no data", "mixed"],
 )  # fmt: skip
