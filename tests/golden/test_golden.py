@@ -47,7 +47,7 @@ def test_losses_of_the_alignment_are_kept(
         return loss
 
     monkeypatch.setattr(SecVecModule, "training_step", kept_step)
-    twenty = ["model.align.epochs=1", "model.align.batch_size=16", f"paths.cache={tmp_path / 'cache'}"]
+    twenty = ["model.align.epochs=1", "model.align.batch_size=16", f"paths.cache={tmp_path / 'empty'}"]
     assert run_of(make_config(*SETTINGS, *twenty, small=False)).backbone.folder.is_dir()
     assert len(losses) == 20 and losses[-1] < losses[0] - 1
     assert losses == pytest.approx(KEPT["align"], rel=1e-4)
