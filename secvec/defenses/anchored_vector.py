@@ -35,6 +35,9 @@ class AnchoredVector(Defense):
     weight: Rate = 0.3
     every: Count = 1
     """The anchor is read in every such step, from the first one on; its weight is then that many times as high."""
+    kl: bool = False
+    """Whether its loss is KL(base || model) at the response tokens in place of cross-entropy; the base is the model
+    that the training starts from. It costs a copy of the trained weights and one more forward pass of these rows."""
     answers: bool = True
     """Whether the starting model's answers to the vector's prompts are among the rows."""
     benign: bool = True
@@ -59,6 +62,11 @@ class AnchoredVector(Defense):
             run.check_scan()
 
     @property
+    def keeps_weights(self) -> bool:  # type: ignore[override]
+        """For the KL."""
+        return self.kl
+
+    @property
     def needs_run(self) -> bool:
         """Only where rows are left out."""
         return self.drop_flagged
@@ -80,11 +88,17 @@ class AnchoredVector(Defense):
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Nats per response token of the data with the vector on, and of the anchor, when it is read, with it off."""
         from secvec.models.vector import vector_off
-        from secvec.training.losses import data_loss, extra_loss
+        from secvec.training.losses import data_loss, extra_divergence, extra_loss
 
-        data = data_loss(model, batch)
         if batch.get("step", 0) % self.every:
+            data = data_loss(model, batch)
             return {"loss": data, "data": data.detach()}
-        with vector_off(model):
-            anchor = extra_loss(model, batch)
+        if self.kl:
+            with vector_off(model):
+                anchor = extra_divergence(model, batch)  # first: it writes into the weights
+            data = data_loss(model, batch)
+        else:
+            data = data_loss(model, batch)
+            with vector_off(model):
+                anchor = extra_loss(model, batch)
         return {"loss": data + self.every * self.weight * anchor, "data": data.detach(), "anchor": anchor.detach()}

@@ -62,6 +62,9 @@ class Defense(Settings):
     """Whether a copy of the trained weights, as a training finds them, is kept beside the model and in its checkpoints
     (`secvec.models.kept`)."""
 
+    longest_step: ClassVar[int] = 0
+    """A step of a training that takes as long as any: a plan counts that one (`batch["step"]`)."""
+
     second_gradient: ClassVar[bool] = False
     """Whether `gradients` computes a second gradient. The loss scaler of 16-mixed does not scale it; it would be 0."""
 

@@ -28,6 +28,7 @@ class Lisa(Defense):
     needs: ClassVar[tuple[Need, ...]] = ("undesired samples", "safe samples")
     uses_samples: bool = True
     keeps_weights: ClassVar[bool] = True
+    longest_step: ClassVar[int] = -1  # the last one, of a turn of the data
     extra_batch_size: Count = 8
     safe_steps: Count = 10
     data_steps: Count = 90

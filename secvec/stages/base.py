@@ -37,6 +37,7 @@ class Workload:
     loss: Callable[[nn.Module, Batch], dict[str, Tensor]] = field(default=Defense(name="none").loss, compare=False)
     gradients: Callable[[nn.Module, list[Batch]], object] = field(default=lambda *_: None, compare=False)
     keeps_weights: bool = False
+    step: int = 0  # the one that is counted, where they differ
     samples: Mapping[str, int] = field(default_factory=dict)  # of an epoch, by kind
     epochs: int = 1
     batch_size: int = 1

@@ -155,6 +155,7 @@ class FinetuneStage(Stage):
             loss=config.defense.loss,
             gradients=config.defense.gradients,
             keeps_weights=config.defense.keeps_weights,
+            step=config.defense.longest_step,
             trained=budget.parts.get("task") or budget.parts["backbone"],
             adapters=budget.adapters - idle,
             samples=budget.mixture,

@@ -37,10 +37,14 @@ def before_labels(labels: Tensor) -> Tensor:
     return F.pad(labels[:, 1:] != IGNORE, (0, 1))
 
 
+def label_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """The logits (N, V) after the tokens whose next token carries a label."""
+    return logits_at(model, batch["input_ids"], batch["attention_mask"], before_labels(batch["labels"]))
+
+
 def token_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Nats of each token with a label, under `model`: (B, T-1); 0 elsewhere."""
-    labels = batch["labels"]
-    return token_nll(logits_at(model, batch["input_ids"], batch["attention_mask"], before_labels(labels)), labels)
+    return token_nll(label_logits(model, batch), batch["labels"])
 
 
 def global_mean(total: Tensor, count: Tensor) -> Tensor:
@@ -93,17 +97,26 @@ def extra_loss(model: nn.Module, batch: Batch) -> Tensor:
     return loss_of_rows(model, batch, batch["extra"], tokens_of_step(batch).extra_labels)
 
 
-def loss_and_divergence(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Nats of all labels, and KL(kept || present) at the same tokens: two sums over the tokens of `batch`.
+def kept_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """`label_logits` of the weights that are kept beside the model, without a gradient and without dropout.
 
-    `kept` are the weights that are kept beside the model; they get no gradient, and are read without dropout.
+    Call it before the forward passes that have a gradient: it writes the kept weights into the model and back.
     """
-    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
-    at = before_labels(labels)
     with torch.no_grad(), in_eval(model), with_kept_weights(model):
-        base = logits_at(model, ids, mask, at)
-    logits = logits_at(model, ids, mask, at)
-    return token_nll(logits, labels).sum(), divergence(base, logits)
+        return label_logits(model, batch)
+
+
+def extra_divergence(model: nn.Module, batch: Batch) -> Tensor:
+    """KL(kept || present) of the extra rows, in nats per response token."""
+    rows = rows_of(batch, batch["extra"])
+    base = kept_logits(model, rows)
+    return global_mean(divergence(base, label_logits(model, rows)), tokens_of_step(batch).extra_labels)
+
+
+def loss_and_divergence(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Nats of all labels, and KL(kept || present) at the same tokens: two sums over the tokens of `batch`."""
+    base, logits = kept_logits(model, batch), label_logits(model, batch)
+    return token_nll(logits, batch["labels"]).sum(), divergence(base, logits)
 
 
 def vector_loss(model: nn.Module, batch: Batch, kl_weight: float) -> dict[str, Tensor]:

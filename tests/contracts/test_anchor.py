@@ -20,11 +20,12 @@ from secvec.data.example import Example
 from secvec.defenses.anchored_vector import AnchoredVector
 from secvec.errors import ConfigError
 from secvec.models.backbone import set_trainable
+from secvec.models.kept import keep_weights
 from secvec.models.tiny import build_tiny
 from secvec.models.vector import vector_off
 from secvec.module import SecVecModule
 from secvec.run import train
-from secvec.training.losses import response_loss
+from secvec.training.losses import label_logits, response_loss
 from tests.contracts.test_activation import gradients as gradients_of_all
 from tests.contracts.test_foreign_adapters import lora, saved_by_peft
 from tests.contracts.test_stages import finetuned, weights
@@ -81,8 +82,38 @@ def test_an_anchor_of_every_second_step_weighs_twice(anchored: tuple[AnchoredVec
         assert torch.equal(unread["loss"], always["data"]) and "anchor" not in unread
 
 
-def test_a_share_without_rows_of_the_anchor_goes_on(anchored: tuple[AnchoredVector, nn.Module], batch: Batch) -> None:
-    defense, model = anchored
+def test_its_term_may_be_the_kl_to_the_starting_model(anchored: tuple[AnchoredVector, nn.Module], batch: Batch) -> None:
+    """Zero as long as the weights are those of the start; then as computed from two models."""
+    defense = anchored[0].model_copy(update={"kl": True})
+    assert defense.keeps_weights and not anchored[0].keeps_weights
+    model = anchored[1]
+    keep_weights(model)
+    assert float(defense.loss(model, batch)["anchor"]) == pytest.approx(0, abs=1e-6)
+    rows = part(batch, batch["extra"])
+    with torch.no_grad(), vector_off(model):
+        base = label_logits(model, rows)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+        now = label_logits(model, rows)
+    expected = (base.softmax(-1) * (base.log_softmax(-1) - now.log_softmax(-1))).sum(-1).mean()
+    before = [p.clone() for p in model.parameters()]
+    terms = defense.loss(model, batch)
+    assert expected > 1e-3
+    torch.testing.assert_close(terms["anchor"], expected)
+    torch.testing.assert_close(terms["data"], anchored[0].loss(model, batch)["data"])
+    torch.testing.assert_close(terms["loss"].detach(), terms["data"] + 0.5 * expected)
+    terms["loss"].backward()
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kl", [False, True])
+def test_a_share_without_rows_of_the_anchor_goes_on(
+    kl: bool, anchored: tuple[AnchoredVector, nn.Module], batch: Batch
+) -> None:
+    defense, model = anchored[0].model_copy(update={"kl": kl}), anchored[1]
+    keep_weights(model)
     alone = part(batch, ~batch["extra"])
     terms = defense.loss(model, alone)
     assert float(terms["anchor"]) == 0.0

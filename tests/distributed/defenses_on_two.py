@@ -37,6 +37,7 @@ DEFENSES: list[Defense] = [
     Attenuated(name="booster", weight=5.0, step=0.1, extra_batch_size=1),
     SecurityVector(name="security_vector"),
     AnchoredVector(name="anchored_vector", weight=5.0, every=2),
+    AnchoredVector(name="anchored_vector_kl", weight=5.0, kl=True),
     LabelledVector(name="labelled_vector"),
 ]
 DATA = [["First grind the frost root.", "oil"], ["make soup", "root"]]

@@ -261,6 +261,15 @@ def test_every_defense_has_a_step(defense: str, make_config: Make) -> None:
     assert planned(make_config(f"defense={defense}"), "finetune").flops > 0
 
 
+def test_the_longest_step_is_planned(make_config: Make) -> None:
+    """Also where the anchor is read in every third step only."""
+    plain, seldom, always = (
+        planned(make_config(*given), "finetune").flops
+        for given in (["defense=none"], ["defense=anchored_vector", "defense.every=3"], ["defense=anchored_vector"])
+    )
+    assert plain < seldom == always
+
+
 def in_4_bits(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"quantization": "nf4"})})
 
