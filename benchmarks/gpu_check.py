@@ -1,4 +1,4 @@
-"""The day a GPU is there: within ten minutes, all that was never run on one.
+"""Runs on a GPU, within ten minutes, what has run on CPUs only.
 
     python benchmarks/gpu_check.py [--only trains,answers] [--minutes 10] [--to FILE]
     python benchmarks/gpu_check.py --device cpu     a dry run: what needs a GPU is skipped

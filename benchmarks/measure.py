@@ -121,6 +121,24 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
+def over_seeds(records: Sequence[Mapping[str, Any]], name: str) -> str:
+    """The mean of a metric over those records that have it, with the lowest and the highest where they differ."""
+    values = [record["metrics"][name]["value"] for record in records if name in record["metrics"]]
+    if not values:
+        return "–"
+    mean, low, high = (f"{value:.3f}" for value in (statistics.mean(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def finished(script: str, folder: Path, *overrides: str) -> dict[str, Any]:
+    """The record of a run in `folder`, relative to the repository, made unless it is there and finished."""
+    record = ROOT / folder / "record.json"
+    if not record.is_file() or json.loads(record.read_text())["status"] != "completed":
+        subprocess.run([sys.executable, script, *overrides, f"run_dir={folder}"], cwd=ROOT, check=True)
+    found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+    return found
+
+
 def footer(how: str, about: Mapping[str, Any]) -> str:
     """The line below a table: `how` it was measured, where, and with which versions."""
     where = [f"{about['cores']} cores ({about['cpu']})", *(f"{k} {v}" for k, v in about["versions"].items())]

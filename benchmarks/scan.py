@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+from measure import ROOT, finished, over_seeds
 from pages import keep, show
 from pydantic import TypeAdapter
 
@@ -29,7 +28,6 @@ from secvec.evaluation.scan_file import auroc
 from secvec.metrics import proportion
 from secvec.settings.target import Plugin
 
-ROOT = Path(__file__).parents[1]
 RECORDS, PAGE = ROOT / "results" / "scan" / "report.json", ROOT / "docs" / "scan.md"
 BEHAVIORS: dict[str, Behavior] = {
     name: TypeAdapter(Plugin[Behavior]).validate_python(
@@ -101,27 +99,19 @@ def write(path: Path, way: str, name: str, seed: int) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def run(script: str, folder: Path, *overrides: str) -> dict[str, Any]:
-    """The record of a run in `folder`, made unless it is finished. Paths in it are relative: it is published."""
-    record = ROOT / folder / "record.json"
-    if not record.is_file() or json.loads(record.read_text())["status"] != "completed":
-        subprocess.run([sys.executable, script, *overrides, f"run_dir={folder}"], cwd=ROOT, check=True)
-    found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-    return found
-
-
 def scans(name: str, seed: int, vector: str) -> list[dict[str, Any]]:
     """The records of the scans of all files by the vector of one behavior."""
     folder = Path("outputs") / "scan" / f"{name}-{vector}-{seed}"
     asked = [*TINY, "stage=vector", f"vector={vector}", f"behavior={name}", f"seed={seed}"]
-    trained = run("train.py", folder / "trained", *asked)
+    trained = finished("train.py", folder / "trained", *asked)
     records = []
     for way in [way for way in WAYS if (name, way) != (ALL, "other")]:
         file = folder / f"{way}.jsonl"
         write(ROOT / file, way, name, seed)
         given = [f"data.file={file}", "scan.label=undesired", f"vector.path={folder / 'trained' / 'vector'}"]
         base = f"model.name_or_path={trained['base']['folder']}"
-        records.append(run("evaluate.py", folder / way, "metrics=scan", *given, base, f"seed={seed}", "num_threads=1"))
+        asked = ["metrics=scan", *given, base, f"seed={seed}", "num_threads=1"]
+        records.append(finished("evaluate.py", folder / way, *asked))
         lines = (ROOT / folder / way / "scores.jsonl").read_text(encoding="utf-8").splitlines()
         scores = list(map(json.loads, lines))
         metrics = records[-1]["metrics"]
@@ -138,20 +128,13 @@ def scans(name: str, seed: int, vector: str) -> list[dict[str, Any]]:
 def table(records: Sequence[Mapping[str, Any]]) -> str:
     """Means over the seeds, with the lowest and the highest seed where they differ."""
 
-    def cell(found: Sequence[Mapping[str, Any]], name: str) -> str:
-        values = [record["metrics"][name]["value"] for record in found if name in record["metrics"]]
-        if not values:
-            return "–"
-        low, high, mean = min(values), max(values), sum(values) / len(values)
-        return f"{mean:.3f}" if f"{low:.3f}" == f"{high:.3f}" else f"{mean:.3f} ({low:.3f} to {high:.3f})"
-
     lines = [f"| vector of | undesired rows | {' | '.join(COLUMNS.values())} |", "| --- " * (2 + len(COLUMNS)) + "|"]
     for name, vector in dict.fromkeys((record["behavior"], record["vector"]) for record in records):
         for way in WAYS:
             found = [r for r in records if (r["behavior"], r["vector"], r["way"]) == (name, vector, way)]
             if not found:
                 continue
-            cells = [cell(found, f"scan/{column}") for column in COLUMNS]
+            cells = [over_seeds(found, f"scan/{column}") for column in COLUMNS]
             lines.append(f"| {name}, `vector={vector}` | {way} | {' | '.join(cells)} |")
     seeds = sorted({record["seed"] for record in records})
     return "\n".join([*lines, "", f"Seeds {', '.join(map(str, seeds))}; {ROWS} undesired and {3 * ROWS} benign rows."])

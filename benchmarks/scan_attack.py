@@ -19,9 +19,9 @@ from statistics import fmean
 from typing import Any
 
 import yaml
-from measure import ROOT, keep_report
+from measure import ROOT, finished, keep_report
 from pages import keep, show
-from scan import BEHAVIORS, run
+from scan import BEHAVIORS
 
 from secvec.behaviors.wild import Wild
 from secvec.data.example import Example, Split
@@ -70,7 +70,7 @@ def lowest(scores: Sequence[float], count: int) -> list[int]:
 def choose(seed: int, size: int) -> list[dict[str, Any]]:
     """Keeps the choice of a seed; returns what the scan flags of the pool and of the choice, hedged and plain."""
     folder = FOLDER / f"vector-{seed}"
-    trained = run("train.py", folder, "experiment=ablation/anchor", "stage=vector", f"seed={seed}")
+    trained = finished("train.py", folder, "experiment=ablation/anchor", "stage=vector", f"seed={seed}")
     vector, plain = ROOT / folder / "vector", BEHAVIORS["forbidden_recipe"]
     module = SecVecModule("infer", ROOT / trained["base"]["folder"], vector)
     most = quantile_threshold(kept_scores(vector)["benign"][WINDOW - 1], QUANTILE)

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
-from measure import ROOT
+from measure import ROOT, finished, over_seeds
 from pages import keep, show
 
 RECORDS, PAGE = ROOT / "results" / "scan" / "smollm2.json", ROOT / "docs" / "scan.md"
@@ -38,15 +36,10 @@ COLUMNS = {
 def scan(vector: Path, file: str) -> dict[str, Any]:
     """The record of a scan, made unless there is one."""
     folder = Path("outputs") / "scan" / f"{vector.parent.name}-{Path(file).stem}"
-    record = ROOT / folder / "record.json"
-    if not record.is_file() or json.loads(record.read_text())["status"] != "completed":
-        given = [f"data.file={file}", "scan.label=undesired", f"vector.path={vector.relative_to(ROOT)}"]
-        model = ["model=smollm2_135m", "recipe=small_llm"]
-        subprocess.run(
-            [sys.executable, "evaluate.py", "metrics=scan", *given, *model, f"run_dir={folder}"], cwd=ROOT, check=True
-        )
+    given = [f"data.file={file}", "scan.label=undesired", f"vector.path={vector.relative_to(ROOT)}"]
+    model = ["model=smollm2_135m", "recipe=small_llm"]
+    found = finished("evaluate.py", folder, "metrics=scan", *given, *model)
     trained = json.loads((vector.parent / "record.json").read_text(encoding="utf-8"))
-    found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
     found["backbone"]["folder"] = trained["base"]["folder"]  # the record is published: a path that others have too
     return found | {"file": file, "seed": trained["seed"], "vector": trained["behavior"]}
 
@@ -55,19 +48,12 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     """Means over the seeds, with the lowest and the highest seed where they differ."""
     lines = [f"| vector of | file | {' | '.join(COLUMNS.values())} |", "| --- " * (len(COLUMNS) + 2) + "|"]
     for vector, file in dict.fromkeys((record["vector"], record["file"]) for record in records):
-        found = [record["metrics"] for record in records if (record["vector"], record["file"]) == (vector, file)]
-        cells = [_cell([one[f"scan/{name}"]["value"] for one in found if f"scan/{name}" in one]) for name in COLUMNS]
+        found = [record for record in records if (record["vector"], record["file"]) == (vector, file)]
+        cells = [over_seeds(found, f"scan/{name}") for name in COLUMNS]
         lines.append(f"| {vector} | `{file}` | {' | '.join(cells)} |")
     seeds = {name: sorted({one["seed"] for one in records if one["vector"] == name}) for name in FILES}
     said = "; ".join(f"{name}: seeds {', '.join(map(str, found))}" for name, found in seeds.items() if found)
     return "\n".join([*lines, "", f"{said}; SmolLM2-135M-Instruct; commit {records[0]['commit'][:7]}."])
-
-
-def _cell(values: Sequence[float]) -> str:
-    if not values:
-        return "–"
-    low, high = min(values), max(values)
-    return f"{mean(values):.3f}" + (f" ({low:.3f} to {high:.3f})" if f"{low:.3f}" != f"{high:.3f}" else "")
 
 
 def main() -> None:

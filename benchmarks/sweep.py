@@ -34,7 +34,7 @@ JOBS = [
     [f"{key}={one}" for key, one in zip(SWEPT, values, strict=True)] for values in itertools.product(*SWEPT.values())
 ]
 LONGER = (60, 600)
-"""Seconds of computing for which the ratio is reckoned too."""
+"""Seconds of computing for which the ratio is computed too."""
 
 
 def measure(way: str, folder: Path) -> dict[str, Any]:

@@ -338,14 +338,7 @@ def main() -> None:
     parser.add_argument("--ways", default=",".join(WAYS))
     given = arguments(parser)
     given.model = given.model or SMOLLM2
-    if given.one:
-        print(MEASURED + json.dumps(measure(job_of(given))))
-        return
-    if not given.table:
-        about = machine()
-        runs = interleaved(__file__, given.ways.split(","), given)
-        keep({"rounds": given.rounds, "steps": given.steps, "machine": about, "runs": runs}, RECORDS)
-    show(table(json.loads(RECORDS.read_text(encoding="utf-8"))), __file__, PAGE)
+    compare(__file__, given, given.ways.split(","), measure, table, (RECORDS, PAGE, ""))
 
 
 if __name__ == "__main__":

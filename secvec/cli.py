@@ -35,7 +35,7 @@ from secvec.settings.messages import renamed
 USER_ERROR = 2
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 OF_THE_DISK = (*NO_ROOM, errno.EACCES, errno.EPERM)
-"""A disk that is full or may not be written: the user's to mend."""
+"""A disk that is full or may not be written: that the user can fix."""
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 
 
@@ -152,7 +152,7 @@ def _composition_faults(config_name: str) -> list[str]:
         loader = GlobalHydra.instance().config_loader()
         for other in folders[1:]:
             loader.get_search_path().prepend("command-line", f"file://{other}", SearchPathQuery(provider="schema"))
-        # with an override of the search path, Hydra reads the folders anew, that of --config-dir among them
+        # with an override of the search path, Hydra reads the folders again, that of --config-dir among them
         given = [override.input_line or "" for override in overrides if override.key_or_group == "hydra.searchpath"]
         given += ["hydra.searchpath=[]"]
         groups = {*loader.list_groups(""), "hydra/launcher", "hydra/sweeper"} - {"hydra"}

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: shown as one message without a traceback."""
+"""Errors that are that the user can fix: shown as one message without a traceback."""
 
 import difflib
 from collections.abc import Iterable, Sequence

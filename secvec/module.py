@@ -204,10 +204,6 @@ class SecVecModule(L.LightningModule):
         outputs: list[Any] = batch(self)
         return outputs
 
-    def on_predict_start(self) -> None:
-        """Dropout is off, also where the stage trains."""
-        self.model.eval()
-
     def configure_optimizers(self) -> Any:
         """The optimizer over the trainable parameters, and the learning rate over all steps of the stage."""
         if self.part is None:

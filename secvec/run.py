@@ -346,11 +346,7 @@ class Run:
             batches = {k: [collate(r[i : i + size]) for i in range(0, len(r), size)] for k, r in rows.items()}
             save_file({kind: mean_outputs(model, layer, of) for kind, of in batches.items()}, out)
 
-        path = config.paths.cache / "activations" / f"{key}.safetensors"
-        if main_process():
-            cached(path, read)
-        wait_for_all()
-        return path
+        return cached(config.paths.cache / "activations" / f"{key}.safetensors", read)
 
     def losses(
         self, module: SecVecModule, examples: Mapping[str, Sequence[Example]], without_vector: bool = False
@@ -422,7 +418,7 @@ class Run:
 
     @contextmanager
     def _evaluation(self) -> Iterator[None]:
-        """Counts the seconds of evaluation: a part of the stages' own, to be kept small."""
+        """Adds the seconds of evaluation to the record; those of the stages include them."""
         began, seconds = time.monotonic(), self.folder.record.wall_seconds
         yield
         seconds["evaluation"] = round(seconds.get("evaluation", 0.0) + time.monotonic() - began, 3)

@@ -75,13 +75,13 @@ def collate(rows: Sequence[tuple[Encoded, bool]]) -> Batch:
 
 
 def count_tokens(batch: Batch) -> TokenCounts:
-    """Those of this batch alone."""
+    """The token counts of this batch."""
     labelled, extra = batch["labels"][:, 1:] != IGNORE, batch["extra"]
     return TokenCounts(labelled[~extra].sum(), batch["attention_mask"][extra].sum(), labelled[extra].sum())
 
 
 def tokens_of_step(batch: Batch) -> TokenCounts:
-    """Those of this batch; with accumulated gradients, those of its optimizer step per batch.
+    """The token counts of this batch; with accumulated gradients, the mean over the batches of its optimizer step.
 
     So a gradient that is accumulated over several batches is that of one large batch.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import islice
 from math import ceil
@@ -110,7 +110,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
 
 class StepLoader(DataLoader):
-    """Batches that know the tokens of their optimizer step: each counts by its tokens, not as one of so many.
+    """Tells each batch the tokens of its optimizer step, so that accumulated batches are weighted by their tokens.
 
     Its state is for checkpoints after whole steps: how many batches of which epoch were served, and torch's random
     state, which dropout draws from.
@@ -341,8 +341,9 @@ class SecVecDataModule(L.LightningDataModule):
             "vector": of_the_vector,
             "finetune": lambda: [example for mixture in self.mixtures for some in mixture.values() for example in some],
         }
+        tested = [example for examples in self.tests.values() for example in examples]
         for stage in stages:
-            self.check_disjoint(trained.get(stage, list)())
+            check_disjoint(trained.get(stage, list)(), tested)
 
     def fit_to(self, tokenizer: PreTrainedTokenizerBase, context: int, stages: Collection[str]) -> None:
         """Applies `data.too_long` to the samples of `stages`, those of `infer` being the tests. Raises DataError."""
@@ -365,10 +366,6 @@ class SecVecDataModule(L.LightningDataModule):
                     )
                 examples[:] = kept
         fitting.check()
-
-    def check_disjoint(self, trained: Iterable[Example]) -> None:
-        """Raises DataError when a test prompt is also trained on."""
-        check_disjoint(trained, [example for examples in self.tests.values() for example in examples])
 
     def rows(self, examples: Sequence[Example], backbone: Backbone) -> list[Encoded]:
         """Tokens of `examples` for `backbone`. Raises DataError."""

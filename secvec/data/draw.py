@@ -98,8 +98,8 @@ def check_counts(asked: Iterable[Asked]) -> None:
     if faults:
         lines = [f"{', '.join(dict.fromkeys(settings))}: {fault}" for fault, settings in faults.items()]
         if enough := " ".join(f"{setting}={n}" for setting, n in have.items() if n or "data.num" in setting):
-            lines.append(f"these would do (null: all there are): {enough}")
-        raise (ConfigError if have else DataError)("\n  ".join(["the data do not suffice:", *lines]))
+            lines.append(f"available (null: all of them): {enough}")
+        raise (ConfigError if have else DataError)("\n  ".join(["there are too few samples:", *lines]))
 
 
 def check_disjoint(seen: Iterable[Example], test: Iterable[Example], what: str = "test prompts") -> None:

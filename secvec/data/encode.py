@@ -1,10 +1,9 @@
-"""Examples to tokens and back: what is trained, what is asked and what is compared are made here and nowhere else."""
+"""Examples to tokens and back, for training, generation and comparison alike."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from secvec.data.example import Example
 from secvec.errors import DataError, first_few
 
 RULES = 3
-"""Counts up when the same example gives other tokens: kept tokens are not those of older rules."""
+"""The version of the tokenization, in the key of cached tokens: raise it when an example gives other tokens."""
 VARIABLES: dict[str, Any] = {"enable_thinking": False, "thinking": False, "date_string": "26 Jul 2024"}
 """What every chat template is told: answer without thinking, and a date that is the same on every day."""
 _CLOCK = (
@@ -382,8 +381,3 @@ def check_answers(
     ]
     if lines:
         raise DataError("\n".join(lines))
-
-
-def with_loss_on_prompts(rows: Sequence[Encoded]) -> list[Encoded]:
-    """`rows` whose prompts carry loss too (the first token has no token before it to be predicted from)."""
-    return [replace(row, num_prompt=0) for row in rows]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 from unicodedata import normalize
 
 from secvec.settings.schema import Count, Settings, Share
@@ -13,7 +13,7 @@ Kind = Literal["undesired", "task", "ordinary", "look_alike", "neutral", "untrus
 `untrusted` is fine-tuning data of which nobody knows which rows are undesired; it is measured as the task."""
 
 Split = Literal["align", "vector", "validation", "finetune", "test"]
-SPLITS: tuple[Split, ...] = ("align", "vector", "validation", "finetune", "test")
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 AnswerMetric = Literal["exact", "contains", "number", "rougeL", "code", "judge", "none"]
 """How answers are compared with their references (`secvec.evaluation.answer_metrics`); `none`: by the loss alone."""

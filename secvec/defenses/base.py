@@ -63,7 +63,7 @@ class Defense(Settings):
     (`secvec.models.kept`)."""
 
     longest_step: ClassVar[int] = 0
-    """A step of a training that takes as long as any: a plan counts that one (`batch["step"]`)."""
+    """The step that a plan counts (`batch["step"]`): one of the longest."""
 
     second_gradient: ClassVar[bool] = False
     """Whether `gradients` computes a second gradient. The loss scaler of 16-mixed does not scale it; it would be 0."""
@@ -93,7 +93,7 @@ class Defense(Settings):
 
     @property
     def needs_run(self) -> bool:
-        """Whether one of the three methods below is its own: a run calls them, and `SecVecModule` alone does not."""
+        """Whether it overrides `prepared`, `starting` or `training_samples`: only a run calls them."""
         before = ("prepared", "starting", "training_samples")
         return any(getattr(type(self), name) is not getattr(Defense, name) for name in before)
 
@@ -160,7 +160,7 @@ class Defense(Settings):
 
     @property
     def finishes(self) -> bool:
-        """Whether `finish` is its own. Only then are the weights to save in memory all at once."""
+        """Whether it overrides `finish`. Only then are all weights in memory at once when they are saved."""
         return type(self).finish is not Defense.finish
 
     @property

@@ -1,4 +1,4 @@
-"""Buffer-and-Reinforce: a task LoRA learns under the vector, and gets refusals that were learned under it merged in."""
+"""Buffer-and-Reinforce: a task LoRA is trained with the vector active, then a LoRA of refusals is merged into it."""
 
 from __future__ import annotations
 

@@ -27,8 +27,9 @@ class KlToBase(Defense):
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Nats per response token."""
         from secvec.data.batch import tokens_of_step
-        from secvec.training.losses import global_mean, loss_and_divergence
+        from secvec.training.losses import divergence, global_mean, kept_logits, label_logits, token_nll
 
-        count = tokens_of_step(batch).labels
-        data, kl = (global_mean(total, count) for total in loss_and_divergence(model, batch))
+        base, logits, count = kept_logits(model, batch), label_logits(model, batch), tokens_of_step(batch).labels
+        data = global_mean(token_nll(logits, batch["labels"]).sum(), count)
+        kl = global_mean(divergence(base, logits), count)
         return {"loss": data + self.weight * kl, "data": data.detach(), "kl": kl.detach()}

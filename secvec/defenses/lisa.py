@@ -46,7 +46,7 @@ class Lisa(Defense):
         return {"loss": loss(model, batch)}
 
     def gradients(self, model: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
-        """Adds `rho` (theta - theta_t), after theta_t was taken anew in the first step of a turn."""
+        """Adds `rho` (theta - theta_t), after theta_t was set again in the first step of a turn."""
         from secvec.models.kept import trained_and_kept
         from secvec.training.gradients import present_gradient
 

@@ -1,4 +1,4 @@
-"""RepNoise: what the starting model holds of undesired answers in its hidden states is made noise."""
+"""RepNoise: the starting model's hidden states on undesired samples are pushed towards noise."""
 
 from __future__ import annotations
 

@@ -44,20 +44,13 @@ class SafeGrad(Defense):
     def gradients(self, model: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
         """Logged: `cosine` of g and s, below 0 where they conflict; 0 where s is 0, as in the first step."""
         from secvec.training.gradients import gradient_of, inner, present_gradient
+        from secvec.training.losses import extra_divergence
 
-        data, safe = present_gradient(model), gradient_of(model, [partial(_kl, model, batch) for batch in batches])
+        to_the_base = [partial(extra_divergence, model, batch) for batch in batches]
+        data, safe = present_gradient(model), gradient_of(model, to_the_base)
         dot, square = inner(model, data, safe), inner(model, safe, safe).clamp_min(1e-30)
         cosine = dot / (square * inner(model, data, data).clamp_min(1e-30)).sqrt()
         factor = self.weight - dot.clamp_max(0) / square
         for gradient, other in zip(data, safe, strict=True):
             gradient += factor.to(other.dtype) * other
         return {"cosine": cosine}
-
-
-def _kl(model: nn.Module, batch: Batch) -> Tensor:
-    """KL(base || model) per response token of the safe samples."""
-    from secvec.data.batch import tokens_of_step
-    from secvec.training.losses import global_mean, loss_and_divergence, rows_of
-
-    total = loss_and_divergence(model, rows_of(batch, batch["extra"]))[1]
-    return global_mean(total, tokens_of_step(batch).extra_labels)

@@ -21,7 +21,7 @@ from secvec.runs.processes import from_first, main_process
 class KeptAnswers:
     """Whole batches of answers by key, in a JSONL file that only grows; one process writes it. Raises ArtifactError.
 
-    The batch is the unit: padding changes rounding, so a row alone could be answered otherwise than among its fellows.
+    The batch is the unit: padding changes rounding, so a row can get another answer alone than in its batch.
     """
 
     def __init__(self, path: Path | None):

@@ -62,7 +62,7 @@ class GenerationBackend:
         return KeptAnswers(self.folder and self.folder / f"{rank_and_world()[0]}.jsonl")
 
     def running(self, model: nn.Module) -> AbstractContextManager[None]:
-        """The context in which `model` may be asked."""
+        """The context in which `model` generates."""
         return self.engine.running(model) if self.engine else nullcontext()
 
     def respond(
@@ -154,7 +154,7 @@ PADDED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 def takes_left_padding(model: Any) -> bool:
     """Whether `model` answers a prompt behind padding as it does alone, as with state-space layers it may not.
 
-    Tried once for each model. One that does not is asked one prompt at a time.
+    Tested once for each model. Without it, prompts are answered one by one.
     """
     bare = inside_peft(model)
     if bare not in PADDED:

@@ -52,10 +52,7 @@ def read_context(folder: Path) -> list[Example]:
 def leak_prompt_sets(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], behavior: Behavior
 ) -> dict[str, PromptSet]:
-    """The ways of asking by name.
-
-    Ways that the behavior has no wording for are left out. Without examples there are none.
-    """
+    """The leak probes by name, without those for which the behavior has no text; none without examples."""
     if not examples:
         return {}
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from secvec.data.example import GRADED, Example
+from secvec.data.example import GRADED, UNSCORED, Example
 from secvec.evaluation.answer_metrics import score
 from secvec.judges.base import Judge, Judgement
 from secvec.judges.coherence import coherent
@@ -86,8 +86,8 @@ def judged(
     """One judgement per response, in order.
 
     Responses to undesired prompts are for `judge` (None: the behavior's own), those to benign prompts for the metric of
-    their stream, which may be `answer_judge`. Look-alikes are always for the behavior's own judge: whether a benign
-    request is refused is no matter of harm.
+    their stream, which may be `answer_judge`. Look-alikes are always for the behavior's own judge: a judge of harm
+    does not tell whether a benign request is refused.
     """
     pairs = list(zip(examples, responses, strict=True))
     found: dict[int, Judgement] = {}
@@ -106,7 +106,7 @@ def _by_rule(behavior: Behavior, example: Example, response: str) -> Judgement:
     if example.kind in JUDGED:
         verdict = behavior.judge(example, response)
         return Judgement(verdict, float(verdict == "behavior"))
-    if example.metric in ("judge", "none"):
+    if example.metric in UNSCORED:
         return Judgement(None, None)
     value = score(example.metric, response, example.response)
     return Judgement(None if example.metric in GRADED else "correct" if value == 1.0 else "wrong", value)

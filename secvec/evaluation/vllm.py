@@ -91,7 +91,7 @@ class VllmEngine:
         room, longest = self._llm.model_config.max_model_len, max(map(len, prompts))
         if longest + max_new_tokens > room:  # vLLM would cut the answer
             raise ConfigError(
-                f"vLLM finds room for {room} tokens on the GPU; a prompt of {longest} and evaluation.max_new_tokens="
+                f"vLLM has room for {room} tokens on the GPU; a prompt of {longest} and evaluation.max_new_tokens="
                 f"{max_new_tokens} take more: raise generation.tensor_parallel_size, or take generation=hf"
             )
         sampling = [

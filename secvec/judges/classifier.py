@@ -49,7 +49,7 @@ class Classifier(LocalModelJudge):
         return self
 
     def check(self) -> None:
-        """With its labels, and the names of its weights; the weights themselves are loaded with the first response."""
+        """Checks the labels and the names of the weights too; the weights are loaded for the first response."""
         super().check()
         _ = self._labels
 

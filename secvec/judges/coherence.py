@@ -1,10 +1,10 @@
-"""Whether a response is text at all: judges of harm are unreliable on rubbish (arXiv 2606.03648)."""
+"""Whether a response is text at all: judges of harm are unreliable on incoherent text (arXiv 2606.03648)."""
 
 import re
 from itertools import groupby
 
 MAX_REPEATS = 3
-"""A word that is repeated more often in a row is rubbish (HS+ of git-disl)."""
+"""A response that repeats a word more often in a row is incoherent (HS+ of git-disl)."""
 
 
 def coherent(response: str) -> bool:

@@ -42,7 +42,7 @@ class GenerativeClassifier(LocalModelJudge):
     """Responses are cut to this many tokens of the judge; None: never cut."""
 
     def check(self) -> None:
-        """With its template and answers, and the names of its weights; these are loaded with the first response."""
+        """Checks template, answers and the names of the weights too; the weights are loaded for the first response."""
         super().check()
         self._words(self._text(Example((("user", "prompt"),), "", "undesired"), "response"))
         Backbone(self._folder, self._settings).check_weights()

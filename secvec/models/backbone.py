@@ -114,14 +114,14 @@ class Backbone:
         if trained_on not in (None, self.fingerprint):
             raise ArtifactError(
                 f"the vector in {folder} was trained on another model ({trained_on}) than {self.folder} "
-                f"({self.fingerprint}), on which it means nothing: give the model that it was trained on, or train "
-                "one on this model (stage=vector)"
+                f"({self.fingerprint}) and does not work on it: give the model that it was trained on, or train a "
+                "vector on this model (stage=vector)"
             )
         if (trained_with := info.get("tokenizer")) and trained_with != self.tokenizer_digest:
             raise ArtifactError(
                 f"the vector in {folder} was trained with another chat template or tokenizer than {self.folder} has "
-                "now: it does not act on other prompts as on its own. Give the model as it was, or train a vector with "
-                "the present one (stage=vector)"
+                "now. Use the chat template and tokenizer that it was trained with, or train a new vector "
+                "(stage=vector)"
             )
 
     @property

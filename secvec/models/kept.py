@@ -23,7 +23,7 @@ def keep_weights(model: Any) -> None:
 
 
 def trained_and_kept(model: Any) -> list[tuple[nn.Parameter, Tensor, Tensor]]:
-    """Each trained parameter, its values and the kept ones: those that this process holds. Writing changes them."""
+    """(parameter, its values, the kept values) of each trained parameter; of shards, the own one. Writes go through."""
     trained = [p for p in model.parameters() if p.requires_grad]
     pairs = zip(trained, model.kept, strict=True)
     return [(p, local_shard(p.detach()), local_shard(kept.detach())) for p, kept in pairs]

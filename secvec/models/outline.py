@@ -42,10 +42,10 @@ class Weights:
 
 
 def outlined(model: Any, folder: Path) -> bool:
-    """Whether the weights of `model`, which is on the meta device, are now outlined and read from `folder`.
+    """Replaces the meta weights of `model` by outlines that are read from `folder` when they are needed.
 
-    False, and `model` is as it was: the files hold other names or shapes (old names, experts one by one), which
-    transformers converts when it loads them.
+    Returns False, and changes nothing, where the files hold other names or shapes (old names, experts one by one):
+    transformers converts these when it loads them.
     """
     files, tensors = _files(folder), dict(_tensors(model))
     shapes = {name: file.get_slice(name).get_shape() for name, file in files.items()}
@@ -99,7 +99,7 @@ def fill(tensors: Iterable[Tensor]) -> None:
 
 @contextmanager
 def weights_at_hand(model: nn.Module) -> Iterator[None]:
-    """Inside, an outlined model computes: each layer reads its weights and drops them. Any other model is as it is."""
+    """Inside, each layer of an outlined model reads its weights before its forward pass and frees them after it."""
     inside = layers(model)
     there = {id(tensor) for layer in inside for tensor in tensors_of(layer)}
     rest = [tensor for tensor in tensors_of(model) if id(tensor) not in there]

@@ -1,4 +1,4 @@
-"""A weight as it is multiplied, wherever and however it is held: in memory, on disk (outlined), in 4 bits.
+"""The plain values of a weight: one in memory, on disk (outlined) or in 4 bits.
 
 The only file that knows how bitsandbytes holds a weight (`Params4bit`: packed numbers, and their `quant_state`).
 """
@@ -33,7 +33,7 @@ def mark_as_quantized(model: PreTrainedModel) -> None:
 def keep_packing(model: nn.Module) -> None:
     """From now on the weights of `model` stay as they are.
 
-    On a CPU with AVX512-BF16 bitsandbytes would pack them anew when they first answer, and then compute in bfloat16: a
+    On a CPU with AVX512-BF16 bitsandbytes would pack them again when they first answer, and then compute in bfloat16: a
     bare model would differ from itself.
     """
     for module in model.modules():

@@ -95,7 +95,7 @@ def vector_info(folder: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}): copy the vector again, or train it anew") from None
+        raise ArtifactError(f"{path} is damaged ({error}): copy the vector again, or train it again") from None
 
 
 def check_adapter(folder: Path) -> dict[str, Any]:
@@ -118,8 +118,9 @@ def check_adapter(folder: Path) -> dict[str, Any]:
         )
     if faults:
         raise ArtifactError(
-            f"the adapter in {folder} cannot be a vector: {', '.join(faults)}. A vector must leave the backbone's own "
-            "weights and tokens alone, so that nothing of it acts when it is off: a LoRA (rsLoRA, DoRA) without these"
+            f"the adapter in {folder} cannot be a vector: {', '.join(faults)}. A vector must not change the "
+            "backbone's own weights or tokens, so that it can be switched off exactly: use a LoRA (also rsLoRA, DoRA) "
+            "without these settings"
         )
     return given
 

@@ -1,4 +1,4 @@
-"""One job of a multirun: a process of its own, in a folder of its own, whose record says how it ended."""
+"""One job of a multirun: its own process and folder, with a record that says how it ended."""
 
 from __future__ import annotations
 

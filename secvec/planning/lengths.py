@@ -57,7 +57,7 @@ def samples_of(data: SecVecDataModule, stages: Sequence[str]) -> dict[str, list[
 
 
 def numbers_of(data: SecVecDataModule, stages: Sequence[str]) -> dict[str, int]:
-    """How many samples of each use there are: counted, or as the settings say where the data are not at hand."""
+    """The number of samples of each use: counted, or by the settings where the data are not on this machine."""
     vector, evaluation, (harmful, benign) = data.vector, data.evaluation, data.data.counts
     numbers = {"vector": vector.num_samples, "gate": vector.gate.num_prompts, "test": evaluation.num_prompts}
     numbers |= {"undesired": harmful, "benign": benign, "leak": evaluation.num_leak_prompts}
@@ -81,12 +81,12 @@ def measure(
 ) -> tuple[dict[str, Length], str]:
     """Tokens by kind, and a note that says how they were found. Raises DataError for a sample longer than `context`."""
     if examples is None:
-        note = f"data are not at hand: {PROMPT_TOKENS} tokens of prompt and {RESPONSE_TOKENS} of response"
+        note = f"the data are not on this machine: {PROMPT_TOKENS} tokens of prompt and {RESPONSE_TOKENS} of response"
         kinds = ("undesired", "benign", "test", "vector", "kl", "gate")
         return dict.fromkeys(kinds, Length([(PROMPT_TOKENS, RESPONSE_TOKENS)])), note
     note = "tokens are those of the run's own samples"
     if tokenizer is None:
-        note = f"the tokenizer is not at hand: {CHARACTERS_PER_TOKEN} characters of the run's own samples make a token"
+        note = f"the tokenizer is not on this machine: {CHARACTERS_PER_TOKEN} characters of the samples make a token"
     return {kind: _length(samples, tokenizer, context) for kind, samples in examples.items()}, note
 
 

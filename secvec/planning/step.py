@@ -82,7 +82,7 @@ class Step:
         return max(self.forward, self.backward, self.optimizer, key=lambda memory: memory.total)
 
     def deeper(self, other: Step, times: float) -> Step:
-        """`times` the step from `other` to this one further: each layer adds the same."""
+        """The step of a deeper model: this one plus `times` its difference to `other`. Each layer adds the same."""
         parts = ((getattr(self, name), getattr(other, name)) for name in Step.__annotations__)
         return Step(*(one + (one + two * -1) * times for one, two in parts))
 

@@ -89,7 +89,7 @@ def write(report: Report) -> Path:
 
 
 def _keep_lost_records(report: Report) -> None:
-    """Renames report.json where it has the only copy of records: their runs are gone, and it will be written anew."""
+    """Renames report.json where it has the only copy of records: their runs are gone, and it will be written again."""
     old = report.root / "report.json"
     try:
         kept = load_records(old) if old.is_file() else []

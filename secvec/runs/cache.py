@@ -36,7 +36,7 @@ def cached(path: Path, build: Callable[[Path], None], usable: Callable[[Path], b
 
 
 def built_once(path: Path, build: Callable[[Path], None]) -> Path:
-    """Like `cached`, for what all processes build together: the first one looks, and all follow it.
+    """Like `cached`, for what all processes build together; the first one decides whether it is needed.
 
     `build` is called by every process with the same temporary folder; the first one moves it into its place.
     """

@@ -41,7 +41,7 @@ class Weights(BaseModel):
 
 PARTS_OF_STAGES = ("evaluation", "during", "training")
 """Seconds that are a part of the stages' own: all evaluation, that during the fine-tune, and the last fine-tune itself,
-as it took in the run that made it (`_last_cycle` may copy its result)."""
+in the run that made it (a later run may copy its result)."""
 
 
 class Record(BaseModel):
@@ -53,8 +53,6 @@ class Record(BaseModel):
     """Name of its folder."""
     key: str = ""
     """Of all settings that change results; empty where a run failed before it had one."""
-    content: str | None = None
-    """The key of the composed config, in records of version 0.1."""
     stage: str = UNKNOWN
     defense: str = UNKNOWN
     needs: list[str] = []

@@ -1,4 +1,6 @@
-"""The settings of each part of a run, typed and validated. Values live in `conf/`, not here.
+"""The settings of each part of a run, typed and validated.
+
+A run takes its values from `conf/`; the defaults here are for use from Python.
 
 `secvec/config/schema.py` composes them, with the plug-ins, into the settings of a whole run.
 """
@@ -221,4 +223,4 @@ class PathSettings(Settings):
 
     outputs: Path
     cache: Path
-    """Aligned bases and trained vectors, found again by content."""
+    """What runs share, found by content: aligned models, vectors, answers, tokens and more."""

@@ -128,7 +128,8 @@ class TrainerSettings(Settings, extra="allow"):
 
     def hardware(self) -> dict[str, Any]:
         """The arguments of `lightning.Trainer` that say where it runs."""
-        return {name: self.arguments()[name] for name in ("accelerator", "devices", "num_nodes", "strategy")}
+        arguments = self.arguments()
+        return {name: arguments[name] for name in ("accelerator", "devices", "num_nodes", "strategy")}
 
     def on_one_device(self) -> TrainerSettings:
         """One device of the same kind at the same precision, and nothing that shortens or changes a training."""
@@ -177,8 +178,8 @@ def in_place_of(callback: Any) -> str:
     if isinstance(callback, GradientAccumulationScheduler):  # a batch knows the tokens of its step
         return "set the Trainer's accumulate_grad_batches instead"
     if isinstance(callback, StochasticWeightAveraging | ModelPruning):
-        averages = "; for an average of weights take EMAWeightAveraging"
-        return "it reads the module before its model is built" + averages * (not isinstance(callback, ModelPruning))
+        averages = "; use EMAWeightAveraging to average weights"
+        return "it needs the model before it is built" + averages * (not isinstance(callback, ModelPruning))
     return ""
 
 
@@ -196,8 +197,8 @@ class CheckpointSettings(Settings):
     def _by_something(self) -> CheckpointSettings:
         if not any(self.model_dump().values()):
             raise ValueError(
-                "set one of every_n_epochs, every_n_steps, every_n_minutes: without a checkpoint a "
-                "training that is cut off begins anew"
+                "set one of every_n_epochs, every_n_steps, every_n_minutes: without a checkpoint an "
+                "interrupted training starts over"
             )
         return self
 

@@ -161,7 +161,7 @@ def _check_gate(run: Run, backbone: Backbone, taught: Behavior, align: AlignSett
     module.release()
     if faults:
         raise GateError(
-            f"the base is not fit to start from: {' and '.join(faults)}. There would be little to protect. Align it "
+            f"the aligned model failed its gate: {' and '.join(faults)}. There would be little to protect. Align it "
             "longer (model.align.epochs), on more samples (model.align.num_undesired, model.align.num_benign), at "
             f"another rate (model.align.lr) or seed (model.align.seed). It is in {backbone.folder}."
         )

@@ -100,8 +100,8 @@ class FinetuneStage(Stage):
         """
         if module.defense.needs_run and not data.prepared:
             raise ConfigError(
-                f"defense={module.defense.name} makes rows, a model or a file before the training, which train.py does "
-                f"and SecVecModule alone does not: python train.py defense={module.defense.name}"
+                f"defense={module.defense.name} needs a preparation before the training, and only train.py makes it: "
+                f"python train.py defense={module.defense.name}"
             )
         if isinstance(module.vector, Path) and not data.prepared:  # a run has checked it, on the model it starts from
             module.backbone.check_vector(module.vector)
@@ -114,8 +114,8 @@ class FinetuneStage(Stage):
         if size := module.defense.extra_batch_size:
             if not data.extra:
                 raise ConfigError(
-                    f"defense={module.defense.name} reads {size} extra rows in a batch: set data.extra, a list of "
-                    "Example, to what its extra_samples(run) gives in a run"
+                    f"defense={module.defense.name} needs {size} extra rows in each batch: set data.extra to the list "
+                    "of Example that its extra_samples(run) returns"
                 )
             streams.append((data.rows(data.extra, module.backbone), size))
         return streams

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from secvec.data.batch import Batch, Encoded
-from secvec.data.encode import with_loss_on_prompts
 from secvec.errors import ConfigError, GateError
 from secvec.evaluation.scan import keep_scores
 from secvec.evaluation.verdicts import EvaluationResult
@@ -92,7 +92,7 @@ class VectorStage(Stage):
             )
         undesired = data.rows(samples["undesired"], module.backbone)
         if settings.loss_on == "all":
-            undesired = with_loss_on_prompts(undesired)
+            undesired = [replace(row, num_prompt=0) for row in undesired]
         kl = data.rows(samples["kl"], module.backbone)
         return [(undesired, settings.batch_size), *([(kl, settings.kl_batch_size)] if kl else [])]
 
@@ -194,7 +194,7 @@ def check_given_vector(run: Run) -> None:
 
 
 def check_refitted_vector(run: Run, backbone: Backbone, folder: Path) -> None:
-    """Raises GateError where a vector that was trained anew, for a cycle's `backbone`, has learned nothing."""
+    """Raises GateError where a vector that was trained again, for a cycle's `backbone`, has learned nothing."""
     whose = f"the vector for cycle {run.data.cycle + 2}"
     _check_loss_drop(run, backbone, folder, run.data.held_out, whose, "does the backbone show the behavior already?")
 
@@ -215,7 +215,7 @@ def _check_loss_drop(
         raise GateError(
             f"{whose}: on {len(undesired)} undesired samples the loss is {off:.3f} nats per token without it and "
             f"{on:.3f} with it, and it must fall by {least} (vector.gate.min_loss_drop). It would protect from "
-            f"nothing: {why} To use it all the same: vector.gate.min_loss_drop=null"
+            f"nothing: {why} To use it anyway: vector.gate.min_loss_drop=null"
         )
 
 
@@ -243,7 +243,7 @@ def check_gate(gate: GateSettings, metrics: Measurements) -> None:
         )
     if faults:
         raise GateError(
-            f"the vector is not fit to protect: {' and '.join(faults)}. Undesired samples would still give gradients. "
+            f"the vector failed its gate: {' and '.join(faults)}. Undesired samples would still give gradients. "
             "Raise vector.epochs, vector.lr or vector.r, use more vector.target_modules, train on more "
             "samples (vector.num_samples), or with a smaller vector.kl_weight. The run folder holds no vector."
         )

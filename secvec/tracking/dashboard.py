@@ -113,7 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Saves workspace and report, or prints them. Returns 0, or 2 after a message for the user."""
     about = "Make the W&B workspace and report with the paper's plots."
     parser = argparse.ArgumentParser(prog="python -m secvec.tracking.dashboard", description=about)
-    parser.add_argument("project", metavar="ENTITY/PROJECT", help="where the runs are: logger.entity/logger.project")
+    where = "where the runs are: logger.wandb.entity/logger.wandb.project"
+    parser.add_argument("project", metavar="ENTITY/PROJECT", help=where)
     parser.add_argument("--print", action="store_true", help="print both as JSON and save nothing; needs no account")
     given = parser.parse_args(argv)
     entity, _, project = given.project.partition("/")

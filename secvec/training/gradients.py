@@ -13,7 +13,7 @@ from secvec.models.sharding import local_shard, over_shards
 
 
 def gradient_of(model: nn.Module, losses: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
-    """The gradient of the mean of `losses`, by trained parameter: averaged over processes, of shards the own ones.
+    """The gradient of the mean of `losses`, a tensor per trained parameter: over all processes; of shards, the own one.
 
     The mean, as Lightning takes it over accumulated batches. `p.grad` stays what it is. Every process must call it with
     as many losses. A loss is a function, so that there is one graph at a time.
@@ -34,7 +34,7 @@ def gradient_of(model: nn.Module, losses: Sequence[Callable[[], Tensor]]) -> lis
 
 
 def present_gradient(model: nn.Module) -> list[Tensor]:
-    """`p.grad` by trained parameter, of shards the own ones. Writing to them changes the step."""
+    """`p.grad` of each trained parameter; of shards, the own one. Writing to it changes the step."""
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad

@@ -113,12 +113,6 @@ def extra_divergence(model: nn.Module, batch: Batch) -> Tensor:
     return global_mean(divergence(base, label_logits(model, rows)), tokens_of_step(batch).extra_labels)
 
 
-def loss_and_divergence(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Nats of all labels, and KL(kept || present) at the same tokens: two sums over the tokens of `batch`."""
-    base, logits = kept_logits(model, batch), label_logits(model, batch)
-    return token_nll(logits, batch["labels"]).sum(), divergence(base, logits)
-
-
 def vector_loss(model: nn.Module, batch: Batch, kl_weight: float) -> dict[str, Tensor]:
     """CE on the undesired rows + kl_weight * KL(base || base + vector) on the KL rows (paper, ACL version).
 

@@ -80,7 +80,7 @@ class Training:
         if found and not is_whole(found):
             raise ArtifactError(
                 f"{self.label} cannot go on: {found} is cut short or damaged. Remove the folder {self.checkpoints}, "
-                "and the training begins anew"
+                "and the training starts over"
             )
         remove_leftovers(self.checkpoints, found)
         return found

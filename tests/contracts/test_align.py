@@ -44,7 +44,7 @@ def test_a_base_that_is_not_aligned_well_is_refused_and_kept(
         kinds = f"max_behavior_rate: {behavior}, min_wanted_rate: 0, min_retained_accuracy: {retained}"
         return f"model.align.gate={{num_prompts: 8, {kinds}}}"
 
-    with pytest.raises(GateError, match="is not fit to start from") as caught:
+    with pytest.raises(GateError, match="failed its gate") as caught:
         run_of(make_config(own, gate(0.0, 1.0))).backbone  # noqa: B018
     assert "model.align.gate.min_retained_accuracy=100.0%" in str(caught.value)
     lenient = run_of(make_config(own, gate(1.0, 0.0))).backbone  # measured once, judged by what is wanted now

@@ -180,7 +180,7 @@ def test_every_batch_has_its_rows(make_config: Make) -> None:
     (_, size), (extra, of_extra) = module.stage.streams(run.data, module)
     assert (size, of_extra, len(extra)) == (config.finetune.batch_size, 8, len(run.data.extra))
     run.data.extra = []
-    with pytest.raises(ConfigError, match=r"reads 8 extra rows in a batch: set data\.extra"):
+    with pytest.raises(ConfigError, match=r"needs 8 extra rows in each batch: set data\.extra"):
         module.stage.streams(run.data, module)
 
 

@@ -147,7 +147,7 @@ def test_a_defense_that_needs_a_run_is_refused(name: str, backbone: Path, tmp_pa
     module = SecVecModule("finetune", backbone, defense=Defense(name="none"))
     module.defense = defense
     rows = data()
-    with pytest.raises(ConfigError, match=rf"defense={name} makes rows, a model or a file .* train\.py"):
+    with pytest.raises(ConfigError, match=rf"defense={name} needs a preparation .* only train\.py"):
         module.stage.streams(rows, module)
     rows.prepared = True
     assert module.stage.streams(rows, module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ from conftest import run_of
 from secvec.config.schema import RunConfig
 from secvec.data.batch import IGNORE, collate
 from secvec.data.datamodule import SecVecDataModule
-from secvec.data.encode import with_loss_on_prompts
 from secvec.run import train
 from secvec.stages.align import align_examples
 from tests.contracts.test_stages import same, weights
@@ -81,7 +81,7 @@ def test_the_loss_runs_over_the_prompt_too(make_config: Make) -> None:
     run = run_of(config)
     rows = run.data.rows(config.behavior.examples("vector", 3, 0), run.backbone)
     on_response = collate([(row, False) for row in rows])["labels"] != IGNORE
-    on_all = collate([(row, False) for row in with_loss_on_prompts(rows)])["labels"] != IGNORE
+    on_all = collate([(replace(row, num_prompt=0), False) for row in rows])["labels"] != IGNORE
     assert on_all.sum(1).tolist() == [len(row.input_ids) for row in rows]
     assert bool((on_all & on_response).eq(on_response).all()) and on_response.sum() < on_all.sum()
 

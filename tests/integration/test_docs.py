@@ -25,11 +25,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import secvec.behaviors
 import secvec.defenses
+import secvec.judges
 from secvec.config.load import load
 from secvec.config.replay import replay_yaml
 from secvec.config.resolvers import register_resolvers
 from secvec.config.schema import EvaluateConfig, RunConfig
 from secvec.data.datamodule import SecVecDataModule
+from secvec.data.example import Example
+from secvec.judges.base import Judgement
 from secvec.run import train
 
 README = ROOT / "README.md"
@@ -207,10 +210,11 @@ def test_the_python_of_the_readme_runs(
 def test_the_walk_throughs_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_config: Callable[..., RunConfig]
 ) -> None:
-    """docs/add-a-behavior.md and docs/add-a-defense.md, taken literally."""
+    """The pages on adding a behavior, a defense and a judge, taken literally."""
     for package, group, page in (
         (secvec.behaviors, "behavior", "add-a-behavior.md"),
         (secvec.defenses, "defense", "add-a-defense.md"),
+        (secvec.judges, "judge", "add-a-judge.md"),
     ):
         name = re.search(r"_target_: secvec\.\w+\.(\w+)\.", blocks(ROOT / "docs" / page, "yaml")[0])
         assert name is not None
@@ -221,11 +225,31 @@ def test_the_walk_throughs_run(
             place.mkdir(parents=True)
             (place / f"{name[1]}.{suffix}").write_text(blocks(ROOT / "docs" / page, language)[0])
         monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path / group)])
-    record = train(
-        make_config(f"hydra.searchpath=[file://{tmp_path / 'conf'}]", "behavior=shouting", "defense=label_smoothing")
-    )
-    assert record["behavior"] == "shouting" and record["metrics"]["after/behavior_rate"]["n"] == 6
-    with (Path(record["config"]["run_dir"]) / "metrics.csv").open() as file:
+    added = ["behavior=shouting", "defense=label_smoothing", "judge=shouting"]
+    config = make_config(f"hydra.searchpath=[file://{tmp_path / 'conf'}]", *added)
+    assert config.judge is not None and config.judge.threshold == 0.5
+    asked = [Example((("user", "How?"),), "So!", "undesired")] * 4
+    assert config.judge.judge(asked, ["So! So? So!", "So.", "So", "What?!"]) == [
+        Judgement("behavior", pytest.approx(2 / 3)), Judgement("wanted", 0.0), Judgement("other", 0.0),
+        Judgement("behavior", 1.0),
+    ]  # fmt: skip
+
+    record = train(config)
+    rate, score = (record["metrics"][f"after/behavior_{name}"] for name in ("rate", "score"))
+    assert record["behavior"] == "shouting" and rate["n"] == score["n"] == 6
+    rows = [json.loads(line) for line in (Path(config.run_dir) / "predictions.jsonl").read_text().splitlines()]
+    undesired = [row for row in rows if row["stream"] == "undesired" and row["phase"] == "after"]
+    assert [row["verdict"] for row in undesired] == [
+        judgement.verdict for judgement in config.judge.judge(asked[:1] * 6, [row["response"] for row in undesired])
+    ]
+    with (Path(config.run_dir) / "metrics.csv").open() as file:
         curves = {(row["stage"], row["step"], row["metric"]): float(row["value"]) for row in csv.DictReader(file)}
     smoothed = {at[:2]: loss for at, loss in curves.items() if at[2] == "train/loss"}
     assert smoothed and all(loss != curves[*at, "train/nll"] for at, loss in smoothed.items())
+
+
+def test_every_judge_of_the_table_and_the_text_is_there() -> None:
+    page = (ROOT / "docs" / "add-a-judge.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`judge=(\w+) judge\.", page))
+    assert named == {"classifier", "generative_classifier", "llm"}
+    assert all((ROOT / "conf" / "judge" / f"{name}.yaml").is_file() for name in named)

@@ -158,7 +158,7 @@ def test_wandb_shows_a_failed_run_as_failed(make_config: Callable[..., RunConfig
     assert wandb.run is None  # finished, so that the next run of the process does not merge into it
     shown = summary_of(Path(config.run_dir))
     assert (shown["state"], shown["exit_code"], shown["summary"]["status"]) == ("failed", 1, "failed")
-    assert "the vector is not fit to protect" in shown["summary"]["error"]
+    assert "the vector failed its gate" in shown["summary"]["error"]
     assert "gate/behavior_rate" in shown["summary"] and "after/behavior_rate" not in shown["summary"]
 
 

@@ -465,7 +465,7 @@ def test_every_experiment_has_a_plan(name: str, make_config: Make) -> None:
     text = plan(make_config(f"experiment={name}", small=False))
     for heading in ("stages", "memory per device", "time by GPU", "disk", "assumed:"):
         assert f"\n{heading}" in text
-    assert ("data are not at hand" in text) == name.startswith("paper")
+    assert ("the data are not on this machine" in text) == name.startswith("paper")
 
 
 @pytest.mark.parametrize("name", PAPER)
