@@ -66,11 +66,18 @@ class ProcessLauncher(Launcher):
         """
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         sweep = Path(str(self.config.hydra.sweep.dir))
-        job_of_each = self._jobs(job_overrides, sweep, initial_job_idx)
+        try:
+            job_of_each = self._jobs(job_overrides, sweep, initial_job_idx)
+        except Exception:
+            _remove_unused(sweep)
+            raise
         HydraConfig.instance().set_config(self.config)  # the configuration is composed: see report_user_errors
         jobs = list(dict.fromkeys(job_of_each))
         if self.config.get("plan"):
-            show_plans(jobs)
+            try:
+                show_plans(jobs)
+            finally:
+                _remove_unused(sweep)
             return [_result(job) for job in job_of_each]
         sweep.mkdir(parents=True, exist_ok=True)
         for job in jobs:
@@ -128,6 +135,17 @@ class ProcessLauncher(Launcher):
         ours = ("hydra.launcher", "hydra/launcher", "hydra.sweep", "hydra/sweeper", "hydra.mode", "hydra.run.dir")
         given = self.config.hydra.overrides.hydra
         return [text for text in given if not text.lstrip("+~").startswith(ours)]
+
+
+def _remove_unused(sweep: Path) -> None:
+    """Removes the folder of a multirun that holds nothing but the config that Hydra writes before it has any job."""
+    for folder in sweep.glob("*/"):
+        with suppress(OSError):
+            folder.rmdir()  # only if empty
+    if sweep.is_dir() and [file.name for file in sweep.iterdir()] == ["multirun.yaml"]:
+        (sweep / "multirun.yaml").unlink()
+        with suppress(OSError):
+            sweep.rmdir()
 
 
 class SlurmLauncher(ProcessLauncher):

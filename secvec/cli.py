@@ -31,6 +31,7 @@ from secvec.config.resolvers import register_resolvers
 from secvec.errors import SecVecError, nearest, one_line
 from secvec.settings.conf import CONF
 from secvec.settings.messages import renamed
+from secvec.settings.trainer import OURS
 
 USER_ERROR = 2
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -234,6 +235,8 @@ def _unknown_key(config: DictConfig, name: str, groups: set[str]) -> str:
         known = {str(k) for k in node} | (set() if path else groups)
         if key in known:
             return ""
+        if path == ["trainer"] and key in OURS:
+            return f"cannot be set: {OURS[key]}"
         swept = path and path[0] in (OmegaConf.select(config, "hydra.sweeper.params") or {})
         told = f". {_swept(path[0])}" if swept else ""
         return f"unknown key{nearest(key, known)}; known here: {', '.join(sorted(known))}{told}"

@@ -1,4 +1,4 @@
-"""Errors that are that the user can fix: shown as one message without a traceback."""
+"""Errors that the user can fix: shown as one message without a traceback."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -63,6 +63,11 @@ def first_few(faults: Sequence[str]) -> str:
 def one_line(error: object, most: int | None = None) -> str:
     """The message of an error without its line breaks, at most `most` characters of it."""
     return " ".join(str(error).split())[:most]
+
+
+def shortened(text: str, most: int) -> str:
+    """The first `most` characters of `text`, and a mark where more follow."""
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -6,11 +6,13 @@ import logging
 import resource
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ from secvec.models.vector import vector_digest, vector_info
 from secvec.module import SecVecModule
 from secvec.planning.table import plan
 from secvec.report import scan_page
-from secvec.runs.cache import built_once, cached
+from secvec.runs.cache import built_once, cached, prepare_cache
 from secvec.runs.console import metrics_table
 from secvec.runs.content import by_content
 from secvec.runs.folder import ANSWERS, RunFolder
@@ -77,6 +79,8 @@ class Run:
         self.config: Any = config
         """A RunConfig, or an EvaluateConfig."""
         self.folder, self.tracker = folder, tracker
+        self.scanned = Counter[str]()
+        """Rows that a defense has scanned, and those that were flagged."""
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -365,7 +369,7 @@ class Run:
             return scan(module, examples, batch_size=size, trainer=trainer, cache=cache)
 
     def check_monitors(self, stage: str) -> None:
-        """Raises ConfigError for a callback of `stage` that waits for a validation loss which nothing measures.
+        """Raises ConfigError for a callback of `stage` that waits for a metric which nothing measures.
 
         Lightning would stop the training at the end of its first epoch.
         """
@@ -374,12 +378,30 @@ class Run:
         states = ("", "_vector_on") if self.config.defense.uses_vector else ("",)
         measured = [f"val/{kind}_loss{state}" for kind in kinds for state in states]
         for name, callback in self.config.callbacks.items():
-            monitor = str((callback.model_extra or {}).get("monitor"))
-            if stage in callback.stages and monitor.startswith("val/") and monitor not in measured:
+            monitor = (callback.model_extra or {}).get("monitor")
+            if monitor is None or stage not in callback.stages or monitor in (*measured, "epoch", "step"):
+                continue
+            if not str(monitor).startswith("train/"):
                 raise ConfigError(
-                    f"callbacks.{name}.monitor={monitor} is not measured{nearest(monitor, measured)}: of held-out "
-                    f"samples there is {', '.join(measured) or 'nothing (evaluation.validation.num_samples)'}"
+                    f"callbacks.{name}.monitor={monitor} is not measured{nearest(str(monitor), measured)}: of held-out "
+                    f"samples there is {', '.join(measured) or 'nothing (evaluation.validation.num_samples)'}; of the "
+                    "training, train/loss"
                 )
+
+    def check_limits(self, rows: int, batch_size: int) -> None:
+        """Raises ConfigError for a limit of the Trainer that leaves no batch of an epoch, or exceeds them."""
+        batches, extra = ceil(rows / batch_size), self.config.trainer.model_extra or {}
+        share, every = extra.get("limit_train_batches"), extra.get("val_check_interval")
+        if isinstance(share, float) and int(batches * share) < 1:
+            raise ConfigError(
+                f"trainer.limit_train_batches={share} leaves none of the {batches} batches of an epoch: give a number "
+                "of batches, or a larger share"
+            )
+        if isinstance(every, int) and every > batches and extra.get("check_val_every_n_epoch", 1) is not None:
+            raise ConfigError(
+                f"trainer.val_check_interval={every} exceeds the {batches} batches of an epoch: give at most that, or "
+                "trainer.check_val_every_n_epoch=null too, which counts batches over epochs"
+            )
 
     def check_scan(self) -> None:
         """Raises ConfigError for a vector without scores of benign rows: nothing would say which scores are high."""
@@ -406,7 +428,10 @@ class Run:
         rows, left = (sum(map(len, of.values())) for of in (samples, kept))
         if not left:
             raise DataError(f"the scan flags all {rows} rows (scores above {most:.2f} nats)")
-        share = self.folder.record.metrics["scan/flagged_share"] = proportion(rows - left, rows)
+        self.scanned += Counter(all=rows, flagged=rows - left)  # of all cycles
+        overall = proportion(self.scanned["flagged"], self.scanned["all"])
+        self.folder.record.metrics["scan/flagged_share"] = overall
+        share = proportion(rows - left, rows)
         if share.value <= scan_page.CLEAN * by_chance:
             log.warning(
                 "the scan flags %d of %d rows, no more than by chance: the data do not show this vector's "
@@ -455,6 +480,9 @@ def train(config: RunConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
         session.open()
         if config.force and main_process():  # other ranks start after this and read the record that it leaves
             folder.forget(config.stages, [name for stage in config.stages for name in STAGES[stage].artifacts])
+            later = list(STAGES)[list(STAGES).index(config.stages[-1]) + 1 :]
+            folder.forget(later, [])  # they are of what is replaced
+            folder.drop_metrics([prefix for name in later for prefix in STAGES[name].measures])
         run = Run(config, folder, tracker)
         run.data.check(config.stages)
         folder.record.base = _weights(run.backbone)
@@ -494,6 +522,7 @@ def evaluate(config: EvaluateConfig, overrides: Sequence[str] = ()) -> dict[str,
         scanned = ScanFile.read(config) if config.metrics == "scan" else None
         backbone = scanned.backbone() if scanned else run.backbone
         began = time.monotonic()
+        folder.record.wall_seconds = {}  # of an earlier evaluation
         module = run.inference_module(backbone, scanned.vector if scanned else None)
         if scanned:
             launch(config.trainer)
@@ -552,6 +581,7 @@ def _open(config: AnyConfig, overrides: Sequence[str]) -> RunFolder:
     )
     if isinstance(config, RunConfig):
         record.defense, record.tune, record.needs = config.defense.name, config.tune.kind, list(config.defense.needs)
+    prepare_cache(config.paths.cache)
     _quiet()
     if not main_process():
         logging.getLogger("secvec").setLevel(logging.ERROR)

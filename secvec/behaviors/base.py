@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from string import Formatter
 from typing import Literal
+
+from pydantic import field_validator
 
 from secvec.data.example import Example, Split
 from secvec.judges.base import Verdict
@@ -25,6 +28,18 @@ class Behavior(Settings):
     """Other wordings of a request, which no split has, for a leak probe; none: no such probe. `{prompt}` is the request
     as it is; the facts of a sample, as `{name}`, are filled in too."""
     kind: Literal["undesired"] = "undesired"
+
+    @field_validator("reworded")
+    @classmethod
+    def _asks_for_something(cls, wordings: tuple[str, ...]) -> tuple[str, ...]:
+        for wording in wordings:
+            try:
+                names = [name for _, name, _, _ in Formatter().parse(wording) if name]
+            except ValueError as error:
+                raise ValueError(f"{wording!r}: {error}; write a literal brace twice") from None
+            if not names:
+                raise ValueError(f"{wording!r} would be the same for every request: write {{prompt}} where it stands")
+        return wordings
 
     def examples(self, split: Split, n: int | None, seed: int) -> list[Example]:
         """The first `n` examples of `split` under `seed`: with wanted responses in `align`, else with the behavior.

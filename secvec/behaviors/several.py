@@ -9,6 +9,7 @@ from pydantic import field_validator
 from secvec.behaviors.base import Behavior
 from secvec.data.draw import share_out
 from secvec.data.example import OWNER, Example, Split
+from secvec.errors import TooFewError
 from secvec.judges.base import Verdict
 from secvec.settings.target import Plugin
 
@@ -27,8 +28,22 @@ class Several(Behavior):
         return of
 
     def examples(self, split: Split, n: int | None, seed: int) -> list[Example]:
-        """The first `n` examples of `split`, one of each behavior in turn; a smaller `n` gives a prefix."""
-        return self._in_turn({name: of.examples(split, k, seed) for name, of, k in _shares(self.of, n)})
+        """The first `n` examples of `split`, one of each behavior in turn; a smaller `n` gives a prefix.
+
+        Raises TooFewError, with the `n` that would do.
+        """
+        drawn, few = dict[str, list[Example]](), dict[str, TooFewError]()
+        for name, of, k in _shares(self.of, n):
+            try:
+                drawn[name] = of.examples(split, k, seed)
+            except TooFewError as error:
+                few[name] = error
+        if few:
+            names, each = list(self.of), [1.0] * len(self.of)
+            shares = ((m, dict(zip(names, share_out(m, each), strict=True))) for m in range(n or 0, -1, -1))
+            fits = next(m for m, share in shares if all(share[name] <= few[name].have for name in few))
+            raise TooFewError("; ".join(map(str, few.values())), fits)
+        return self._in_turn(drawn)
 
     def look_alikes(self, n: int, seed: int) -> list[Example]:
         """The look-alikes of the behaviors that have any, in turn."""

@@ -320,6 +320,9 @@ class EvaluateConfig(AnyConfig):
                 f"metrics=scan scores the rows of a file by a vector: set {' and '.join(lacking)} "
                 "(data.file=FILE.jsonl vector.path=outputs/RUN/vector)"
             )
+        of_training = [name for name in ("test_file", "kl_file") if getattr(self.data, name) is not None]
+        if self.metrics == "scan" and of_training:
+            raise ValueError(f"a scan reads no data.{' and no data.'.join(of_training)}: leave it out")
         unused = given if not self.data.untrusted else {"vector.path": self.vector.path}
         if self.metrics != "scan" and (useless := [name for name, path in unused.items() if path is not None]):
             raise ValueError(f"only metrics=scan reads {' and '.join(useless)}: set metrics=scan, or leave them out")

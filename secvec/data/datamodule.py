@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from secvec.data.batch import Batch, Encoded, collate, count_together
-from secvec.data.draw import Asked, check_counts, check_disjoint, draw_benign, draw_benign_parts
+from secvec.data.draw import Asked, check_counts, check_disjoint, draw_benign, draw_benign_parts, share_out
 from secvec.data.encode import encode
-from secvec.data.example import Example
+from secvec.data.example import Example, Stream
 from secvec.data.jsonl import JsonlFiles
 from secvec.data.lengths import Fitting
 from secvec.data.prompts import loader, prompt_set
@@ -135,7 +135,7 @@ class StepLoader(DataLoader):
 
     def _begin(self) -> Iterator[Batch]:
         state, self.resumed = self.resumed, None
-        within = state is not None and state["epoch"] == self._batches.epoch
+        within = state is not None and state["epoch"] == self._batches.epoch and state["served"] < len(self._batches)
         self.served = self._batches.first = state["served"] if state and within else 0
         if state and not within:
             _set_random_state(state["rng"])
@@ -304,12 +304,20 @@ class SecVecDataModule(L.LightningDataModule):
             return {}
         if n not in self._validation:
             tasks = [stream for stream in self.data.streams if stream.kind == "task"]
-            kinds: dict[str, Callable[[int | None], list[Example]]] = {
-                "undesired": lambda n: self.behavior.examples("validation", n, self.seed),
-                "task": lambda n: draw_benign(tasks, "validation", n, self.seed) if tasks else [],
+            shares = [None] * len(tasks) if n is None else share_out(n, [1.0] * len(tasks)) if tasks else []
+            kinds = {
+                "undesired": _at_most(n, lambda k: self.behavior.examples("validation", k, self.seed)),
+                "task": [
+                    example
+                    for stream, share in zip(tasks, shares, strict=True)
+                    for example in _at_most(share, partial(self._of_stream, stream))
+                ],
             }
-            self._validation[n] = {kind: found for kind, draw in kinds.items() if (found := _at_most(n, draw))}
+            self._validation[n] = {kind: found for kind, found in kinds.items() if found}
         return self._validation[n]
+
+    def _of_stream(self, stream: Stream, n: int | None) -> list[Example]:
+        return draw_benign([stream], "validation", n, self.seed)
 
     def check(self, stages: Collection[str]) -> None:
         """Draws all samples of `stages` and of the tests, before anything is trained.

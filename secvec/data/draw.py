@@ -47,6 +47,9 @@ def draw_benign_parts(
     if n is None:
         drawn = [stream.examples(split, None, seed) for stream in streams]
         counts = [len(some) // parts for some in drawn]
+        if drawn and not any(counts):
+            most = max(map(len, drawn))
+            raise DataError(f"finetune.cycles={parts} exceeds the {most} rows to divide over them: set at most {most}")
     else:
         counts, drawn = share_out(n, weights) if streams else [], []
         few: dict[int, TooFewError] = {}

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from jinja2 import TemplateError, TemplateSyntaxError, Undefined, UndefinedError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from secvec.data.example import SPLITS, Example, Shares, Split, Stream, same_text
 from secvec.data.tables import load
@@ -83,6 +83,8 @@ def fill(template: str, row: Row) -> str:
 
 class Bounds(Settings):
     """The numbers that pass a filter."""
+
+    model_config = ConfigDict(allow_inf_nan=True)  # no bound
 
     min: float = float("-inf")
     max: float = float("inf")

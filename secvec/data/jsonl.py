@@ -93,9 +93,11 @@ class JsonlFiles(Settings):
         if not rows or (n is not None and n > len(rows)):
             field = str(self._field(split))
             where = f"{getattr(self, field)} has {len(rows)} rows for split {split!r}"
-            raise TooFewError(
-                f"{where}{' (others share it)' * (len(self._sharing(field)) > 1)}, the run needs {n or 1}", len(rows)
-            )
+            shared = ""
+            if len(self._sharing(field)) > 1:
+                openings = len({row.opening for row in self._read(field)})
+                shared = f" (the splits share its {openings} different first messages)"
+            raise TooFewError(f"{where}{shared}, the run needs {n or 1}", len(rows))
         return Random(f"{split}/{seed}").sample(rows, len(rows))[:n]
 
     def _read(self, field: str) -> list[Example]:

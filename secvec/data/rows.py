@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from secvec.data.example import Example, Kind
 from secvec.data.tables import ROW, rows_of, stamp
-from secvec.errors import DataError, first_few, nearest
+from secvec.errors import DataError, first_few, nearest, shortened
 
 log = logging.getLogger(__name__)
 
@@ -118,8 +118,15 @@ def _turns(row: Mapping[str, Any], columns: Iterable[str], left_out: Counter[str
         used, given = used | {"weight"}, _untrained(given)
     if unused := row.keys() - used - {"system"}:
         left_out.update(f"keys {key!r}" for key in row if key in unused)
+    name = chat or (answer if isinstance(row[answer], list) and not isinstance(row[prompt], list) else prompt)
+    if isinstance(given, str):
+        raise DataError(
+            f"{name} is the text {shortened(given, 40)!r}, and must be a list of turns: a csv holds no lists, so save "
+            "the rows as JSON lines"
+        )
     if not isinstance(given, list) or not all(isinstance(turn, Mapping) for turn in given):
-        raise DataError(f'{chat or prompt} must be a list of {{"role": ..., "content": ...}}')
+        found = shortened(repr(row[name]), 40)
+        raise DataError(f'{name} must be text, or a list of {{"role": ..., "content": ...}}; got {found}')
     return [_turn(turn, left_out) for turn in given]
 
 

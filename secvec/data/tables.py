@@ -21,6 +21,7 @@ from pydantic import AfterValidator, BeforeValidator
 
 from secvec.errors import DataError, nearest
 from secvec.runs.content import file_digest, folder_digest
+from secvec.runs.files import files_in
 from secvec.runs.keys import content_key
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def rows_of(source: str) -> Iterator[tuple[str, Any]]:
 
 def stamp(path: Path) -> Any:
     """What changes with any file of a path; None where there is none. ctime is a time that no program can set back."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    files = [path] if path.is_file() else files_in(path)
     seen = [(file, file.stat()) for file in files]
     return tuple((str(file), s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for file, s in seen) or None
 
@@ -166,6 +167,9 @@ def _faults() -> tuple[type[Exception], ...]:
 
 
 def _reason(error: Exception) -> str:
+    # what pyarrow and `datasets` say of a file without rows
+    if any(words in str(error) for words in ("BatchSize must be greater than 0", "corresponds to no data")):
+        return "it has no rows"
     return str(error.__cause__ or error).strip().split("\n")[0]
 
 
@@ -307,7 +311,7 @@ def _files(folder: Path, config: str | None, data_dir: str | None, split: str) -
     for part in (data_dir, config):
         if part and (folder / part).is_dir():
             folder /= part
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and _suffix(file) in FORMATS)
+    files = [file for file in files_in(folder) if _suffix(file) in FORMATS]
     name = re.compile(rf"(?<![a-z0-9]){re.escape(split)}(?![a-z0-9])", re.IGNORECASE)
     named = [file for file in files if split == "all" or name.search(file.relative_to(folder).as_posix())]
     others = [file for file in files if OF_SPLITS.search(file.relative_to(folder).as_posix())]

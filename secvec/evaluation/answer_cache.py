@@ -35,9 +35,9 @@ class KeptAnswers:
 
     def add(self, key: str, answers: list[Answer]) -> None:
         """Keeps the answers of a batch; they are on the disk when it returns."""
-        self._batches[key] = answers
         if self.path is None:
             return
+        self._batches[key] = answers
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps([key, answers]) + "\n")

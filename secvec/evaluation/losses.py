@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from secvec.data.batch import IGNORE, Batch, Encoded, collate
 from secvec.data.encode import encode
 from secvec.data.example import Example
+from secvec.errors import ArtifactError
 from secvec.evaluation.prediction import predict
 from secvec.models.backbone import Backbone
 from secvec.models.logits import logits_at
@@ -38,7 +40,10 @@ def sample_losses(
     trainer: TrainerSettings,
     without_vector: bool = False,
 ) -> dict[str, list[float]]:
-    """Mean nats per response token of each sample, by kind. Every process must call it: the batches are shared out."""
+    """Mean nats per response token of each sample, by kind. Every process must call it: the batches are shared out.
+
+    Raises ArtifactError for a loss that is NaN.
+    """
     if not examples:
         return {}
     loaders = [
@@ -49,10 +54,16 @@ def sample_losses(
         for kind in examples.values()
     ]
     outputs = predict(module, loaders, trainer, "losses")
-    return {
+    losses = {
         kind: [loss for _, batch in sorted(found) for loss in batch]
         for kind, found in zip(examples, outputs, strict=True)
     }
+    if any(map(isnan, chain.from_iterable(losses.values()))):
+        raise ArtifactError(
+            f"{module.backbone.folder}: the loss of a response is NaN. The weights are damaged, or model.dtype and "
+            "trainer.precision are too small for them"
+        )
+    return losses
 
 
 def row_losses(model: nn.Module, batch: Batch) -> list[float]:

@@ -20,7 +20,7 @@ from secvec.data.lengths import Fitting
 from secvec.data.rows import read_rows
 from secvec.data.tables import COMPRESSED, rows_of
 from secvec.data.tokens import encoded
-from secvec.errors import ArtifactError, ConfigError, DataError, nearest
+from secvec.errors import ArtifactError, ConfigError, DataError, nearest, several, shortened
 from secvec.evaluation.scan import RowScore, kept_scores, quantile_threshold, scan, share_above
 from secvec.metrics import Measurement, Measurements, proportion
 from secvec.models.backbone import Backbone
@@ -60,6 +60,7 @@ class ScanFile:
         """Raises DataError, ArtifactError; ConfigError where nothing says what is a high score."""
         settings, vector, file = config.scan, config.vector.path, config.data.file
         assert vector is not None and file is not None
+        check_adapter(vector)
         kept = kept_scores(vector)
         if settings.threshold is None and settings.benign_file is None and not any(kept.get("benign", [])):
             raise ConfigError(
@@ -247,10 +248,10 @@ class ScanResult:
 def rows(source: str) -> Iterator[tuple[str, Any, bytes]]:
     """The place of each row (as `Example.source`), its content, and its line for a file of JSON lines.
 
-    Of JSON lines it is the very line of `source`; rows of other formats are written as JSON, in which times and bytes
-    are text.
+    Of JSON lines it is the very line of `source`; of a folder without the byte order mark of a file, and with the line
+    end that its last line may lack. Rows of other formats are written as JSON, in which times and bytes are text.
     """
-    opened = ""
+    opened, of_many = "", Path(source).is_dir()
     lines: Iterator[tuple[int, bytes]] = iter(())
     with ExitStack() as stack:
         for place, row in rows_of(source):
@@ -261,7 +262,8 @@ def rows(source: str) -> Iterator[tuple[str, Any, bytes]]:
             if file != opened:
                 stack.close()
                 opened, lines = file, enumerate(stack.enter_context(Path(file).open("rb")), start=1)
-            yield place, row, next(line for n, line in lines if n == int(number))
+            line = next(line for n, line in lines if n == int(number))
+            yield place, row, line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\n") + b"\n" if of_many else line
 
 
 def _as_line(row: Any) -> bytes:
@@ -286,7 +288,8 @@ def _labels(file: str, settings: ScanSettings) -> dict[str, bool]:
     columns: set[str] = set()
     for place, row in rows_of(file):
         columns |= row.keys()
-        if (value := row.get(settings.label)) not in (None, ""):  # a csv has no null
+        value = row.get(settings.label)
+        if value not in (None, "") and value == value:  # a csv has no null, and NaN is pandas' null
             values[place] = value
     labels = {place: value in settings.undesired for place, value in values.items()}
     if not values:
@@ -298,7 +301,7 @@ def _labels(file: str, settings: ScanSettings) -> dict[str, bool]:
     def held(*which: bool) -> str:
         """Values of the column that mean undesired (True) or benign, the first of them."""
         found = {json.dumps(value, default=str) for place, value in values.items() if labels[place] in which}
-        return ", ".join(sorted(found)[:8])
+        return ", ".join(several([shortened(text, 40) for text in sorted(found)], 8))
 
     if len(set(labels.values())) == 1:
         raise DataError(

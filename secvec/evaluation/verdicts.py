@@ -97,7 +97,9 @@ def judged(
         if chosen and numbers:
             given = _judged_once(chosen, [examples[i] for i in numbers], [responses[i] for i in numbers])
             found |= zip(numbers, given, strict=True)
-    found |= {i: Judgement(None, found[i].score) for i in to_grade if i in found}  # degrees, no verdict
+    for i in to_grade:
+        if i in found and found[i].verdict != "unparsable":
+            found[i] = Judgement(None, found[i].score)  # degrees, no verdict
     return [found.get(i) or _by_rule(behavior, *pair) for i, pair in enumerate(pairs)]
 
 

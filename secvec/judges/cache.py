@@ -32,6 +32,10 @@ class Store:
     def __init__(self, path: Path):
         self.path = path
 
+    def check(self) -> None:
+        """The file can be opened and written."""
+        self._run("SELECT 1", [()])
+
     def find(self, keys: Sequence[str]) -> dict[str, Judgement]:
         """The judgements of those `keys` that are stored."""
         found: dict[str, Judgement] = {}
@@ -81,6 +85,11 @@ class CachedJudge(Judge):
     def reads_reference(self) -> bool:
         """Whether it compares the response with the reference."""
         return False
+
+    def check(self) -> None:
+        """Its cache can be used."""
+        if self.cache:
+            Store(self.cache).check()
 
     @abstractmethod
     def _judge_batch(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Judgement]:

@@ -178,7 +178,8 @@ class LlmJudge(CachedJudge):
         return super().identity() | {"prompt": RUBRICS[self.rubric].prompt}
 
     def check(self) -> None:
-        """The client is installed and has a key; nothing is sent."""
+        """The cache can be used, the client is installed and has a key; nothing is sent."""
+        super().check()
         self._client().close()
 
     def judge(self, examples: Sequence[Example], responses: Sequence[str]) -> list[Judgement]:
@@ -227,6 +228,9 @@ class LlmJudge(CachedJudge):
             import openai
         except ImportError:
             raise ConfigError("judge=llm needs the openai client: pip install 'secvec[judges]'") from None
+        if urlsplit(self.base_url).scheme not in ("http", "https"):
+            url = self.base_url
+            raise ConfigError(f"judge.base_url={url} is no address of the web: write http://{url} or https://{url}")
         key = os.environ.get(self.api_key_env) or ("none" if urlsplit(self.base_url).hostname in _LOOPBACK else None)
         if key is None:
             raise ConfigError(

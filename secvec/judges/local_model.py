@@ -26,6 +26,10 @@ def _check_template(template: str) -> str:
         raise ValueError(f"unknown {sorted(unknown)}; known: {{prompt}}, {{response}}, {{eos}}")
     if lacking := {"prompt", "response"} - names:
         raise ValueError(f"it lacks {sorted(lacking)}")
+    try:
+        template.format(prompt="", response="", eos="")
+    except (ValueError, LookupError, AttributeError) as error:
+        raise ValueError(f"no template: {error}; write {{prompt}}, {{response}} and {{eos}} as they are") from None
     return template
 
 
@@ -52,6 +56,7 @@ class LocalModelJudge(CachedJudge):
 
     def check(self) -> None:
         """Its folder, tokenizer and device are there; the weights are loaded with the first response."""
+        super().check()
         _ = self._folder, self._tokenizer, self._device
 
     @cached_property
@@ -81,11 +86,10 @@ class LocalModelJudge(CachedJudge):
 
     @cached_property
     def _device(self) -> torch.device:
+        device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            return torch.device(
-                self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-            )
-        except RuntimeError as error:
+            return torch.empty(0, device=device).device  # a device that is not there fails here
+        except (RuntimeError, AssertionError) as error:
             raise ConfigError(f"judge.device={self.device}: {str(error).splitlines()[0]}") from None
 
     def _fill(self, template: str, example: Example, response: str) -> str:

@@ -238,6 +238,8 @@ def check(folder: Path) -> Path:
     adapter = (folder / "adapter_config.json").is_file()
     if not (folder / "config.json").is_file():
         also = " (an adapter goes into vector.path, its base model into model.name_or_path)" * adapter
+        if (folder / "backbone" / "config.json").is_file():  # of a run
+            also = f": give {folder / 'backbone'}"
         raise ArtifactError(f"{folder} is no model folder: config.json is missing{also}")
     if adapter:
         raise ArtifactError(

@@ -7,20 +7,36 @@ from contextlib import contextmanager
 
 from torch import nn
 
+RECOMPUTED = "recomputed_in_eval"
+"""The mark of a layer that is in training mode only to be computed again in the backward pass."""
+
 
 @contextmanager
 def in_eval(model: nn.Module) -> Iterator[None]:
-    """Inside, the model has no dropout. Afterwards all of it is in the mode that its root was in.
-
-    Layers that are computed again in the backward pass (gradient checkpointing) still are: transformers asks the mode
-    of the layer itself, which has no dropout of its own.
-    """
+    """Inside, the model is in eval mode. Afterwards all of it is in the mode that its root was in."""
     training = model.training
     model.eval()
-    for layer in model.modules() if training else ():
-        if getattr(layer, "gradient_checkpointing", False):
-            layer.training = True
     try:
         yield
     finally:
         model.train(training)
+
+
+@contextmanager
+def recomputed(model: nn.Module) -> Iterator[None]:
+    """Inside, a model in eval mode computes its checkpointed layers again in the backward pass, as in training.
+
+    transformers asks the mode of the layer itself, which is therefore in training mode here, without dropout or layer
+    drop of its own. Not for generation: such a layer reads no cache of keys and values.
+    """
+    checkpointed = [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
+    changed = [] if model.training else [(layer, dict(vars(layer))) for layer in checkpointed]
+    for layer, before in changed:
+        rates = {name: 0.0 for name, value in before.items() if "drop" in name and isinstance(value, float)}
+        vars(layer).update(rates, training=True, **{RECOMPUTED: True})
+    try:
+        yield
+    finally:
+        for layer, before in changed:
+            vars(layer).pop(RECOMPUTED)
+            vars(layer).update({name: value for name, value in before.items() if name in vars(layer)})

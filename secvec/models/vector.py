@@ -102,7 +102,10 @@ def check_adapter(folder: Path) -> dict[str, Any]:
     """PEFT's config of an adapter. Raises ArtifactError for none, or for one that cannot be switched off exactly."""
     path = folder / "adapter_config.json"
     if not path.is_file():
-        raise ArtifactError(f"{folder} holds no vector (adapter_config.json is missing): train one with stage=vector")
+        remedy = "train one with stage=vector"
+        if (folder / "vector" / "adapter_config.json").is_file():  # of a run
+            remedy = f"give {folder / 'vector'}"
+        raise ArtifactError(f"{folder} holds no vector (adapter_config.json is missing): {remedy}")
     try:
         given = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
@@ -435,6 +438,12 @@ def _attach(model: Any, name: str, settings: LoraSettings, dropout: float) -> nn
         raise ConfigError(
             f"target_modules {missing}: the model has no such linear layer{nearest(missing[0], usable)}; it has "
             f"{', '.join(usable)}; all of them: {'vector' if name == VECTOR else 'tune.lora'}.target_modules=all-linear"
+        )
+    count = bare.config.num_hidden_layers
+    if beyond := [layer for layer in settings.layers or [] if not 0 <= layer < count]:
+        raise ConfigError(
+            f"{'vector' if name == VECTOR else 'tune.lora'}.layers={settings.layers}: the model has the layers 0 to "
+            f"{count - 1}, and none {', '.join(map(str, beyond))}"
         )
     config = LoraConfig(
         r=settings.r,

@@ -53,9 +53,9 @@ def gathered(shape: Shape, shards: int) -> int:
     return outside + 2 * shape.layer_parameters if shards > 1 else 0
 
 
-def checkpoint_bytes(trained: int, dtype_bytes: int) -> int:
-    """The trained weights and their two moments; frozen weights are not saved."""
-    return 3 * trained * dtype_bytes
+def checkpoint_bytes(trained: int, dtype_bytes: int, keeps_weights: bool) -> int:
+    """The trained weights, their two moments, and the copy that a defense keeps; frozen weights are not saved."""
+    return (3 + keeps_weights) * trained * dtype_bytes
 
 
 def decode_steps(prompts: int, devices: int, batch_size: int, new_tokens: int) -> int:

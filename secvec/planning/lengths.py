@@ -59,8 +59,10 @@ def samples_of(data: SecVecDataModule, stages: Sequence[str]) -> dict[str, list[
 def numbers_of(data: SecVecDataModule, stages: Sequence[str]) -> dict[str, int]:
     """The number of samples of each use: counted, or by the settings where the data are not on this machine."""
     vector, evaluation, (harmful, benign) = data.vector, data.evaluation, data.data.counts
-    numbers = {"vector": vector.num_samples, "gate": vector.gate.num_prompts, "test": evaluation.num_prompts}
-    numbers |= {"undesired": harmful, "benign": benign, "leak": evaluation.num_leak_prompts}
+    numbers = {"undesired": harmful, "benign": benign, "test": evaluation.num_prompts}
+    numbers |= {"leak": evaluation.num_leak_prompts}
+    if "vector" in stages:
+        numbers |= {"vector": vector.num_samples, "gate": vector.gate.num_prompts}
     if data.is_local:
         numbers |= {kind: len(examples) for kind, examples in data.mixtures[0].items()}
         numbers["test"] = len(data.tests["undesired"])

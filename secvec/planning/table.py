@@ -91,7 +91,9 @@ def seconds(budget: Budget, cost: StageCost, gpu: Gpu) -> float:
 def _disk(budget: Budget, costs: Sequence[StageCost]) -> str:
     width, parts = budget.dtype_bytes, budget.parts
     sizes = {
-        f"{c.stage}: checkpoint while it runs": checkpoint_bytes(c.work.trained, width) for c in costs if c.work.trained
+        f"{cost.stage}: checkpoint while it runs": checkpoint_bytes(cost.work.trained, width, cost.work.keeps_weights)
+        for cost in costs
+        if cost.work.trained
     }
     for part in ("vector", "task", "backbone"):
         for what, copies in (cost.work.saved[part] for cost in costs if part in cost.work.saved and part in parts):

@@ -220,7 +220,9 @@ def _telling_keys(runs: Sequence[RecordedRun], settings: Mapping[int, Mapping[st
 
 
 @cache
-def _ignored(name: str) -> bool:
+def _ignored(name: str, before: str) -> bool:
+    if name == "stages" and before:  # of a callback
+        return False
     return _IGNORED.fullmatch(name.lower()) is not None
 
 
@@ -239,7 +241,7 @@ def _settings(run: RecordedRun) -> dict[str, str]:
                 continue  # the settings of a vector that the defense does not use
             elif _is_file(key) and isinstance(value, str):
                 flat[key] = json.dumps(value)
-            elif key == "seed" or key in _CACHES or (not before and name in NOT_IN_KEY) or _ignored(name):
+            elif key == "seed" or key in _CACHES or (not before and name in NOT_IN_KEY) or _ignored(name, before):
                 continue  # another seed (model.align.seed) makes another configuration
             elif isinstance(value, Mapping) and value:
                 walk(value, f"{key}.")

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from secvec.runs.cache import MARK
+
 KINDS = {
     "models": "aligned starting models",
     "vectors": "security vectors",
@@ -81,8 +83,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--days", type=float, default=0.0, help="only what was not used for so many days")
     parser.add_argument("--remove", action="store_true", help="remove them; stop all runs first")
     given = parser.parse_args(argv)
-    if not given.cache.is_dir():
-        print(f"error: no cache in {given.cache}: give the folder paths.cache with --cache DIR", file=sys.stderr)
+    if not (given.cache / MARK).is_file():
+        print(
+            f"error: {given.cache} is no cache of runs (it holds no {MARK}): give the folder paths.cache with --cache "
+            "DIR; a cache of an older version gets the mark by the next run",
+            file=sys.stderr,
+        )
+        return 2
+    if not given.days >= 0:
+        print(f"error: --days {given.days:g} must be 0 or more", file=sys.stderr)
         return 2
     found = entries(given.cache, given.kind or KINDS, given.days)
     print(f"{'kind':<12} {'entries':>8} {'size':>10} {'last used':>14}")

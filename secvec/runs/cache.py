@@ -6,13 +6,28 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from filelock import FileLock
 
-from secvec.runs.files import atomic_path
+from secvec.errors import ConfigError
+from secvec.runs.files import atomic_path, write_atomic
 from secvec.runs.processes import main_process
+
+MARK, SIGNATURE = "CACHEDIR.TAG", "Signature: 8a477f597d28d172789f06886806bc55\n"
+"""The mark of a cache, which backup programs know too (https://bford.info/cachedir)."""
+
+
+def prepare_cache(folder: Path) -> None:
+    """Makes the folder of a cache, with the mark by which it is known. Raises ConfigError where it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"paths.cache={folder} cannot be a folder ({error.strerror}): give another one") from None
+    with suppress(OSError):  # a cache that may only be read
+        if not (folder / MARK).is_file():
+            write_atomic(folder / MARK, SIGNATURE)
 
 
 def cached(path: Path, build: Callable[[Path], None], usable: Callable[[Path], bool] = Path.exists) -> Path:
@@ -44,23 +59,17 @@ def built_once(path: Path, build: Callable[[Path], None]) -> Path:
 
     if not dist.is_initialized():
         return cached(path, build)
-    box = [False]
-    if main_process():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{path}.lock")
-        lock.acquire()
-        box = [path.exists()]
-    try:
-        dist.broadcast_object_list(box)
-        if not box[0] and main_process():
-            with atomic_path(path) as temporary:
-                build(temporary)
-        elif not box[0]:
-            build(path)  # writes nothing: it takes part in the work
-        dist.barrier()
-    finally:
+    box: list[str | None] = [None]
+    with ExitStack() as stack:
         if main_process():
-            lock.release()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(f"{path}.lock"))
+            box = [None if path.exists() else str(stack.enter_context(atomic_path(path)))]
+        dist.broadcast_object_list(box)
+        if box[0] is not None:
+            build(Path(box[0]))
+            dist.barrier()  # nobody reads there any more
+    dist.barrier()  # it is in its place
     return path
 
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from secvec.runs.files import write_atomic
+from secvec.runs.files import files_in, write_atomic
 
 OF_MODELS = (
     *("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "**/*.py"),
@@ -61,7 +61,8 @@ def folder_digest(folder: Path, keep: Path | None = None, without: Sequence[str]
     card do: they may name the files of a split.
     """
     model = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
-    files = {file for pattern in (OF_MODELS if model else ("**/*",)) for file in folder.glob(pattern)}
+    of_model = {file for pattern in OF_MODELS for file in folder.glob(pattern)}
+    files = of_model if model else {*files_in(folder), folder / DATASET_CONFIG}
     names = {file.relative_to(folder).as_posix(): file for file in files if file.is_file() and file.suffix != ".md"}
     names = {name: file for name, file in names.items() if name not in without}
     counts = {name for name in names if "/." not in f"/{name}" or name == DATASET_CONFIG}

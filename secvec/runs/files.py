@@ -45,3 +45,19 @@ def read_lines(path: Path) -> list[Any]:
 def write_lines(path: Path, rows: Iterable[Any]) -> None:
     """Writes `rows` as JSON lines, whole or not at all."""
     write_atomic(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The files of a folder and of those in it, also of those that are linked into it.
+
+    Hidden ones are left out: checkpoints of notebooks, and what some systems keep beside a file.
+    """
+    found, seen = list[Path](), set[Path]()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := Path(place).resolve()) in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(file for file in found if file.is_file())

@@ -119,4 +119,7 @@ def check_arguments(name: str, called: Callable, given: Iterable[str], ours: Col
         return
     known = [parameter for parameter in parameters if parameter not in ours]
     if unknown := [f"{argument!r}{nearest(argument, known)}" for argument in given if argument not in known]:
-        raise ValueError(f"{name} takes no {', '.join(unknown)}; it takes {', '.join(sorted(known))}")
+        raise ValueError(
+            f"{name} takes no {', '.join(unknown)}; it takes {', '.join(sorted(known))}. To leave out one of the yaml: "
+            "~GROUP.NAME, as in ~optimizer.betas"
+        )

@@ -61,6 +61,16 @@ class TrainerSettings(Settings, extra="allow"):
         extra = self.model_extra or {}
         if nothing := [f"{name}=0" for name in ("limit_train_batches", "max_steps") if extra.get(name) == 0]:
             raise ValueError(f"{' and '.join(nothing)} would train nothing: leave it out, or give a number above 0")
+        for name in ("limit_train_batches", "limit_val_batches", "overfit_batches", "val_check_interval"):
+            value = extra.get(name)
+            if isinstance(value, str | bool):
+                raise ValueError(f"{name}={value}: give a number of batches, or a share of them from 0 to 1")
+            if name in ("limit_val_batches", "overfit_batches") and isinstance(value, float) and 0 < value < 1:
+                raise ValueError(f"{name}={value}: validation has one batch of each kind, so give a number of batches")
+        for name, least in (("check_val_every_n_epoch", 1), ("num_sanity_val_steps", -1)):
+            value = extra.get(name, least)
+            if not (value is None and least == 1) and (not isinstance(value, int) or value < least):
+                raise ValueError(f"{name}={value}: give a whole number from {least} on{' or null' * (least == 1)}")
         limit, parts = extra.get("limit_train_batches"), self.accumulate_grad_batches
         if isinstance(limit, int) and limit % parts:
             raise ValueError(
@@ -92,7 +102,7 @@ class TrainerSettings(Settings, extra="allow"):
         check_arguments("lightning.Trainer", L.Trainer, others, OURS)
         # one process on the CPU: a Trainer that is made for other hardware looks for it
         here = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
-        alone = {"logger": False, "plugins": LightningEnvironment()}
+        alone = {"logger": False} | ({} if "plugins" in others else {"plugins": LightningEnvironment()})
         level = logging.root.manager.disable
         logging.disable(logging.INFO)
         try:

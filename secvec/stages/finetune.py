@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from secvec.data.batch import Batch, Encoded
+from secvec.data.draw import data_hash
 from secvec.errors import ArtifactError, ConfigError
 from secvec.evaluation.during_training import BehaviorDuringTraining
 from secvec.evaluation.leak_probes import write_context
@@ -170,6 +171,8 @@ class FinetuneStage(Stage):
         """The prompts asked during training, the task LoRA, a vector that exists already, saving, and disk space."""
         config, backbone, validation = run.config, run.backbone, run.config.evaluation.validation
         run.check_monitors(self.name)
+        fewest = min(sum(map(len, mixture.values())) for mixture in run.data.mixtures)
+        run.check_limits(fewest, config.finetune.batch_size)
         if validation.every_n_steps:
             run.evaluator(run.data.validation(validation.num_prompts)).check(run.inference_module(backbone))
         if config.vector.path or "vector" not in config.stages:
@@ -222,7 +225,8 @@ def _last_cycle(run: Run, backbone: Backbone, vector: Path | None) -> None:
     """
     config, path, record = run.config, run.folder.path, run.folder.record
     watched = [config.telemetry, config.evaluation.validation]
-    key = content_key([_key(run, backbone, vector), [one.model_dump() for one in watched]])
+    held_out = [data_hash(rows) for rows in run.data.validation(config.evaluation.validation.num_samples).values()]
+    key = content_key([_key(run, backbone, vector), [one.model_dump() for one in watched], held_out])
     pointer = config.paths.cache / "finetuned" / f"{key}.json"
     found = None if config.force else from_first(lambda: _trained(pointer))
     if found is None:
@@ -263,8 +267,8 @@ def _last_cycle(run: Run, backbone: Backbone, vector: Path | None) -> None:
 def _check_disk(run: Run) -> None:
     """Raises ArtifactError where the backbone, the checkpoints before it and those of earlier cycles do not fit."""
     config, size = run.config, run.backbone.num_bytes
-    moments = 2 if "adam" in config.optimizer.target.lower() else 0
-    checkpoints = size + (2 * (1 + moments) * size if config.tune.kind == "full" else 0)
+    copies = 1 + (2 if "adam" in config.optimizer.target.lower() else 0) + config.defense.keeps_weights
+    checkpoints = size + (2 * copies * size if config.tune.kind == "full" else 0)
     wanted = {run.folder.path: (checkpoints, "the fine-tuned backbone and two checkpoints", "paths.outputs")}
     if cycles := config.finetune.cycles - 1:
         kept = config.paths.cache / "cycles"

@@ -135,6 +135,7 @@ class VectorStage(Stage):
     def check(self, run: Run) -> None:
         """The layers of the vector, the prompts of the gate, the test prompts, the judges and callbacks."""
         run.check_monitors(self.name)
+        run.check_limits(len(run.data.vector_samples["undesired"]), run.config.vector.batch_size)
         attach_new_vector(run.backbone.skeleton(), run.config.vector, run.config.vector.dropout)
         module = run.inference_module(run.backbone)
         run.evaluator({"undesired": run.data.held_out}, run.config.vector.behavior).check(module)

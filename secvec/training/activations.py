@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from secvec.data.batch import IGNORE, Batch
 from secvec.errors import ConfigError
+from secvec.models.modes import RECOMPUTED
 from secvec.models.outline import layer_lists, layers, text_part
 
 Change = Callable[[Tensor, Tensor], Tensor]
@@ -56,7 +57,7 @@ def change_outputs(model: nn.Module, number: int | None, directions: Tensor, cha
     layer.register_buffer("directions", directions, persistent=False)
 
     def hook(module: Any, _: Any, output: Any) -> Any:
-        if not module.training:
+        if not module.training or hasattr(module, RECOMPUTED):
             return output
         hidden = _hidden(output)
         return _with_hidden(output, change(hidden, module.directions.to(hidden.dtype)))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from secvec.data.batch import Batch, Encoded, collate, count_together
 from secvec.metrics import Measurement, Measurements
+from secvec.models.modes import recomputed
 from secvec.models.sharding import local_shard, over_shards, reshard
 from secvec.models.vector import has_vector, vector_off
 from secvec.training.callbacks import EverySteps
@@ -119,7 +120,8 @@ class Telemetry(EverySteps):
 
         gradient: list[Tensor] = []
         if wanted:
-            gradient = gradient_of(module.model, [partial(loss, batch) for batch in batches])
+            with recomputed(module.model):
+                gradient = gradient_of(module.model, [partial(loss, batch) for batch in batches])
         else:
             with torch.no_grad():
                 for batch in batches:

@@ -21,10 +21,11 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from secvec.errors import ArtifactError, ConfigError, DivergedError
+from secvec.errors import ArtifactError, ConfigError, DivergedError, one_line
 from secvec.models.sharding import local_shard
 from secvec.runs.console import table
 from secvec.runs.processes import from_first
@@ -116,7 +117,10 @@ def fit(
     if last:
         log.info("%s: going on from the last checkpoint (%s)", training.label, last)
     with interruptible(runner):
-        runner.fit(module, data, ckpt_path=last and str(last), weights_only=True if last else None)
+        try:
+            runner.fit(module, data, ckpt_path=last and str(last), weights_only=True if last else None)
+        except MisconfigurationException as error:
+            raise ConfigError(f"stage {training.label}: the Trainer refuses its settings: {one_line(error)}") from None
     module.save(out)
     return keep.written
 
@@ -263,6 +267,11 @@ class StopWhenDiverged(L.Callback):
 
     def _diverged(self, trainer: L.Trainer, step: int, lr: float, what: str) -> DivergedError:
         steps = int(trainer.estimated_stepping_batches)
+        if step == 0:
+            return DivergedError(
+                f"stage {self.training.label} cannot start: before the first step {what}. The model's weights are "
+                f"damaged, or trainer.precision={self.training.trainer.precision} is too small for it"
+            )
         return DivergedError(
             f"stage {self.training.label} diverged: after {step} of {steps} steps {what} (learning rate {lr:.3g}). "
             f"Lower {self.training.learning_rate}, or set trainer.gradient_clip_val. Nothing of it is saved"

@@ -19,6 +19,7 @@ from conftest import run_of
 from secvec import run as runs
 from secvec.cli import _no_room
 from secvec.config.schema import RunConfig
+from secvec.data.datamodule import SecVecDataModule
 from secvec.errors import ArtifactError, ConfigError, DataError
 from secvec.module import SecVecModule
 from secvec.run import train
@@ -158,7 +159,18 @@ def test_a_disk_that_fills_takes_no_checkpoint_with_it(make_config: Make, monkey
     assert same(weights(Path(cut.run_dir) / "backbone"), weights(Path(whole.run_dir) / "backbone"))
 
 
-def test_what_only_evaluation_reads_trains_nothing_again(make_config: Make, labels: list[str]) -> None:
+def test_a_stage_that_is_forced_leaves_no_later_one_finished(make_config: Make) -> None:
+    """Its metrics would be those of a backbone that is gone."""
+    record = train(make_config("defense=none"))
+    assert record["stages"] == ["finetune", "infer"] and "after/task_loss" in record["metrics"]
+    record = train(make_config("defense=none", "stage=finetune", "force=true"))
+    assert record["stages"] == ["finetune"] and "after/task_loss" not in record["metrics"]
+    assert train(make_config("defense=none"))["stages"] == ["finetune", "infer"]
+
+
+def test_what_only_evaluation_reads_trains_nothing_again(
+    make_config: Make, labels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = make_config("telemetry.every_n_steps=3", run="first")
     record = finetuned(first)
     assert labels[-1] == "finetune"
@@ -172,6 +184,13 @@ def test_what_only_evaluation_reads_trains_nothing_again(make_config: Make, labe
     curves = [(Path(config.run_dir) / "metrics.csv").read_text().splitlines() for config in (first, other)]
     trained, copied = ([row for row in some if row.startswith("finetune,")] for some in curves)
     assert copied and copied == [row for row in trained if ",during/" not in row]
+
+    draw = SecVecDataModule.validation
+    with monkeypatch.context() as patch:  # as with other rows in a file of validation
+        patch.setattr(SecVecDataModule, "validation", lambda self, n: {k: v[1:] for k, v in draw(self, n).items()})
+        finetuned(make_config("telemetry.every_n_steps=3", "evaluation.max_new_tokens=32", run="e"))
+    assert labels == ["finetune"]  # its curves are of them
+    labels.clear()
 
     (Path(first.run_dir) / "backbone" / "config.json").write_text("{}")  # it is no more what it was
     finetuned(make_config("telemetry.every_n_steps=3", "evaluation.max_new_tokens=31", run="c"))

@@ -27,6 +27,7 @@ from secvec.evaluation.scan import RowScore, kept_scores
 from secvec.evaluation.scan_file import rows
 from secvec.models.backbone import Backbone
 from secvec.run import evaluate, train
+from secvec.runs.content import folder_digest
 
 Scan = Callable[..., dict[str, Any]]
 
@@ -103,8 +104,28 @@ def test_a_folder_is_divided_as_its_files_one_behind_another(scan: Scan, lines: 
     assert places == [("a.jsonl", n) for n in range(1, 9)] + [("b.jsonl", n) for n in range(1, 13)]
     assert [row | {"row": 0} for row in other] == [row | {"row": 0} for row in one]
     for part in ("flagged.jsonl", "kept.jsonl"):
-        assert (tmp_path / "scanned" / part).read_bytes() == (tmp_path / "of_one" / part).read_bytes()
+        of_folder, of_one = ((tmp_path / out / part).read_bytes() for out in ("scanned", "of_one"))
+        assert of_folder.strip() == of_one.strip()  # the last line of the file has no end
     assert re.search(r"[ab]\.jsonl, row \d", (tmp_path / "scanned" / "scan.html").read_text(encoding="utf-8"))
+
+
+def test_the_rows_of_a_folder_stay_rows(tmp_path: Path) -> None:
+    """A file whose last line has no end, one with a byte order mark, hidden files, and a folder that is linked."""
+    files = {"a.jsonl": b'{"p": 1}\n{"p": 2}', "b.jsonl": b'\xef\xbb\xbf{"p": 3}\r\n', "c.csv": b"p\nx\n"}
+    for name, content in (files | {".ipynb_checkpoints/a-checkpoint.jsonl": b"{}", "._a.jsonl": b"\0"}).items():
+        (tmp_path / "rows" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "rows" / name).write_bytes(content)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "d.jsonl").write_text('{"p": 5}')
+    (tmp_path / "rows" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "rows" / "linked" / "round").symlink_to(tmp_path / "rows")
+    written = b"".join(line for *_, line in rows(str(tmp_path / "rows")))
+    assert [json.loads(line)["p"] for line in written.splitlines()] == [1, 2, 3, "x", 5]
+    before = folder_digest(tmp_path / "rows")
+    (tmp_path / "rows" / "._a.jsonl").write_bytes(b"\1")
+    assert folder_digest(tmp_path / "rows") == before
+    (tmp_path / "elsewhere" / "d.jsonl").write_text('{"p": 6}')
+    assert folder_digest(tmp_path / "rows") != before
 
 
 def test_a_vector_that_was_trained_with_another_template_is_refused(
@@ -173,6 +194,10 @@ def test_a_vector_of_others_needs_a_threshold(scan: Scan, vector: Path, lines: l
             r"all 19 labelled .* holds false, true: .*'scan.undesired=\[VALUE\]'",
         ),
         (["model.name_or_path=OTHER"], r"was trained on another model"),
+        (["vector.path=RUN"], r"holds no vector \(adapter_config.json is missing\): give .*/vector$"),
+        (["scan.threshold=nan"], r"scan\.threshold"),
+        (["data=untrusted", "data.kl_file=${data.file}"], r"a scan reads no data\.kl_file: leave it out"),
+        (["scan.label=prompt"], r"the column holds (\"[^\"]{39}\.\.\., )+and 12 more: name those"),
     ],
 )
 def test_wrong_settings_are_told_before_a_model_is_loaded(
@@ -189,7 +214,7 @@ def test_wrong_settings_are_told_before_a_model_is_loaded(
     other = Path(shutil.copytree(base, tmp_path / "other"))
     (other / "config.json").write_text((other / "config.json").read_text() + "\n")
     with pytest.raises(SecVecError, match=message) as raised:
-        scan(*(text.replace("OTHER", str(other)) for text in overrides))
+        scan(*(text.replace("OTHER", str(other)).replace("RUN", str(vector.parent)) for text in overrides))
     assert raised.value.exit_code == 2 and not (tmp_path / "scanned").exists()
 
 
@@ -291,3 +316,11 @@ def test_an_empty_cell_is_no_label(scan: Scan, tmp_path: Path) -> None:
     (tmp_path / "mine.csv").write_text("prompt,response,bad\na,b,true\nc,d,\ne,f,false\n")
     record = scan("scan.label=bad", "scan.undesired=['true']", file="mine.csv")
     assert record["metrics"]["scan/auroc"]["n"] == 2
+
+
+def test_nan_is_no_label(scan: Scan, tmp_path: Path) -> None:
+    """What `json.dumps` makes of a gap in a pandas column."""
+    labelled = ["1", "NaN", "0", "null"]
+    text = "".join(f'{{"prompt": "a {n}", "response": "b", "bad": {label}}}\n' for n, label in enumerate(labelled))
+    (tmp_path / "mine.jsonl").write_text(text)
+    assert scan("scan.label=bad", "scan.undesired=[1]")["metrics"]["scan/auroc"]["n"] == 2

@@ -50,6 +50,11 @@ def test_a_scan_that_finds_as_much_as_in_benign_rows_says_so(
     assert "the scan flags 0 of" in caplog.text and "does not cover" in caplog.text
 
 
+def test_the_share_that_is_flagged_is_that_of_all_cycles(make_config: Make) -> None:
+    record = finetuned(make_config("defense=scan_filter", "finetune.cycles=2"))
+    assert record["metrics"]["scan/flagged_share"]["n"] == 2 * 32
+
+
 def test_the_vector_of_a_filter_is_not_active(make_config: Make) -> None:
     configs = [make_config(f"defense={name}", run=name) for name in ("scan_filter", "security_vector")]
     ledgers = [finetuned(config)["ledger"] for config in configs]

@@ -99,6 +99,16 @@ def test_several_processes_compute_what_one_does(
     assert max((moved[name] - start[name]).abs().max() for name in moved) > 100 * tolerance  # it did move
 
 
+@pytest.mark.slow
+def test_a_model_is_prepared_by_all_processes(cache: Path, tmp_path: Path) -> None:
+    """The second one looked for the prepared model where it is moved to only afterwards."""
+    given = ["defense=vaccine", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    where = [f"paths.cache={cache}", f"hydra.run.dir={tmp_path / 'run'}"]
+    done = run_on_two("train.py", *SMALL, *given, *where, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((cache / "preparations").glob("*/backbone"))) == 1
+
+
 @pytest.mark.parametrize(
     ("strategy", "start"), [("ddp", run_on_two), pytest.param("fsdp", run_command, marks=pytest.mark.slow)]
 )

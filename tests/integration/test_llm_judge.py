@@ -207,6 +207,10 @@ def test_the_key_comes_from_the_named_variable_and_loopback_needs_none(
     assert endpoint.keys[1] == "Bearer my-key" != endpoint.keys[0]
     with pytest.raises(ConfigError, match=r"environment variable OPENAI_API_KEY"):
         make_judge("base_url=https://judge.invalid/v1").judge(asked(1), ["c"])
+    with pytest.raises(
+        ConfigError, match=r"localhost:8000/v1 is no address of the web: write http://localhost:8000/v1"
+    ):
+        make_judge("base_url=localhost:8000/v1").check()
 
 
 def test_without_the_client_it_says_what_to_install(make_judge: MakeJudge, monkeypatch: pytest.MonkeyPatch) -> None:

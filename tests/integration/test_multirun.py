@@ -114,6 +114,8 @@ def test_every_job_s_plan_is_printed_and_what_is_there_stays(multirun, tmp_path:
     assert "\n# seed=0\nplan: seed 0\n" in done.stdout and "1 of 2 jobs would fail: seed=14" in done.stderr
     assert {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()} == {"record.json", "multirun.yaml"}
     assert record.read_text() == "{}"
+    multirun("+plan=true", "sweep=other", "seed=0")
+    assert not (tmp_path / "out" / "other").exists(), list((tmp_path / "out" / "other").rglob("*"))
 
 
 def test_the_search_path_is_handed_to_the_jobs(multirun, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

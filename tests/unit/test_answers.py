@@ -230,3 +230,10 @@ def test_metrics_of_an_earlier_try_go(tmp_path: Path) -> None:
     }
     folder.drop_metrics(STAGES["infer"].measures)
     assert sorted(folder.record.metrics) == ["drift", "gate/behavior_rate"]
+
+
+def test_a_module_without_a_folder_keeps_no_answers() -> None:
+    """The module may be trained before it is asked again."""
+    kept = KeptAnswers(None)
+    kept.add("a", [Answer("x", False)])
+    assert kept.get("a") is None

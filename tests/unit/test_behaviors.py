@@ -15,7 +15,7 @@ from secvec.config.schema import RunConfig
 from secvec.data.encode import encode
 from secvec.data.example import SPLITS, Example
 from secvec.data.prompts import prompt_set
-from secvec.errors import ConfigError, DataError
+from secvec.errors import ConfigError, DataError, TooFewError
 from secvec.evaluation.leak_probes import leak_prompt_sets
 from secvec.models.tiny import CONTEXT, build_tiny
 
@@ -385,3 +385,10 @@ def test_all_fits_into_the_tiny_model(make: Make, name: str) -> None:
     _, tokenizer = build_tiny([text for e in words for text in (e.prompt, e.response)], seed=0)
     for split in SPLITS:
         encode(behavior.examples(split, 300, seed=0), tokenizer, CONTEXT - 40)
+
+
+def test_too_few_of_one_among_several(make: Make) -> None:
+    several = make("all_embedded")
+    with pytest.raises(TooFewError, match=r"wrong_fact/validation has about \d+") as caught:
+        several.examples("validation", 50_000, seed=0)
+    assert len(several.examples("validation", caught.value.have, seed=0)) == caught.value.have > 100

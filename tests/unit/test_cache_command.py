@@ -11,12 +11,14 @@ import pytest
 from conftest import ROOT
 from filelock import FileLock
 
+from secvec.errors import ConfigError
 from secvec.runs.__main__ import KINDS, main
-from secvec.runs.cache import cached
+from secvec.runs.cache import MARK, cached, prepare_cache
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
+    prepare_cache(tmp_path / "cache")
     for name, days in (("vectors/old", 40), ("vectors/new", 0), ("models/old", 40)):
         folder = tmp_path / "cache" / name
         cached(folder, lambda out: (out.mkdir(), (out / "weights").write_bytes(b"x" * 1_000_000)))  # type: ignore[arg-type, return-value]
@@ -55,6 +57,22 @@ def test_what_a_run_is_making_stays(cache: Path, capsys: pytest.CaptureFixture[s
     assert "removed 2 entries, 2.0 MB; 1 are in use" in capsys.readouterr().out and left(cache) == {"vectors/old"}
 
 
+def test_a_folder_that_is_no_cache_keeps_all(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A repository has a folder `models` too."""
+    (cache / MARK).unlink()
+    assert main(["--cache", str(cache), "--remove"]) == 2
+    assert f"is no cache of runs (it holds no {MARK})" in capsys.readouterr().err and len(left(cache)) == 3
+    prepare_cache(cache)
+    assert main(["--cache", str(cache), "--remove", "--days", "nan"]) == 2 and len(left(cache)) == 3
+
+
+def test_a_cache_that_cannot_be_made_is_a_fault_of_the_setting(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/below"):
+        with pytest.raises(ConfigError, match=r"paths\.cache=.* cannot be a folder \(.*\): give another one"):
+            prepare_cache(tmp_path / place)
+
+
 @pytest.mark.parametrize("name", [".old.x1y2", "old.part"])
 def test_the_folder_of_a_build_in_progress_stays(cache: Path, name: str) -> None:
     """It has another name than the lock that its run holds; the run ended with FileNotFoundError."""
@@ -85,4 +103,4 @@ def test_what_is_used_counts_as_new(cache: Path) -> None:
 
 def test_a_folder_without_a_cache_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--cache", str(tmp_path / "nowhere")]) == 2
-    assert "nowhere: give the folder paths.cache" in capsys.readouterr().err
+    assert "nowhere is no cache of runs" in capsys.readouterr().err

@@ -137,6 +137,25 @@ def test_a_loss_that_is_not_measured_is_refused_before_training(
     off = run_of(make_config(*plain, f"callbacks.{callback}.monitor=val/task_loss_vector_on"))
     with pytest.raises(ConfigError, match=r"val/task_loss_vector_on is not measured \(did you mean 'val/task_loss'"):
         off.check_monitors("finetune")
+    for monitor in ("val_loss", "during/behavior_rate"):
+        with pytest.raises(ConfigError, match=rf"monitor={monitor} is not measured.*of the training, train/loss"):
+            run_of(make_config(*plain, f"callbacks.{callback}.monitor={monitor}")).check_monitors("finetune")
+    for monitor in ("train/loss", "epoch"):
+        run_of(make_config(*plain, f"callbacks.{callback}.monitor={monitor}")).check_monitors("finetune")
+
+
+def test_limits_are_held_against_the_batches_of_an_epoch(make_config: Callable[..., RunConfig]) -> None:
+    """Lightning looks when a training begins, which for the fine-tune is after the vector."""
+    for given, says in (
+        ("limit_train_batches=0.3", "leaves none of the 3 batches"),
+        ("val_check_interval=4", "exceeds the 3 batches"),
+    ):
+        run = run_of(make_config(f"trainer.{given}"))
+        run.check_limits(32, 8)
+        with pytest.raises(ConfigError, match=says):
+            run.check_limits(24, 8)
+    over_epochs = ["trainer.val_check_interval=4", "trainer.check_val_every_n_epoch=null"]
+    run_of(make_config(*over_epochs)).check_limits(24, 8)
 
 
 def test_it_asks_before_the_first_step_and_after_every_so_many(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,6 +221,18 @@ def test_every_job_of_an_experiment_validates(name: str, every: bool, tmp_path: 
         (["scheduler=polynomial", "optimizer.lr=1e-8"], ["scheduler: polynomial: lr_end (1e-07) must be smaller"]),
         (["+trainer.max_step=1"], ["trainer: lightning.Trainer takes no 'max_step' (did you mean 'max_steps'?)"]),
         (["trainer.limit_train_batches=2.5"], ["trainer: ", "2.5 for limit_train_batches", "[0.0, 1.0] or an int"]),
+        (["trainer.limit_train_batches=half"], ["trainer: limit_train_batches=half: give a number of batches, or a"]),
+        (["trainer.limit_val_batches=0.5"], ["trainer: limit_val_batches=0.5: validation has one batch of each kind"]),
+        (["trainer.check_val_every_n_epoch=0"], ["trainer: check_val_every_n_epoch=0: give a whole number from 1 on"]),
+        (["trainer.num_sanity_val_steps=abc"], ["trainer: num_sanity_val_steps=abc: give a whole number from -1 on"]),
+        (["trainer.plugins=foo"], ["trainer: ", "Found invalid type for plugin"]),
+        (["optimizer.lr=inf"], ["optimizer.lr", "finite"]),
+        (["vector.kl_weight=inf"], ["vector.kl_weight", "finite"]),
+        (
+            ["behavior.reworded=[hello]"],
+            ["behavior.reworded", "'hello' would be the same for every request", "{prompt}"],
+        ),
+        (["optimizer._target_=torch.optim.Adagrad"], ["takes no 'betas'", "~GROUP.NAME, as in ~optimizer.betas"]),
         (["trainer.profiler=simpl"], ["trainer: ", "`profiler`", "'simple', 'advanced'"]),
         (["+trainer.replicas=2"], ["trainer: replicas=2 are copies of sharded weights: choose trainer=fsdp"]),
         (

@@ -309,3 +309,15 @@ def test_a_score_is_told_on_the_judges_own_scale() -> None:
     settings = EvaluationSettings(num_prompts=3, batch_size=4, max_new_tokens=3, num_leak_prompts=0)
     found = evaluate(*world, {"undesired": examples}, behavior, settings, "after", judge=Half()).metrics  # type: ignore[arg-type]
     assert found["after/harmfulness_score"].value == 2.0 and found["after/behavior_score"].value == 0.25
+
+
+def test_an_answer_that_its_judge_could_not_read_stays_unread() -> None:
+    """A kept result of the base asks again for such ones; without a verdict it looked as if it were judged."""
+
+    class Down(Judge):
+        def judge_one(self, example: Example, response: str) -> Judgement:
+            return Judgement("unparsable", None) if response == "b" else Judgement("behavior", 0.5)
+
+    asked = [Example((("user", "a"),), "b", "task", metric="judge")] * 2
+    found = judged(ForbiddenRecipe(name="x", sensitive=False), None, asked, ["a", "b"], Down(name="down"))
+    assert found == [Judgement(None, 0.5), Judgement("unparsable", None)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import logging
 import lzma
@@ -36,6 +37,12 @@ GOOD = b'{"prompt": "a", "response": "b"}\n'
 
 def chat(*turns: tuple[str, str]) -> bytes:
     return json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]}).encode() + b"\n"
+
+
+def empty_table() -> bytes:
+    file = io.BytesIO()
+    datasets.Dataset.from_dict({"prompt": [], "response": []}).to_parquet(file)
+    return file.getvalue()
 
 
 @pytest.fixture
@@ -279,8 +286,14 @@ def test_what_is_not_used_is_told_once(write: Callable[..., Path], caplog: pytes
         (chat(("user", "a")), "1", "(roles: user), so nothing to train on"),
         (chat(), "1", "(roles: none)"),
         (GOOD + chat(("user", "a"), ("asistant", "b")), "2", "'asistant' is no role (did you mean 'assistant'?)"),
-        (b'{"messages": "a"}\n', "1", 'messages must be a list of {"role": ..., "content": ...}'),
-        (b'{"messages": ["a"]}\n', "1", 'messages must be a list of {"role": ..., "content": ...}'),
+        (b'{"messages": "[{}]"}\n', "1", "messages is the text '[{}]', and must be a list of turns: a csv holds no"),
+        (
+            b'{"messages": ["a"]}\n',
+            "1",
+            'messages must be text, or a list of {"role": ..., "content": ...}; got [\'a\']',
+        ),
+        (b'{"prompt": "a", "response": ["b"]}\n', "1", "response must be text, or a list of {"),
+        (b'{"prompt": ["a"], "response": "b"}\n', "1", "prompt must be text, or a list of {"),
         (b'{"messages": [{"role": "user"}]}\n', "1", "the prompt must be text, got None"),
         (b'{"messages": [{"content": "user"}]}\n', "1", "None is no role"),
         (chat(("user", "a"), ("assistant", "")), "1", "the response must be text, got ''"),
@@ -323,6 +336,7 @@ def test_a_bad_row_is_named_with_file_and_line(
         ("rows.jsonl.xz", b"no xz", "rows.jsonl.xz: cannot be read"),
         ("rows.jsonl.zst", b"", "unpack it, or pack it as .gz"),
         ("rows.parquet", b"no parquet", "rows.parquet: cannot be read"),
+        ("rows.parquet", empty_table(), "rows.parquet: cannot be read: it has no rows"),
     ],
 )
 def test_a_file_that_cannot_be_read(name: str, content: bytes, says: str, write: Callable[..., Path]) -> None:
@@ -427,7 +441,7 @@ def test_too_few_rows(write: Callable[..., Path]) -> None:
     with pytest.raises(TooFewError, match=r"rows.jsonl has 10 rows for split 'finetune', the run needs 11") as caught:
         stream.examples("finetune", 11, 0)
     assert caught.value.have == 10
-    with pytest.raises(TooFewError, match=r"79 rows for split 'vector' \(others share it\)"):
+    with pytest.raises(TooFewError, match=r"79 rows for split 'vector' \(the splits share its 100 different"):
         behavior(vector=write(numbered(100))).examples("vector", 80, 0)
 
 
@@ -491,10 +505,12 @@ def test_the_share_that_is_proposed_can_be_typed(write: Callable[..., Path]) -> 
         "data=untrusted",
         f"data.file={file}",
         "data.benign.untrusted.shares.test=0.3",
-        "behavior.reworded=[In short]",
+        "behavior.reworded=['In short: {prompt}']",
     ]
     config = loaded("behavior=jsonl", f"behavior.file={file}", "judge=none", "recipe=tiny", *more)
-    assert config.data.benign["untrusted"].shares.finetune == 0.9 and config.behavior.reworded == ("In short",)
+    assert config.data.benign["untrusted"].shares.finetune == 0.9 and config.behavior.reworded == (
+        "In short: {prompt}",
+    )
 
 
 def test_a_folder_of_rows_is_read_whole_where_no_name_tells_of_splits(

@@ -281,7 +281,12 @@ def test_faults_of_a_classifier_are_told(
     assert "needs reduce=max" in fault(ConfigError, f"judge.model={folder}", label, "judge.activation=sigmoid")
     assert "needs a behavior_label" in fault(ConfigError, f"judge.model={folder}", "judge.behavior_label=null")
     assert "it lacks ['response']" in fault(ConfigError, f"judge.model={folder}", label, "judge.template='{prompt}'")
-    assert "judge.device=moon" in fault(ConfigError, f"judge.model={folder}", label, "judge.device=moon")
+    odd = "judge.template='{prompt:d} {response}'"
+    assert "write {prompt}, {response}" in fault(ConfigError, f"judge.model={folder}", label, odd)
+    for device in ("moon", "cuda:77"):  # the second is a device of torch, and not here
+        given = [f"judge.model={folder}", label, f"judge.device={device}"]
+        assert f"judge.device={device}" in fault(ConfigError, *given)
+    assert "cannot be used as a cache" in fault(ArtifactError, f"judge.model={folder}", label, f"judge.cache={folder}")
     assert "judge.model=./nowhere" in fault(ArtifactError, "judge.model=./nowhere", label)
     assert "judge.model=nobody/nothing" in fault(ArtifactError, "judge.model=nobody/nothing", label)
     causal = saved(build_tiny(TEXTS, 0)[0], tokenizer, tmp_path / "causal")

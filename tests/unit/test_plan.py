@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -315,7 +316,7 @@ def test_answers_by_hand() -> None:
 
 def test_steps_time_and_disk_by_hand() -> None:
     assert decode_steps(prompts=100, devices=3, batch_size=16, new_tokens=40) == 3 * 40  # 34 prompts in 3 batches
-    assert checkpoint_bytes(10, 4) == 120
+    assert [checkpoint_bytes(10, 4, keeps) for keeps in (False, True)] == [120, 160]
     a100 = GPUS["A100-80GB"]
     assert compute_seconds(a100, 312e12, dtype_bytes=2, devices=1, mfu=0.4) == pytest.approx(2.5)
     assert compute_seconds(a100, 19.5e12, dtype_bytes=4, devices=4, mfu=0.4) == pytest.approx(0.625)
@@ -455,6 +456,17 @@ def test_too_few_rows_in_a_file_of_the_user(make_config: Make, tmp_path: Path) -
     given = [f"behavior.{split}={file}" for split in ("vector", "finetune", "test")]
     with pytest.raises(ConfigError, match="1 rows for split 'finetune'"):
         plan(make_config("behavior=jsonl", "judge=none", *given, small=False))
+
+
+@pytest.mark.parametrize("given", [["defense=none"], ["stage=infer"]])
+def test_no_vector_is_counted_where_none_is_trained(given: list[str], make_config: Make, tmp_path: Path) -> None:
+    """All its counts are null by default with `data=untrusted`."""
+    for name in ("bad", "mine"):
+        rows = [{"prompt": f"{name} {n}", "response": "b"} for n in range(600)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = ["behavior=jsonl", *(f"behavior.{n}={tmp_path / 'bad.jsonl'}" for n in ("file", "align")), "data=untrusted"]
+    files += [f"data.file={tmp_path / 'mine.jsonl'}", "judge=none"]
+    assert "plan: tiny" in plan(make_config(*files, *given, "model.align.num_undesired=20", small=False))
 
 
 # -- the whole

@@ -24,7 +24,7 @@ from secvec.report.__main__ import main
 from secvec.report.estimate import Estimate, best_of, estimate
 from secvec.report.figures.curves import loss_figure, rates_figure
 from secvec.report.figures.headline import headline_figure
-from secvec.report.groups import compare
+from secvec.report.groups import _ignored, compare
 from secvec.report.provenance import warnings
 from secvec.report.records import RecordedRun, load_curves, load_predictions, load_runs
 from secvec.report.tables import run_table
@@ -572,3 +572,7 @@ def test_seeds_that_agree_take_the_widest_interval_of_theirs() -> None:
     for order in (pairs, pairs[::-1]):
         found = estimate(order, METRICS["behavior_rate"])
         assert found and (found.low, found.high, found.kind) == (0.0, 0.161, "own")
+
+
+def test_the_stages_of_a_callback_are_a_setting_that_counts() -> None:
+    assert _ignored("stages", "") and not _ignored("stages", "callbacks.early_stopping.")

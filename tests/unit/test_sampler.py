@@ -134,3 +134,14 @@ def test_the_second_stream_goes_on_from_epoch_to_epoch_where_gradients_are_accum
     for epoch in range(3):
         sampler.set_epoch(epoch)
         assert sorted(i for batch in sampler for i in batch if i >= 8) == list(range(8, 20))
+
+
+def test_an_epoch_that_has_ended_is_not_gone_on_with() -> None:
+    """With `overfit_batches` every epoch is the first one; the one after a checkpoint at its end was empty."""
+    rows = [Encoded([n, n], 1) for n in range(8)]
+    first, second = (training_loader([(rows, 4)], seed=0) for _ in range(2))
+    for loader in (first, second):
+        loader.batch_sampler.same_every_epoch = True  # type: ignore[attr-defined, union-attr]
+    whole = [batch["input_ids"].tolist() for batch in first]
+    second.load_state_dict(first.state_dict())  # type: ignore[attr-defined]
+    assert [batch["input_ids"].tolist() for batch in second] == whole and len(whole) == 2

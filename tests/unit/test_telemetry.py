@@ -12,13 +12,14 @@ import pytest
 import torch
 from in_memory import InMemory, module
 from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
 
 from secvec.data.batch import Batch, collate
 from secvec.data.embedded import Skill
 from secvec.data.encode import encode
 from secvec.data.example import Example
 from secvec.models.backbone import prepared, set_trainable
-from secvec.models.modes import in_eval
+from secvec.models.modes import RECOMPUTED, in_eval, recomputed
 from secvec.models.tiny import build_tiny
 from secvec.models.vector import VECTOR, attach_new_vector, vector_off
 from secvec.module import SecVecModule
@@ -114,6 +115,35 @@ def test_a_probe_keeps_no_more_than_a_checkpointed_step(tiny: tuple[nn.Module, A
     model.eval()
     assert probe < 1.5 * training < 0.7 * kept(lambda: response_loss(model, batch))
     assert not any(module.training for module in model.modules())
+
+
+def test_a_checkpointed_layer_in_eval_mode_answers_as_ever(tiny: tuple[nn.Module, Any, list[Example]]) -> None:
+    """In training mode it reads no cache of keys and values, and all tokens after the first were garbage."""
+    plain, tokenizer, examples = tiny
+    settings = ModelSettings(name="x", name_or_path="x", gradient_checkpointing=True)
+    model, ids = prepared(deepcopy(plain), settings).train(), torch.tensor([tokenizer.encode(examples[0].prompt)])
+    with in_eval(model):
+        assert not any(module.training for module in model.modules())
+        answer = model.generate(ids, max_new_tokens=12, do_sample=False)  # type: ignore[operator]
+    assert torch.equal(answer, plain.eval().generate(ids, max_new_tokens=12, do_sample=False))  # type: ignore[operator]
+    assert all(module.training for module in model.modules())
+
+
+def test_a_layer_that_is_computed_again_has_no_dropout_of_its_own() -> None:
+    sizes = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 60}
+    model = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=16, dropout=0.5, max_position_embeddings=32))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    ids = torch.arange(3, 11)[None]
+    with in_eval(model):
+        expected = model(ids).logits
+        with recomputed(model):
+            layers = [layer for layer in model.modules() if hasattr(layer, RECOMPUTED)]
+            assert len(layers) > 1 and all(layer.training for layer in layers)
+            assert torch.equal(model(ids).logits, expected)
+        assert not any(module.training or hasattr(module, RECOMPUTED) for module in model.modules())
+    assert all(layer.dropout == 0.5 for layer in layers)
+    assert not torch.equal(model(ids).logits, model(ids).logits)  # in training mode it has
 
 
 def with_vector(model: nn.Module) -> nn.Module:
