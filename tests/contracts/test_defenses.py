@@ -31,7 +31,7 @@ from secvec.defenses.persona_steering import PersonaSteering
 from secvec.defenses.random_adapter import RandomAdapter
 from secvec.defenses.repnoise import Noised, mmd
 from secvec.defenses.safe_lora import SafeLora
-from secvec.defenses.safegrad import SafeGrad, _kl
+from secvec.defenses.safegrad import SafeGrad
 from secvec.defenses.vaccine import Perturbed
 from secvec.errors import ConfigError, GateError
 from secvec.models.kept import keep_weights
@@ -39,7 +39,7 @@ from secvec.models.packing import PACKED, enable_packing
 from secvec.models.vector import _lora_layers, attach_frozen_vector, randomize_vector, vector_deltas
 from secvec.run import train
 from secvec.training.activations import change_outputs, each_output, layer_at, layer_outputs, mean_outputs
-from secvec.training.losses import response_loss
+from secvec.training.losses import extra_divergence, response_loss
 from tests.contracts.test_defense_hooks import fit, make_batch, trained
 from tests.contracts.test_foreign_adapters import lora, saved_by_peft
 from tests.contracts.test_stages import same, weights
@@ -286,7 +286,9 @@ def test_safegrad_by_hand(
     model = two_words(1.0)
     model.head.weight.grad = torch.tensor(data)[:, None]
     given = torch.tensor(safe)[:, None]
-    monkeypatch.setattr("secvec.defenses.safegrad._kl", lambda model, batch: (model.head.weight * given).sum())
+    monkeypatch.setattr(
+        "secvec.training.losses.extra_divergence", lambda model, batch: (model.head.weight * given).sum()
+    )
     logged = SafeGrad(name="safegrad", weight=0.5).gradients(model, [words([0])])
     torch.testing.assert_close(model.head.weight.grad[:, 0], torch.tensor(expected))
     dot = sum(a * b for a, b in zip(data, safe, strict=True))
@@ -300,7 +302,7 @@ def test_safegrads_alignment_loss_is_the_kl_on_the_safe_samples() -> None:
     with torch.no_grad():
         model.head.weight[0, 0] = math.log(3)
     batch, defense = words([1, 1, 1], [0], extra=1), SafeGrad(name="safegrad")
-    assert float(_kl(model, batch).detach()) == pytest.approx(0.5 * math.log(4 / 3), rel=1e-5)
+    assert float(extra_divergence(model, batch).detach()) == pytest.approx(0.5 * math.log(4 / 3), rel=1e-5)
     assert float(defense.loss(model, batch)["loss"].detach()) == pytest.approx(math.log(4), rel=1e-5)
 
 
