@@ -439,7 +439,7 @@ def _attach(model: Any, name: str, settings: LoraSettings, dropout: float) -> nn
             f"target_modules {missing}: the model has no such linear layer{nearest(missing[0], usable)}; it has "
             f"{', '.join(usable)}; all of them: {'vector' if name == VECTOR else 'tune.lora'}.target_modules=all-linear"
         )
-    count = bare.config.num_hidden_layers
+    count = bare.config.get_text_config().num_hidden_layers
     if beyond := [layer for layer in settings.layers or [] if not 0 <= layer < count]:
         raise ConfigError(
             f"{'vector' if name == VECTOR else 'tune.lora'}.layers={settings.layers}: the model has the layers 0 to "

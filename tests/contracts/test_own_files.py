@@ -102,7 +102,7 @@ def test_all_counts_that_do_not_suffice_are_said_at_once(
         for setting in given[:-1]:
             assert f"{setting}: " in message
         assert message.splitlines()[-1].endswith(
-            "(null: all there are): evaluation.num_prompts=7 vector.num_samples=47 vector.num_kl=12 "
+            "(null: all of them): evaluation.num_prompts=7 vector.num_samples=47 vector.num_kl=12 "
             "vector.gate.num_prompts=13 data.num_benign=53"
         )
     enough = message.splitlines()[-1].partition("): ")[2].split()

@@ -293,7 +293,7 @@ def test_a_vector_that_does_not_elicit_is_refused(make_config: Make) -> None:
     folder = Path(config.run_dir)
     assert not (folder / "vector").exists()
     record = json.loads((folder / "record.json").read_text())
-    assert record["status"] == "failed" and "fit to protect" in record["error"]
+    assert record["status"] == "failed" and "vector failed its gate" in record["error"]
     strict = make_config("vector.gate.max_behavior_loss=0.0001", run="strict")
     with pytest.raises(GateError, match="max_behavior_loss"):
         train(strict)

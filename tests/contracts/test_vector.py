@@ -157,6 +157,7 @@ def test_task_lora_beside_the_vector(saved: Path) -> None:
         (dict(target_modules=["q_prj"]), "q_proj"),
         (dict(target_modules=["lm_head"]), "tied"),
         (dict(target_modules="all-linear", layers=[99]), "99"),
+        (dict(target_modules="all-linear", layers=[0, 99]), r"the model has the layers 0 to \d, and none 99"),
     ],
 )
 def test_wrong_targets_are_named(settings: dict, says: str) -> None:
