@@ -29,14 +29,15 @@ def recomputed(model: nn.Module) -> Iterator[None]:
     transformers asks the mode of the layer itself, which is therefore in training mode here, without dropout or layer
     drop of its own. Not for generation: such a layer reads no cache of keys and values.
     """
-    checkpointed = [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
-    changed = [] if model.training else [(layer, dict(vars(layer))) for layer in checkpointed]
-    for layer, before in changed:
-        rates = {name: 0.0 for name, value in before.items() if "drop" in name and isinstance(value, float)}
-        vars(layer).update(rates, training=True, **{RECOMPUTED: True})
+    changed = list[tuple[nn.Module, dict[str, float]]]()
+    for layer in () if model.training else model.modules():
+        if getattr(layer, "gradient_checkpointing", False):
+            own = {name: rate for name, rate in vars(layer).items() if "drop" in name and isinstance(rate, float)}
+            vars(layer).update(dict.fromkeys(own, 0.0), training=True, **{RECOMPUTED: True})
+            changed.append((layer, own))
     try:
         yield
     finally:
-        for layer, before in changed:
-            vars(layer).pop(RECOMPUTED)
-            vars(layer).update({name: value for name, value in before.items() if name in vars(layer)})
+        for layer, own in changed:
+            vars(layer).update(own, training=False)
+            del vars(layer)[RECOMPUTED]
