@@ -110,8 +110,8 @@ def scans(name: str, seed: int, vector: str) -> list[dict[str, Any]]:
         write(ROOT / file, way, name, seed)
         given = [f"data.file={file}", "scan.label=undesired", f"vector.path={folder / 'trained' / 'vector'}"]
         base = f"model.name_or_path={trained['base']['folder']}"
-        asked = ["metrics=scan", *given, base, f"seed={seed}", "num_threads=1"]
-        records.append(finished("evaluate.py", folder / way, *asked))
+        scanned = ["metrics=scan", *given, base, f"seed={seed}", "num_threads=1"]
+        records.append(finished("evaluate.py", folder / way, *scanned))
         lines = (ROOT / folder / way / "scores.jsonl").read_text(encoding="utf-8").splitlines()
         scores = list(map(json.loads, lines))
         metrics = records[-1]["metrics"]
@@ -127,7 +127,6 @@ def scans(name: str, seed: int, vector: str) -> list[dict[str, Any]]:
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
     """Means over the seeds, with the lowest and the highest seed where they differ."""
-
     lines = [f"| vector of | undesired rows | {' | '.join(COLUMNS.values())} |", "| --- " * (2 + len(COLUMNS)) + "|"]
     for name, vector in dict.fromkeys((record["behavior"], record["vector"]) for record in records):
         for way in WAYS:

@@ -87,7 +87,7 @@ def run_command(config_name: str, task: Callable[[DictConfig], None]) -> int:
 
 
 def report_user_errors(main: Callable[[], None], config_name: str) -> int:
-    """Calls `main`, which runs Hydra. Prints what the user can mend as one message without a traceback.
+    """Calls `main`, which runs Hydra. Prints what the user can fix as one message without a traceback.
 
     Returns the exit code: 0; 2 for a mistake of the user, 1 for another error, 130 for Ctrl-C.
     """

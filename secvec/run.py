@@ -465,7 +465,7 @@ def train(config: RunConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Runs the stages of `config` in its run folder and returns the record.
 
     A stage that ended well there before is not run again (`force=true` runs it again). Raises SecVecError for what the
-    user can mend; the record then says `failed` and why.
+    user can fix; the record then says `failed` and why.
     """
     if config.plan:
         return _plan(config)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from pydantic import field_validator
 
 from secvec.behaviors.base import Behavior
-from secvec.data.draw import share_out
+from secvec.data.draw import draw_shares
 from secvec.data.example import OWNER, Example, Split
-from secvec.errors import TooFewError
 from secvec.judges.base import Verdict
 from secvec.settings.target import Plugin
 
@@ -32,23 +32,15 @@ class Several(Behavior):
 
         Raises TooFewError, with the `n` that would do.
         """
-        drawn, few = dict[str, list[Example]](), dict[str, TooFewError]()
-        for name, of, k in _shares(self.of, n):
-            try:
-                drawn[name] = of.examples(split, k, seed)
-            except TooFewError as error:
-                few[name] = error
-        if few:
-            names, each = list(self.of), [1.0] * len(self.of)
-            shares = ((m, dict(zip(names, share_out(m, each), strict=True))) for m in range(n or 0, -1, -1))
-            fits = next(m for m, share in shares if all(share[name] <= few[name].have for name in few))
-            raise TooFewError("; ".join(map(str, few.values())), fits)
-        return self._in_turn(drawn)
+        draws = [partial(of.examples, split, seed=seed) for of in self.of.values()]
+        drawn = [draw(None) for draw in draws] if n is None else draw_shares(draws, n, [1.0] * len(draws))
+        return self._in_turn(dict(zip(self.of, drawn, strict=True)))
 
     def look_alikes(self, n: int, seed: int) -> list[Example]:
         """The look-alikes of the behaviors that have any, in turn."""
         having = {name: of for name, of in self.of.items() if of.look_alikes(1, seed)}
-        return self._in_turn({name: of.look_alikes(k or 0, seed) for name, of, k in _shares(having, n)})
+        drawn = draw_shares([partial(of.look_alikes, seed=seed) for of in having.values()], n, [1.0] * len(having))
+        return self._in_turn(dict(zip(having, drawn, strict=True)))
 
     @property
     def has_judge(self) -> bool:
@@ -70,8 +62,3 @@ class Several(Behavior):
             for place, example in enumerate(examples)
         ]
         return [example for _, example in sorted(owned, key=lambda pair: pair[0])]
-
-
-def _shares(behaviors: dict[str, Behavior], n: int | None) -> list[tuple[str, Behavior, int | None]]:
-    counts = [None] * len(behaviors) if n is None else share_out(n, [1.0] * len(behaviors)) if behaviors else []
-    return [(name, of, count) for (name, of), count in zip(behaviors.items(), counts, strict=True)]

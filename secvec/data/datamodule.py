@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from secvec.data.batch import Batch, Encoded, collate, count_together
-from secvec.data.draw import Asked, check_counts, check_disjoint, draw_benign, draw_benign_parts, share_out
+from secvec.data.draw import Asked, check_counts, check_disjoint, draw_benign, draw_benign_parts, equal_shares
 from secvec.data.encode import encode
 from secvec.data.example import Example, Stream
 from secvec.data.jsonl import JsonlFiles
@@ -304,7 +304,7 @@ class SecVecDataModule(L.LightningDataModule):
             return {}
         if n not in self._validation:
             tasks = [stream for stream in self.data.streams if stream.kind == "task"]
-            shares = [None] * len(tasks) if n is None else share_out(n, [1.0] * len(tasks)) if tasks else []
+            shares = equal_shares(n, len(tasks))
             kinds = {
                 "undesired": _at_most(n, lambda k: self.behavior.examples("validation", k, self.seed)),
                 "task": [

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 from secvec.data.example import OWNER, Example, Split, Stream
@@ -51,16 +52,8 @@ def draw_benign_parts(
             most = max(map(len, drawn))
             raise DataError(f"finetune.cycles={parts} exceeds the {most} rows to divide over them: set at most {most}")
     else:
-        counts, drawn = share_out(n, weights) if streams else [], []
-        few: dict[int, TooFewError] = {}
-        for i, (stream, count) in enumerate(zip(streams, counts, strict=True)):
-            try:
-                drawn.append(stream.examples(split, count * parts, seed))
-            except TooFewError as error:
-                few[i] = error
-        if few:
-            fits = (m for m in range(n, -1, -1) if all(share_out(m, weights)[i] * parts <= few[i].have for i in few))
-            raise TooFewError("; ".join(map(str, few.values())), next(fits))
+        counts = share_out(n, weights) if streams else []
+        drawn = draw_shares([partial(stream.examples, split, seed=seed) for stream in streams], n, weights, parts)
     if split in ("validation", "test"):  # training does not depend on how answers are compared
         drawn = [
             [replace(example, metric=stream.metric, max_new_tokens=stream.max_new_tokens) for example in examples]
@@ -75,6 +68,30 @@ def draw_benign_parts(
         [e for some, count in zip(drawn, counts, strict=True) for e in some[count * part : count * (part + 1)]]
         for part in range(parts)
     ]
+
+
+def draw_shares(
+    draws: Sequence[Callable[[int], list[Example]]], n: int, weights: Sequence[float], parts: int = 1
+) -> list[list[Example]]:
+    """What each of `draws` gives for its share of `n` by `weights`, `parts` times as many.
+
+    Raises TooFewError, with the `n` that would do.
+    """
+    drawn, few = list[list[Example]](), dict[int, TooFewError]()
+    for i, (draw, count) in enumerate(zip(draws, share_out(n, weights) if draws else [], strict=True)):
+        try:
+            drawn.append(draw(count * parts))
+        except TooFewError as error:
+            few[i] = error
+    if few:
+        fits = (m for m in range(n, -1, -1) if all(share_out(m, weights)[i] * parts <= few[i].have for i in few))
+        raise TooFewError("; ".join(map(str, few.values())), next(fits))
+    return drawn
+
+
+def equal_shares(n: int | None, parts: int) -> list[int | None]:
+    """`n` divided equally over `parts`; None: all of each."""
+    return [None] * parts if n is None or not parts else [*share_out(n, [1.0] * parts)]
 
 
 def share_out(n: int, weights: Sequence[float]) -> list[int]:
